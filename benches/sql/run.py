@@ -1,0 +1,292 @@
+"""Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
+
+    benches/sql/run.sh                 everything
+    benches/sql/run.sh collect idle    some of: collect batch size scan floor idle
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "pg_test"), str(ROOT / "demo"), str(Path(__file__).parent)]
+
+import clickstream  # noqa: E402
+import duckdb  # noqa: E402
+from harness import flights  # noqa: E402
+from harness.cluster import Cluster  # noqa: E402
+from harness.database import Database, one  # noqa: E402
+from measure import Table, cpu_s, interleaved, wakeups, wall_s  # noqa: E402
+
+CHAPTERS = ["collect", "batch", "size", "scan", "floor", "idle"]
+CLICKS = 120_000
+BATCH = 500
+IDLE_S = 30
+FLIGHT_COLUMNS = {
+    **dict.fromkeys(
+        ["year", "month", "day", "dep_time", "sched_dep_time", "dep_delay", "arr_time", "sched_arr_time", "arr_delay",
+         "flight", "air_time", "distance", "hour", "minute"], "double precision"),
+    **dict.fromkeys(["carrier", "tailnum", "origin", "dest"], 'text COLLATE "C"'),
+    "time_hour": "timestamptz",
+}  # fmt: skip
+
+
+class Bench:
+    def __init__(self, repetitions: int):
+        self.repetitions = repetitions
+        self.table = Table()
+        self.cluster = Cluster("bench")
+        self.cluster.destroy()
+        self.cluster.start()
+        self.db = Database(self.cluster, "bench").create()
+        self.db.admin.execute(
+            f"CREATE SERVER lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{self.cluster.make_folder('lake')}')"
+        )
+        self.events = list(flights.events())
+        self.loaded = False
+
+    def run(self, chapters: list[str]) -> None:
+        for chapter in chapters:
+            print(f"{chapter}", flush=True)
+            getattr(self, chapter)()
+        print(f"\n{self.machine()}\n\n{self.table.markdown()}")
+        self.db.close()
+        self.cluster.destroy()
+
+    def machine(self) -> str:
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        cores = Path("/proc/cpuinfo").read_text().count("model name")
+        version = one(self.db.admin, "SHOW server_version")
+        return f"{cores} × {cpu.split(':')[1].strip()}; PostgreSQL {version}; DuckDB {duckdb.__version__}"
+
+    # -- collecting ----------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """One event per transaction against one row per transaction, the same jsonb, commits as configured by default."""
+        self.db.project("single")
+        self.db.admin.execute("CREATE TABLE heap_single (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body jsonb)")
+        session = self.db.connect()
+        session.execute("PREPARE ours (jsonb) AS SELECT rakam.collect('single', 'departure', $1)")
+        session.execute("PREPARE theirs (jsonb) AS INSERT INTO heap_single (body) VALUES ($1)")
+        bodies = [json.dumps(event).replace("'", "''") for event in self.events[:1_000]]
+        session.execute(f"EXECUTE ours ('{bodies[0]}')")
+        self.db.tick()
+        pid = session.info.backend_pid
+        for commit in ("on", "off"):
+            session.execute(f"SET synchronous_commit = {commit}")
+
+            def rate(name: str) -> float:
+                return len(bodies) / wall_s(lambda: [session.execute(f"EXECUTE {name} ('{body}')") for body in bodies])
+
+            def backend_cpu(name: str) -> float:
+                before = cpu_s(pid)
+                for body in bodies:
+                    session.execute(f"EXECUTE {name} ('{body}')")
+                return (cpu_s(pid) - before) / len(bodies) * 1e6
+
+            speed = interleaved(self.repetitions, ours=lambda: rate("ours"), theirs=lambda: rate("theirs"))
+            self.table.add(
+                f"collect(), one per transaction, synchronous_commit {commit}",
+                f"{speed['ours']:,.0f}/s", f"INSERT {speed['theirs']:,.0f}/s", speed["ours"] / speed["theirs"], "≥ 0.8",
+            )  # fmt: skip
+        cost = interleaved(self.repetitions, ours=lambda: backend_cpu("ours"), theirs=lambda: backend_cpu("theirs"))
+        self.table.add(
+            "the same, backend CPU per event (speed ratio)",
+            f"{cost['ours']:.0f} µs", f"INSERT {cost['theirs']:.0f} µs", cost["theirs"] / cost["ours"], "≥ 0.8",
+        )  # fmt: skip
+
+    def batch(self) -> None:
+        """collect_batch against COPY of the same typed columns, by backend CPU; the workers' CPU beside it."""
+        self.db.project("batched")
+        columns = ", ".join(f"{name} {kind}" for name, kind in {"_time": "timestamptz", "_user": "text", **FLIGHT_COLUMNS}.items())
+        self.db.admin.execute(f"CREATE TABLE heap_batch ({columns})")
+        session = self.db.connect()
+        pid = session.info.backend_pid
+        part = self.events[:50_000]
+        texts = [
+            json.dumps([{"collection": "departure", "properties": event} for event in part[start : start + BATCH]])
+            for start in range(0, len(part), BATCH)
+        ]
+        names = ["_time", "_user", *FLIGHT_COLUMNS]
+        lines = "".join("\t".join("\\N" if e[n] is None else str(e[n]) for n in names) + "\n" for e in part)
+        session.execute("SELECT rakam.collect_batch('batched', %s)", (texts[0],))
+        self.db.flush("batched")
+
+        def send(kind: str) -> float:
+            before = cpu_s(pid)
+            for text in texts:
+                session.execute(f"SELECT rakam.collect_batch('batched', %s::{kind})", (text,))
+            return (cpu_s(pid) - before) / len(part) * 1e6
+
+        def copy() -> float:
+            before = cpu_s(pid)
+            with session.cursor() as cursor, cursor.copy(f"COPY heap_batch ({', '.join(names)}) FROM STDIN") as stream:
+                stream.write(lines)
+            return (cpu_s(pid) - before) / len(part) * 1e6
+
+        workers_before = self.workers_cpu()
+        events_before = self.db.one("SELECT count(*) FROM batched.departure")
+        cost = interleaved(self.repetitions, text=lambda: send("text"), jsonb=lambda: send("jsonb"), copy=copy)
+        self.db.tick()
+        digested = self.workers_cpu() - workers_before
+        events = self.db.one("SELECT count(*) FROM batched.departure") - events_before
+        session_cpu = cpu_s(self.db.admin.info.backend_pid)
+        began = self.workers_cpu()
+        self.db.flush("batched")
+        flushed = self.workers_cpu() - began + cpu_s(self.db.admin.info.backend_pid) - session_cpu
+        for kind, goal in (("text", "≥ 1"), ("jsonb", "≥ 0.6")):
+            self.table.add(
+                f"collect_batch {kind}, {BATCH} events a call, backend CPU per event (speed ratio)",
+                f"{cost[kind]:.1f} µs", f"COPY typed {cost['copy']:.1f} µs", cost["copy"] / cost[kind], goal,
+            )  # fmt: skip
+        self.table.add("digest and merge, worker CPU per event", f"{digested / events * 1e6:.1f} µs", "", None, "")
+        if flushed > 0:
+            self.table.add("called flush, resident worker CPU per event", f"{flushed / events * 1e6:.1f} µs", "", None, "")
+
+    def workers_cpu(self) -> float:
+        return sum(cpu_s(pid) for pid in self.workers())
+
+    def workers(self) -> list[int]:
+        return [pid for pid, title in self.cluster.processes().items() if "rakam" in title]
+
+    # -- size ----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Both data sets in files of the storage `lake`, and the flights in heap tables with and without indexes."""
+        if self.loaded:
+            return
+        self.loaded = True
+        self.json_bytes = {}
+        for project, source in (
+            ("flights", [("departure", event) for event in self.events]),
+            ("shop", list(clickstream.events(CLICKS))),
+        ):
+            self.db.project(project, "lake")
+            self.json_bytes[project] = 0
+            for start in range(0, len(source), BATCH):
+                items = [json.dumps({"collection": c, "properties": p}, separators=(",", ":")) for c, p in source[start : start + BATCH]]
+                self.json_bytes[project] += sum(
+                    len(json.dumps(p, separators=(",", ":"))) + 1 for _, p in source[start : start + BATCH]
+                )
+                self.db.admin.execute("SELECT rakam.collect_batch(%s, %s)", (project, f"[{','.join(items)}]"))
+            self.db.flush(project)
+            print(f"  {project}: {len(source):,} events loaded", flush=True)
+        for heap in ("heap_plain", "heap_indexed"):
+            self.db.admin.execute(f"CREATE TABLE {heap} AS SELECT * FROM flights.departure")
+        self.db.admin.execute("CREATE INDEX ON heap_indexed (_time)")
+        self.db.admin.execute("CREATE INDEX ON heap_indexed (_user)")
+        self.db.admin.execute("VACUUM ANALYZE heap_plain, heap_indexed")
+
+    def paths(self, project: str, collection: str | None = None) -> list[str]:
+        rows = self.db.all(
+            "SELECT path FROM rakam.data_files WHERE project = %s AND (%s::text IS NULL OR collection = %s)",
+            project, collection, collection,
+        )  # fmt: skip
+        return [path.removeprefix("file://") for (path,) in rows]
+
+    def size(self) -> None:
+        self.load()
+        folder = Path(tempfile.mkdtemp())
+        for project in ("flights", "shop"):
+            ours = sum(Path(path).stat().st_size for path in self.paths(project))
+            duck = csv = 0
+            for (collection,) in self.db.all("SELECT collection FROM rakam.collections WHERE project = %s", project):
+                source = f"read_parquet({self.paths(project, collection)!r}, union_by_name = true)"
+                target = folder / f"{project}-{collection}.parquet"
+                # The same rows and columns, but our internal one, in the order in which they are stored.
+                duckdb.sql(f"COPY (SELECT * EXCLUDE (_xid) FROM {source} ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
+                duck += target.stat().st_size
+                duckdb.sql(f"COPY (SELECT * EXCLUDE (_xid, _extra, _received_at) FROM {source}) TO '{target}.csv' (HEADER)")
+                csv += Path(f"{target}.csv").stat().st_size
+            if project == "flights":
+                csv = flights.csv_bytes()
+            heap = self.db.one("SELECT pg_total_relation_size('heap_plain')") if project == "flights" else None
+            megabytes = f"{ours / 1e6:.1f} MB"
+            self.table.add(f"size, {project}", megabytes, f"JSON {self.json_bytes[project] / 1e6:.1f} MB", ours / self.json_bytes[project], "≤ 0.11")
+            self.table.add(f"size, {project}", megabytes, f"CSV {csv / 1e6:.1f} MB", ours / csv, "≤ 0.17")
+            self.table.add(f"size, {project}", megabytes, f"DuckDB zstd Parquet {duck / 1e6:.1f} MB", ours / duck, "≤ 1.1")
+            if heap:
+                self.table.add(f"size, {project}", megabytes, f"heap table {heap / 1e6:.1f} MB", ours / heap, "")
+        shutil.rmtree(folder)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def scan(self) -> None:
+        self.load()
+        session = self.db.connect()
+        session.execute("SET TimeZone = 'UTC'")
+        duckdb.sql("SET TimeZone = 'UTC'")
+        duckdb.sql(f"CREATE VIEW departure AS SELECT * FROM read_parquet({self.paths('flights')!r}, union_by_name = true)")
+        a_user = "N725MQ"
+        queries = {
+            "point: events of one user": f"SELECT count(*), sum(distance) FROM {{t}} WHERE _user = '{a_user}'",
+            "point: a user that is not there": "SELECT count(*) FROM {t} WHERE _user = 'nobody'",
+            "point: one minute": "SELECT flight, tailnum FROM {t} WHERE _time = '2013-07-04 12:00:00+00'",
+            "range: one day, all columns": "SELECT * FROM {t} WHERE _time >= '2013-07-04' AND _time < '2013-07-05'",
+            "range: one week, two sums": "SELECT count(*), sum(distance), sum(dep_delay) FROM {t} WHERE _time >= '2013-07-01' AND _time < '2013-07-08'",
+            "range: one month by carrier": "SELECT carrier, count(*), avg(dep_delay) FROM {t} WHERE _time >= '2013-07-01' AND _time < '2013-08-01' GROUP BY 1",
+            "full: filter on a number": "SELECT count(*) FROM {t} WHERE distance > 2000 AND origin = 'JFK'",
+            "full: count": "SELECT count(*) FROM {t}",
+        }
+        for name, query in queries.items():
+
+            def ours(query=query) -> float:
+                return wall_s(lambda: session.execute(query.format(t="flights.departure")).fetchall())
+
+            def heap(table: str, query=query) -> float:
+                return wall_s(lambda: session.execute(query.format(t=table)).fetchall())
+
+            def duck(query=query) -> float:
+                return wall_s(lambda: duckdb.sql(query.format(t="departure")).fetchall())
+
+            same = session.execute(query.format(t="heap_plain")).fetchall()
+            assert sorted(map(str, same)) == sorted(map(str, session.execute(query.format(t="flights.departure")).fetchall()))
+            taken = interleaved(
+                max(self.repetitions, 7), ours=ours, plain=lambda: heap("heap_plain"), indexed=lambda: heap("heap_indexed"), duck=duck
+            )
+            shown = f"{taken['ours'] * 1000:.1f} ms"
+            for other, label, goal in (("plain", "heap", ""), ("indexed", "heap with indexes", ""), ("duck", "DuckDB, same files", "≤ 1.0")):
+                self.table.add(f"time, {name}", shown, f"{label} {taken[other] * 1000:.1f} ms", taken["ours"] / taken[other], goal)
+
+    def floor(self) -> None:
+        """The least that a query costs: one event, warm."""
+        self.db.project("floor")
+        self.db.admin.execute("SELECT rakam.collect('floor', 'c', '{\"n\": 1}')")
+        self.db.flush("floor")
+        self.db.admin.execute("CREATE TABLE heap_floor AS SELECT * FROM floor.c")
+        session = self.db.connect()
+
+        def query(table: str) -> float:
+            return wall_s(lambda: session.execute(f"SELECT n FROM {table} WHERE n = 1").fetchall()) * 1000
+
+        for _ in range(20):
+            query("floor.c")
+        taken = interleaved(101, ours=lambda: query("floor.c"), theirs=lambda: query("heap_floor"))
+        self.table.add("floor query, warm", f"{taken['ours']:.2f} ms", f"heap {taken['theirs']:.2f} ms", None, "≤ 5 ms")
+
+    # -- doing nothing -------------------------------------------------------------------------------------------
+
+    def idle(self) -> None:
+        time.sleep(15)  # let the last digest, merge and vacuum end
+        pids = self.workers()
+        before = [(cpu_s(pid), wakeups(pid)) for pid in pids]
+        time.sleep(IDLE_S)
+        after = [(cpu_s(pid), wakeups(pid)) for pid in pids]
+        cpu = sum(b[0] - a[0] for a, b in zip(before, after, strict=True)) / IDLE_S
+        woken = sum(b[1] - a[1] for a, b in zip(before, after, strict=True)) / IDLE_S
+        self.table.add(f"idle, {len(pids)} processes: CPU of one core", f"{cpu:.2%}", "", None, "≤ 0.5 %")
+        self.table.add("idle: wake-ups", f"{woken:.1f}/s", "", None, "≤ 2/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Ratios against heap tables and DuckDB.")
+    parser.add_argument("chapters", nargs="*", choices=[*CHAPTERS, []], help=f"some of {', '.join(CHAPTERS)}; all by default")
+    parser.add_argument("--repetitions", type=int, default=7)
+    arguments = parser.parse_args()
+    Bench(arguments.repetitions).run(arguments.chapters or CHAPTERS)

@@ -1,0 +1,10 @@
+//! The engine against a naive evaluator, over tiers built in memory.
+#![allow(clippy::unwrap_used)]
+
+mod all;
+mod evolution;
+mod filters;
+mod fixture;
+mod limits;
+mod naive;
+mod tiers;

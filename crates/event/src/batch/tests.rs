@@ -1,0 +1,581 @@
+use arrow::array::{Array, ArrayRef, AsArray, StringArray};
+use arrow::datatypes::{Float64Type, Int64Type, TimestampMicrosecondType};
+
+use super::*;
+use crate::discovery::Discovery;
+use crate::entry::check_event;
+use crate::extra::{merge_extra, promote};
+use crate::print::to_json_text;
+use crate::schema::Field;
+
+const NOW: i64 = 1_700_000_000_000_000;
+const STAMP: EventStamp = EventStamp {
+    received_at_us: NOW,
+    shift_us: 0,
+    time_min_us: NOW - 1_000_000_000_000,
+    time_max_us: NOW + 1_000_000_000_000,
+    xid: 42,
+};
+const TABLE: Layout = Layout::Table { projection: None };
+
+fn schema(ready: bool, fields: &[(String, FieldType)]) -> Schema {
+    let user = fields
+        .iter()
+        .enumerate()
+        .map(|(at, (name, ty))| Field {
+            id: schema::FIRST_USER_FIELD_ID + at as i32,
+            name: name.clone(),
+            ty: *ty,
+            added_version: 1,
+            column_ready: ready,
+        })
+        .collect();
+    Schema::new(1, user)
+}
+
+fn named(fields: &[(&str, FieldType)]) -> Vec<(String, FieldType)> {
+    fields.iter().map(|(n, t)| ((*n).to_owned(), *t)).collect()
+}
+
+fn build(schema: &Schema, layout: Layout, limits: &Limits, events: &[&str]) -> Built {
+    let mut builder = BatchBuilder::new(schema, layout, limits).expect("a builder");
+    for event in events {
+        assert_eq!(builder.push(event, &STAMP), Ok(()), "{event}");
+    }
+    assert_eq!(builder.rows(), events.len());
+    builder.finish().expect("a batch")
+}
+
+fn column<'a>(built: &'a Built, name: &str) -> &'a ArrayRef {
+    built.batch.column_by_name(name).expect("a column")
+}
+
+fn texts<'a>(built: &'a Built, name: &str) -> Vec<Option<&'a str>> {
+    column(built, name).as_string::<i32>().iter().collect()
+}
+
+#[test]
+fn stored_layout_is_the_schemas() {
+    let fields = named(&[
+        ("n", FieldType::Float8),
+        ("tags", FieldType::TextArray),
+        ("u", FieldType::Uuid),
+        (
+            "amount",
+            FieldType::Numeric {
+                precision: 6,
+                scale: 2,
+            },
+        ),
+    ]);
+    let schema = schema(false, &fields);
+    let built = build(
+        &schema,
+        Layout::Stored,
+        &Limits::default(),
+        &[
+            r#"{"n":1,"Tags":["a"],"_user":7,"_time":1699999999000,"odd key":[ 1 ],"xmin":{"a": 1}}"#,
+            r#"{"n":"x","amount":12.345,"_id":"i1","empty":[]}"#,
+            r#"{"n":null,"u":"a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11","N":2,"n":3}"#,
+            "{}",
+        ],
+    );
+    assert_eq!(built.batch.schema(), schema.arrow());
+    let n: Vec<_> = column(&built, "n")
+        .as_primitive::<Float64Type>()
+        .iter()
+        .collect();
+    assert_eq!(n, [Some(1.0), None, Some(3.0), None]);
+    assert_eq!(texts(&built, "_user"), [Some("7"), None, None, None]);
+    assert_eq!(
+        texts(&built, "_extra"),
+        [
+            Some(r#"{"odd_key":[1],"xmin":{"a":1}}"#),
+            Some(r#"{"n":"x","empty":[]}"#),
+            None,
+            None
+        ]
+    );
+    let times = column(&built, "_time").as_primitive::<TimestampMicrosecondType>();
+    assert_eq!(times.values().as_ref(), [NOW - 1_000_000, NOW, NOW, NOW]);
+    let xids = column(&built, "_xid").as_primitive::<Int64Type>();
+    assert_eq!(xids.values().as_ref(), [42; 4]);
+    let mut amount = String::new();
+    to_json_text(
+        column(&built, "amount"),
+        FieldType::Numeric {
+            precision: 6,
+            scale: 2,
+        },
+        1,
+        &mut amount,
+    )
+    .expect("a numeric");
+    assert_eq!(amount, "12.35");
+    assert_eq!(built.invalid.len(), 1);
+    assert_eq!(
+        built.invalid[0],
+        InvalidValue {
+            field: "n".to_owned(),
+            ty: "double precision".to_owned(),
+            value: "x".to_owned(),
+            error: "text is not a value of type double precision".to_owned(),
+            event_id: Some("i1".to_owned()),
+            received_at_us: NOW,
+        }
+    );
+}
+
+#[test]
+fn times_are_shifted_bounded_and_logged() {
+    let mut builder = BatchBuilder::new(&schema(true, &[]), Layout::Stored, &Limits::default())
+        .expect("a builder");
+    let stamp = EventStamp {
+        shift_us: 5_000_000,
+        ..STAMP
+    };
+    for event in [
+        "{}",
+        r#"{"_time":null}"#,
+        r#"{"_time":1699999999000}"#,
+        r#"{"_time":"soon"}"#,
+        r#"{"_time":0}"#,
+        r#"{"_Time":"1700001000000"}"#,
+        r#"{"_time":9223372036854775807}"#,
+    ] {
+        assert_eq!(builder.push(event, &stamp), Ok(()));
+    }
+    let built = builder.finish().expect("a batch");
+    let times = column(&built, "_time").as_primitive::<TimestampMicrosecondType>();
+    assert_eq!(
+        times.values().as_ref(),
+        [
+            NOW,
+            NOW,
+            NOW + 4_000_000,
+            NOW,
+            NOW,
+            NOW + 1_005_000_000,
+            NOW
+        ]
+    );
+    assert_eq!(column(&built, "_extra").null_count(), 7);
+    let errors: Vec<_> = built
+        .invalid
+        .iter()
+        .map(|i| (i.value.as_str(), i.error.as_str()))
+        .collect();
+    assert_eq!(
+        errors,
+        [
+            ("soon", "value is not a time"),
+            ("0", "time is outside the bounds of the project"),
+            ("9223372036854775807", "value is not a time"),
+        ]
+    );
+    let count = InvalidCount {
+        field: "_time".to_owned(),
+        day: 19_675,
+        n: 3,
+    };
+    assert_eq!(built.invalid_counts, [count]);
+}
+
+#[test]
+fn a_refused_event_leaves_nothing_behind() {
+    let fields = named(&[("a", FieldType::Text)]);
+    let mut builder = BatchBuilder::new(&schema(true, &fields), Layout::Stored, &Limits::default())
+        .expect("a builder");
+    let long_id = format!(r#"{{"a":"x","_id":"{}"}}"#, "i".repeat(257));
+    let deep = format!(r#"{{"a":"x","b":{}{}}}"#, "[".repeat(70), "]".repeat(70));
+    for (event, state) in [
+        ("", "22P02"),
+        ("[]", "22023"),
+        (r#"{"a":"x","b":}"#, "22P02"),
+        (r#"{"a":"x","b":"\u0000"}"#, "22P05"),
+        (r#"{"a":"x","_extra":1}"#, "42939"),
+        (long_id.as_str(), "54000"),
+        (deep.as_str(), "54000"),
+    ] {
+        let refused = builder.push(event, &STAMP).map_err(|e| e.sqlstate());
+        assert_eq!(refused, Err(state), "{event:.40}");
+    }
+    assert_eq!((builder.rows(), builder.bytes()), (0, 0));
+    assert_eq!(builder.push(r#"{"b":"y"}"#, &STAMP), Ok(()));
+    let built = builder.finish().expect("a batch");
+    assert_eq!(texts(&built, "a"), [None]);
+    assert_eq!(texts(&built, "_extra"), [Some(r#"{"b":"y"}"#)]);
+}
+
+#[test]
+fn long_strings_are_cut_and_logged() {
+    let fields = named(&[("a", FieldType::Text), ("j", FieldType::Jsonb)]);
+    let limits = Limits {
+        max_string_bytes: 4,
+        ..Limits::default()
+    };
+    let event = r#"{"a":"ééé","j":["abcdef"],"new":"ghijkl","xmin":"mnopqr"}"#;
+    let built = build(&schema(true, &fields), Layout::Stored, &limits, &[event]);
+    assert_eq!(texts(&built, "a"), [Some("éé")]);
+    assert_eq!(texts(&built, "j"), [Some(r#"["abcd"]"#)]);
+    assert_eq!(
+        texts(&built, "_extra"),
+        [Some(r#"{"new":"ghij","xmin":"mnop"}"#)]
+    );
+    let logged: Vec<_> = built
+        .invalid
+        .iter()
+        .map(|i| (i.field.as_str(), i.error.as_str()))
+        .collect();
+    let message = "string of 6 bytes was cut to 4 bytes";
+    assert_eq!(
+        logged,
+        [
+            ("a", message),
+            ("j", message),
+            ("_extra", message),
+            ("_extra", message)
+        ]
+    );
+}
+
+#[test]
+fn a_flood_of_invalid_values_is_sampled_and_counted() {
+    let fields = named(&[("n", FieldType::Int4)]);
+    let events = vec![r#"{"n":1.5}"#; 500];
+    let built = build(
+        &schema(true, &fields),
+        Layout::Stored,
+        &Limits::default(),
+        &events,
+    );
+    assert_eq!(built.invalid.len() as u64, SAMPLES_PER_FIELD);
+    assert_eq!(built.invalid_counts.len(), 1);
+    assert_eq!(built.invalid_counts[0].n, 500);
+}
+
+#[test]
+fn table_layout_shows_pending_and_unknown_fields_in_extra() {
+    let mut schema = schema(
+        false,
+        &named(&[("at", FieldType::Timestamptz), ("n", FieldType::Int8)]),
+    );
+    schema.fields[11].column_ready = true;
+    let events = [
+        r#"{"at":"2020-01-02 03:04","n":1.0,"new":"2020-01-02 03:04Z"}"#,
+        r#"{"at":"soon","n":"x","new":"later","xmin":"2020-01-02 03:04Z"}"#,
+    ];
+    let built = build(&schema, TABLE, &Limits::default(), &events);
+    assert_eq!(built.batch.num_columns(), 11);
+    assert_eq!(
+        texts(&built, "_extra"),
+        [
+            Some(r#"{"at":"2020-01-02T03:04:00+00:00","new":"2020-01-02T03:04:00+00:00"}"#),
+            Some(r#"{"at":"soon","n":"x","new":"later","xmin":"2020-01-02 03:04Z"}"#),
+        ]
+    );
+    assert!(built.invalid.is_empty() && built.invalid_counts.is_empty());
+    // A collection that may get no more fields leaves the value as it is.
+    let full = Limits {
+        max_fields: 2,
+        ..Limits::default()
+    };
+    let built = build(&schema, TABLE, &full, &events[..1]);
+    assert_eq!(
+        texts(&built, "_extra"),
+        [Some(
+            r#"{"at":"2020-01-02T03:04:00+00:00","new":"2020-01-02 03:04Z"}"#
+        )]
+    );
+}
+
+#[test]
+fn projection_builds_what_is_asked_for() {
+    let schema = schema(
+        true,
+        &named(&[("a", FieldType::Text), ("n", FieldType::Int8)]),
+    );
+    let events = [r#"{"a":"x","n":"bad","_time":1699999999000}"#];
+    let project = |ids: &[i32]| {
+        let layout = Layout::Table {
+            projection: Some(ids.to_vec()),
+        };
+        build(&schema, layout, &Limits::default(), &events)
+    };
+    let built = project(&[16, schema::XID_FIELD_ID, 1]);
+    let names: Vec<_> = built
+        .batch
+        .schema()
+        .fields()
+        .iter()
+        .map(|f| f.name().clone())
+        .collect();
+    assert_eq!(names, ["a", "_xid", "_time"]);
+    // The misfit of a column that is not asked for is still in `_extra`.
+    let built = project(&[10]);
+    assert_eq!(texts(&built, "_extra"), [Some(r#"{"n":"bad"}"#)]);
+    let none = project(&[]);
+    assert_eq!((none.batch.num_columns(), none.batch.num_rows()), (0, 1));
+    let layout = Layout::Table {
+        projection: Some(vec![99]),
+    };
+    assert!(BatchBuilder::new(&schema, layout, &Limits::default()).is_err());
+}
+
+/// A small generator of random numbers (splitmix64), so that a failing seed can be run again.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn pick<'a>(&mut self, items: &[&'a str]) -> &'a str {
+        items[(self.next() % items.len() as u64) as usize]
+    }
+
+    fn value(&mut self, depth: usize) -> String {
+        match self.next() % if depth < 3 { 12 } else { 9 } {
+            0 => "null".to_owned(),
+            1 => self.pick(&["true", "false", "\"true\""]).to_owned(),
+            2..=4 => self
+                .pick(&[
+                    "0",
+                    "-0",
+                    "-0.0",
+                    "1",
+                    "1.0",
+                    "1e0",
+                    "2.50",
+                    "1e2",
+                    "-7.25e-3",
+                    "1e25",
+                    "1e400",
+                    "1e-400",
+                    "9007199254740993",
+                    "9223372036854775808",
+                    "1e300",
+                    "123456789012345678901234567890.5",
+                    "\"12\"",
+                    "\"1e5\"",
+                    "\"NaN\"",
+                ])
+                .to_owned(),
+            5..=8 => self
+                .pick(&[
+                    "\"\"",
+                    "\"x\"",
+                    "\"a b\\n\\\"\"",
+                    "\"\\u0041é\"",
+                    "\"2020-01-02\"",
+                    "\"2020-02-30\"",
+                    "\"2020-01-02 03:04:05.5+02\"",
+                    "\"2020-01-02T03:04Z\"",
+                    "\"\\ud83d\\ude00\"",
+                    "\"a string that is long enough to be cut by the limit\"",
+                    "\"a0eebc999c0b4ef8bb6d6bb9bd380a11\"",
+                    "\"10.0.0.1/8\"",
+                    "\"null\"",
+                ])
+                .to_owned(),
+            9 | 10 => {
+                let items: Vec<_> = (0..self.next() % 4)
+                    .map(|_| self.value(depth + 1))
+                    .collect();
+                format!("[{}]", items.join(self.pick(&[",", " , ", ",\n"])))
+            }
+            _ => self.object(depth + 1, 3),
+        }
+    }
+
+    fn object(&mut self, depth: usize, keys: u64) -> String {
+        let entries: Vec<_> = (0..self.next() % (keys + 1))
+            .map(|_| {
+                let key = self.pick(&[
+                    "a",
+                    "A",
+                    "b",
+                    "userName",
+                    "user_name",
+                    "n",
+                    "at",
+                    "x y",
+                    "xmin",
+                    "",
+                    "_new",
+                    "_user",
+                    "_id",
+                    "_time",
+                    "\\u0061",
+                    "tags",
+                    "k\\\"q",
+                ]);
+                format!("\"{key}\":{}", self.value(depth))
+            })
+            .collect();
+        format!("{{{}}}", entries.join(self.pick(&[",", ", "])))
+    }
+}
+
+/// The text as its value only, which also shows that it is JSON (serde_json's own values know no 1e400).
+fn parsed(text: Option<&str>) -> Option<String> {
+    let mut out = String::new();
+    json::write_canonical(text?, &mut Cutter::off(), &mut out).expect("JSON");
+    Some(out)
+}
+
+fn assert_same_extra(left: &StringArray, right: &ArrayRef, what: &str, seed: u64) {
+    let right = right.as_string::<i32>();
+    for row in 0..left.len().max(right.len()) {
+        let text = |array: &StringArray| (!array.is_null(row)).then(|| array.value(row).to_owned());
+        let (left, right) = (text(left), text(right));
+        assert_eq!(
+            parsed(left.as_deref()),
+            parsed(right.as_deref()),
+            "{what}, seed {seed}, row {row}"
+        );
+    }
+}
+
+#[test]
+fn a_row_reads_the_same_whenever_its_fields_came() {
+    let limits = Limits {
+        max_string_bytes: 40,
+        ..Limits::default()
+    };
+    let declared = [
+        (
+            "a",
+            FieldType::Numeric {
+                precision: 9,
+                scale: 3,
+            },
+        ),
+        ("n", FieldType::Int4),
+        ("at", FieldType::Uuid),
+        ("b", FieldType::Inet),
+        ("tags", FieldType::Float4),
+        ("user_name", FieldType::Jsonb),
+    ];
+    for seed in 0..400 {
+        let mut random = Random(seed);
+        let texts: Vec<String> = (0..12).map(|_| random.object(0, 8)).collect();
+        let events: Vec<&str> = texts
+            .iter()
+            .map(String::as_str)
+            .filter(|text| check_event(text, &limits).is_ok())
+            .collect();
+        let old = schema(true, &named(&declared[..(seed % 3) as usize * 3]));
+        let mut discovery = Discovery::new(&old, 8);
+        events.iter().for_each(|event| discovery.observe(event));
+        let found = discovery.new_fields();
+        let all: Vec<(String, FieldType)> = old.fields[10..]
+            .iter()
+            .map(|f| (f.name.clone(), f.ty))
+            .chain(found)
+            .collect();
+        let mut pending = schema(true, &all);
+        for field in &mut pending.fields[old.fields.len()..] {
+            field.column_ready = false;
+        }
+        let ready = schema(true, &all);
+        let limits = Limits {
+            max_fields: all.len(),
+            ..limits
+        };
+        let stored_old = build(&old, Layout::Stored, &limits, &events);
+        let stored_new = build(&ready, Layout::Stored, &limits, &events);
+        let shown_pending = build(&pending, TABLE, &limits, &events);
+        let shown_ready = build(&ready, TABLE, &limits, &events);
+        let new: Vec<&Field> = ready.fields[old.fields.len()..].iter().collect();
+        let promoted = promote(column(&stored_old, "_extra").as_string(), &new).expect("columns");
+
+        // Columns: stored before the field existed = stored after = read from the inbox.
+        for (field, array) in new.iter().zip(&promoted) {
+            assert_eq!(
+                array,
+                column(&stored_new, &field.name),
+                "{}, seed {seed}",
+                field.name
+            );
+            assert_eq!(
+                array,
+                column(&shown_ready, &field.name),
+                "{}, seed {seed}",
+                field.name
+            );
+        }
+        let old_extra = column(&stored_old, "_extra").as_string::<i32>();
+        let new_extra = column(&stored_new, "_extra").as_string::<i32>();
+        let add: Vec<(&Field, ArrayRef)> = new.iter().copied().zip(promoted).collect();
+        let merged = |extra, drop: &[&Field], add: &[(&Field, ArrayRef)]| {
+            merge_extra(extra, drop, add).expect("texts")
+        };
+        let ready_extra = column(&shown_ready, "_extra");
+        let pending_extra = column(&shown_pending, "_extra");
+        assert_same_extra(
+            &merged(new_extra, &[], &[]),
+            ready_extra,
+            "new rows, ready",
+            seed,
+        );
+        assert_same_extra(
+            &merged(old_extra, &new, &[]),
+            ready_extra,
+            "old rows, ready",
+            seed,
+        );
+        assert_same_extra(
+            &merged(new_extra, &[], &add),
+            pending_extra,
+            "new rows, pending",
+            seed,
+        );
+        assert_same_extra(
+            &merged(old_extra, &new, &add),
+            pending_extra,
+            "old rows, pending",
+            seed,
+        );
+    }
+}
+
+#[test]
+fn garbage_is_refused_without_panic() {
+    let schema = schema(true, &named(&[("a", FieldType::Float8Array)]));
+    for seed in 0..3_000 {
+        let mut random = Random(seed);
+        let mut bytes = random.object(0, 8).into_bytes();
+        for _ in 0..random.next() % 4 {
+            let at = (random.next() % bytes.len() as u64) as usize;
+            match random.next() % 3 {
+                0 => bytes[at] = b"{}[]\",:\\u0e-+.\n \x7f"[(random.next() % 17) as usize],
+                1 => bytes.truncate(at + 1),
+                _ => {
+                    let tail = bytes.split_off(at);
+                    bytes.extend_from_slice(&tail[tail.len() / 2..]);
+                    bytes.extend_from_slice(&tail);
+                }
+            }
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        let limits = Limits::default();
+        let accepted = check_event(&text, &limits);
+        let _ = crate::entry::split_batch(&format!("[{text}]"), &limits);
+        let mut discovery = Discovery::new(&schema, 10);
+        discovery.observe(&text);
+        let _ = discovery.new_fields();
+        for layout in [Layout::Stored, TABLE] {
+            let mut builder = BatchBuilder::new(&schema, layout, &limits).expect("a builder");
+            let pushed = builder.push(&text, &STAMP);
+            assert_eq!(pushed.is_ok(), accepted.is_ok(), "seed {seed}: {text}");
+            let built = builder.finish().expect("a batch");
+            for extra in texts(&built, "_extra") {
+                parsed(extra);
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! What the registry learns from events: new fields and their types, before the events become columns.
+
+use crate::infer::{Inferred, infer};
+use crate::keys::{NameKind, Walk};
+use crate::schema::Schema;
+use crate::types::FieldType;
+
+/// Collects the new fields of many events against a schema.
+pub struct Discovery {
+    walk: Walk,
+    /// By slot; None while a name has shown no type.
+    types: Vec<Option<FieldType>>,
+    known: usize,
+    /// How many fields the collection may still get.
+    room: usize,
+}
+
+impl Discovery {
+    pub fn new(schema: &Schema, max_fields: usize) -> Self {
+        let mut types: Vec<Option<FieldType>> = Vec::with_capacity(schema.fields.len());
+        types.extend(schema.fields.iter().map(|f| Some(f.ty)));
+        Self {
+            walk: Walk::new(schema.fields.iter().map(|f| f.name.as_str())),
+            known: types.len(),
+            types,
+            room: room(schema, max_fields),
+        }
+    }
+
+    /// Learns from one event. The first event that shows a typable value of a field decides its type. An event
+    /// that [`crate::batch::BatchBuilder::push`] refuses teaches nothing.
+    pub fn observe(&mut self, event: &str) {
+        if self.room == 0 || self.walk.event(event).is_err() {
+            return;
+        }
+        self.types.resize(self.walk.slots().len(), None);
+        for sight in self.walk.sights() {
+            let ty = &mut self.types[sight.slot];
+            let is_field = self.walk.slots()[sight.slot].kind == NameKind::Field;
+            if ty.is_some() || !is_field || self.room == 0 {
+                continue;
+            }
+            if let Inferred::Type(inferred) = infer(sight.raw(event)) {
+                *ty = Some(inferred);
+                self.room -= 1;
+            }
+        }
+    }
+
+    /// The new fields, sorted by name: names that can be columns, as many as the collection has room for.
+    pub fn new_fields(self) -> Vec<(String, FieldType)> {
+        let mut fields: Vec<(String, FieldType)> = self
+            .walk
+            .slots()
+            .iter()
+            .zip(&self.types)
+            .skip(self.known)
+            .filter_map(|(slot, ty)| Some((slot.name.to_string(), (*ty)?)))
+            .collect();
+        fields.sort_by(|a, b| a.0.cmp(&b.0));
+        fields
+    }
+}
+
+/// How many user fields a collection of this schema may still get.
+pub(crate) fn room(schema: &Schema, max_fields: usize) -> usize {
+    let user_fields = schema.fields.iter().filter(|f| f.is_user()).count();
+    max_fields.saturating_sub(user_fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::Field;
+
+    fn learnt(schema: &Schema, max_fields: usize, events: &[&str]) -> Vec<(String, FieldType)> {
+        let mut discovery = Discovery::new(schema, max_fields);
+        for event in events {
+            discovery.observe(event);
+        }
+        discovery.new_fields()
+    }
+
+    #[test]
+    fn the_first_typable_value_decides() {
+        let known = Field {
+            id: 16,
+            name: "known".to_owned(),
+            ty: FieldType::Text,
+            added_version: 1,
+            column_ready: true,
+        };
+        let schema = Schema::new(1, vec![known]);
+        let fields = learnt(
+            &schema,
+            500,
+            &[
+                r#"{"tags":[],"price":null,"known":1,"_time":1,"_user":"u","xmin":1,"big":1e30}"#,
+                r#"{"Tags":["a"],"price":"x","price":2,"_new":true,"_id":"1"}"#,
+                r#"{"tags":true,"price":"later","bad":1,"_extra":{}}"#,
+                r#"{"bad":1"#,
+                r#"[1]"#,
+            ],
+        );
+        let expected = [
+            ("_new", FieldType::Bool),
+            ("price", FieldType::Float8),
+            ("tags", FieldType::TextArray),
+        ];
+        assert!(fields.iter().map(|(n, t)| (n.as_str(), *t)).eq(expected));
+    }
+
+    #[test]
+    fn no_more_fields_than_allowed() {
+        let schema = Schema::new(1, Vec::new());
+        let events = [r#"{"z":1,"a":2}"#, r#"{"b":1}"#];
+        let names = |max| -> Vec<String> {
+            learnt(&schema, max, &events)
+                .into_iter()
+                .map(|(name, _)| name)
+                .collect()
+        };
+        assert_eq!(names(0), [""; 0]);
+        assert_eq!(names(1), ["z"]);
+        assert_eq!(names(2), ["a", "z"]);
+        assert_eq!(names(9), ["a", "b", "z"]);
+    }
+}

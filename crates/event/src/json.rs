@@ -1,0 +1,581 @@
+//! JSON as text: an event is a walk over its keys and raw values, never a tree of values.
+//!
+//! serde_json parses; what it leaves open is checked here by one scan before any parsing: nesting, NUL and
+//! half surrogates in escapes, numbers that Postgres' jsonb cannot hold. A *raw* value below is the text of one
+//! valid JSON value without outer blanks. Numbers keep their text.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{Deserializer as _, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::error::EventError;
+use crate::number::Number;
+
+/// JSON deeper than this is refused; an event's own object is level 1.
+pub const MAX_DEPTH: usize = 64;
+/// A number without exponent is surely in the range of numeric up to this many bytes.
+const SHORT_NUMBER: usize = 16_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Null,
+    Bool,
+    Number,
+    String,
+    Array,
+    Object,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Null => "null",
+            Self::Bool => "a boolean",
+            Self::Number => "a number",
+            Self::String => "a string",
+            Self::Array => "an array",
+            Self::Object => "an object",
+        })
+    }
+}
+
+/// The kind of a raw value, by its first byte.
+pub fn kind(raw: &str) -> Kind {
+    match raw.as_bytes().first() {
+        Some(b'{') => Kind::Object,
+        Some(b'[') => Kind::Array,
+        Some(b'"') => Kind::String,
+        Some(b't' | b'f') => Kind::Bool,
+        Some(b'n') | None => Kind::Null,
+        Some(_) => Kind::Number,
+    }
+}
+
+/// Checks what the parser does not: call it before anything else looks at the text. Says nothing about syntax.
+pub fn check(text: &str, max_depth: usize) -> Result<(), EventError> {
+    let bytes = text.as_bytes();
+    let mut depth = 0_usize;
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        match byte {
+            b'"' => at = check_string(bytes, at + 1)?,
+            b'-' | b'0'..=b'9' => at = check_number(text, at)?,
+            b'{' | b'[' => {
+                depth += 1;
+                if depth > max_depth {
+                    return Err(EventError::TooDeep { limit: MAX_DEPTH });
+                }
+                at += 1;
+            }
+            b'}' | b']' => {
+                depth = depth.saturating_sub(1);
+                at += 1;
+            }
+            _ => at += 1,
+        }
+    }
+    Ok(())
+}
+
+/// Checks the escapes of a string whose content starts at `at`; answers where it ends.
+fn check_string(bytes: &[u8], mut at: usize) -> Result<usize, EventError> {
+    let half = || EventError::InvalidJson("Unicode surrogates must come in pairs".to_owned());
+    loop {
+        let Some(next) = bytes
+            .get(at..)
+            .and_then(|rest| rest.iter().position(|&b| b == b'"' || b == b'\\'))
+        else {
+            return Ok(bytes.len());
+        };
+        at += next;
+        if bytes[at] == b'"' {
+            return Ok(at + 1);
+        }
+        match escaped_unit(bytes, at) {
+            Some(0) => return Err(EventError::NulCharacter),
+            Some(0xD800..=0xDBFF) => match escaped_unit(bytes, at + 6) {
+                Some(0xDC00..=0xDFFF) => at += 12,
+                _ => return Err(half()),
+            },
+            Some(0xDC00..=0xDFFF) => return Err(half()),
+            Some(_) => at += 6,
+            None => at += 2,
+        }
+    }
+}
+
+/// The UTF-16 unit of an escape `\uXXXX` at `at`.
+fn escaped_unit(bytes: &[u8], at: usize) -> Option<u16> {
+    let digits = match bytes.get(at..at + 6)? {
+        [b'\\', b'u', digits @ ..] => digits,
+        _ => return None,
+    };
+    digits.iter().try_fold(0, |unit: u16, &b| {
+        let digit = char::from(b).to_digit(16)?;
+        Some(unit << 4 | digit as u16)
+    })
+}
+
+fn check_number(text: &str, start: usize) -> Result<usize, EventError> {
+    let bytes = &text.as_bytes()[start..];
+    let mut exponent = false;
+    let mut len = 0;
+    while let Some(&byte) = bytes.get(len) {
+        match byte {
+            b'0'..=b'9' | b'-' | b'+' | b'.' => {}
+            b'e' | b'E' => exponent = true,
+            _ => break,
+        }
+        len += 1;
+    }
+    // All bytes taken are ASCII, so the slice is on character boundaries.
+    if (exponent || len > SHORT_NUMBER)
+        && Number::parse(&text[start..start + len]).is_some_and(|n| !n.fits_numeric())
+    {
+        return Err(EventError::NumberOutOfRange);
+    }
+    Ok(start + len)
+}
+
+/// Calls `f` with each key and raw value of an object, in order, duplicates included.
+pub fn object_entries<'a>(text: &'a str, f: impl FnMut(&str, &'a str)) -> Result<(), EventError> {
+    let text = trim(text);
+    if kind(text) != Kind::Object {
+        return Err(wrong_kind(text, EventError::NotAnObject));
+    }
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser
+        .deserialize_map(Entries(f))
+        .and_then(|()| parser.end())
+        .map_err(invalid)
+}
+
+/// Calls `f` with each raw value of an array, in order.
+pub fn array_elements<'a>(text: &'a str, f: impl FnMut(&'a str)) -> Result<(), EventError> {
+    let text = trim(text);
+    if kind(text) != Kind::Array {
+        return Err(wrong_kind(text, EventError::NotAnArray));
+    }
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser
+        .deserialize_seq(Elements(f))
+        .and_then(|()| parser.end())
+        .map_err(invalid)
+}
+
+/// The text of a raw string.
+pub fn string(raw: &str) -> Option<Cow<'_, str>> {
+    let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
+    if inner.contains('\\') {
+        serde_json::from_str(raw).ok().map(Cow::Owned)
+    } else {
+        Some(Cow::Borrowed(inner))
+    }
+}
+
+/// Without the blanks of JSON around it.
+pub fn trim(text: &str) -> &str {
+    text.trim_matches([' ', '\t', '\n', '\r'])
+}
+
+fn wrong_kind(text: &str, error: fn(Kind) -> EventError) -> EventError {
+    match serde_json::from_str::<&RawValue>(text) {
+        Ok(_) => error(kind(text)),
+        Err(e) => invalid(e),
+    }
+}
+
+fn invalid(error: serde_json::Error) -> EventError {
+    EventError::InvalidJson(error.to_string())
+}
+
+struct Entries<F>(F);
+
+impl<'de, F: FnMut(&str, &'de str)> Visitor<'de> for Entries<F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        while let Some(Key(key)) = map.next_key()? {
+            let value: &'de RawValue = map.next_value()?;
+            (self.0)(&key, value.get());
+        }
+        Ok(())
+    }
+}
+
+/// A key, borrowed unless it has escapes (serde's own `Cow` always copies).
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> serde::Deserialize<'de> for Key<'de> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+        impl<'de> Visitor<'de> for KeyVisitor {
+            type Value = Key<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Borrowed(key)))
+            }
+
+            fn visit_str<E>(self, key: &str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Owned(key.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(KeyVisitor)
+    }
+}
+
+struct Elements<F>(F);
+
+impl<'de, F: FnMut(&'de str)> Visitor<'de> for Elements<F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut array: A) -> Result<(), A::Error> {
+        while let Some(value) = array.next_element::<&'de RawValue>()? {
+            (self.0)(value.get());
+        }
+        Ok(())
+    }
+}
+
+/// Writes text as a JSON string, with the escapes that Postgres writes.
+pub fn write_string(text: &str, out: &mut String) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    out.push('"');
+    let mut start = 0;
+    for (at, byte) in text.bytes().enumerate() {
+        let escape = match byte {
+            b'"' => "\\\"",
+            b'\\' => "\\\\",
+            b'\n' => "\\n",
+            b'\r' => "\\r",
+            b'\t' => "\\t",
+            0x08 => "\\b",
+            0x0c => "\\f",
+            0x00..=0x1f => "",
+            _ => continue,
+        };
+        out.push_str(&text[start..at]);
+        start = at + 1;
+        if escape.is_empty() {
+            out.push_str("\\u00");
+            out.push(char::from(HEX[usize::from(byte >> 4)]));
+            out.push(char::from(HEX[usize::from(byte & 15)]));
+        } else {
+            out.push_str(escape);
+        }
+    }
+    out.push_str(&text[start..]);
+    out.push('"');
+}
+
+/// Cuts strings that are too long, and remembers that it did.
+#[derive(Debug, Clone, Copy)]
+pub struct Cutter {
+    max_bytes: usize,
+    /// The size of the first string that was cut.
+    pub cut_from: Option<usize>,
+}
+
+impl Cutter {
+    pub fn new(max_bytes: usize) -> Self {
+        Self {
+            max_bytes,
+            cut_from: None,
+        }
+    }
+
+    /// Leaves strings as they are, as for values that were stored before.
+    pub fn off() -> Self {
+        Self::new(usize::MAX)
+    }
+
+    pub fn max_bytes(&self) -> usize {
+        self.max_bytes
+    }
+
+    /// The longest start of the text that is within the limit and ends on a character boundary.
+    pub fn cut<'a>(&mut self, text: Cow<'a, str>) -> Cow<'a, str> {
+        if text.len() <= self.max_bytes {
+            return text;
+        }
+        self.cut_from.get_or_insert(text.len());
+        let end = text.floor_char_boundary(self.max_bytes);
+        match text {
+            Cow::Borrowed(text) => Cow::Borrowed(&text[..end]),
+            Cow::Owned(mut text) => {
+                text.truncate(end);
+                Cow::Owned(text)
+            }
+        }
+    }
+}
+
+/// Writes a raw value without blanks between its tokens, with its strings (not its keys) cut.
+pub fn write_compact(raw: &str, cutter: &mut Cutter, out: &mut String) {
+    let bytes = raw.as_bytes();
+    let mut at = 0;
+    let mut copied = 0;
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' => {
+                let end = string_end(bytes, at);
+                // Text is never longer than its raw form.
+                let text = &raw[at..end];
+                if text.len() > cutter.max_bytes
+                    && !is_key(&bytes[end..])
+                    && let Some(decoded) = string(text)
+                {
+                    out.push_str(&raw[copied..at]);
+                    write_string(&cutter.cut(decoded), out);
+                    copied = end;
+                }
+                at = end;
+            }
+            b' ' | b'\t' | b'\n' | b'\r' => {
+                out.push_str(&raw[copied..at]);
+                at += 1;
+                copied = at;
+            }
+            _ => at += 1,
+        }
+    }
+    out.push_str(&raw[copied..]);
+}
+
+/// [`write_compact`] that copies only when something changes.
+pub fn compact<'a>(raw: &'a str, cutter: &mut Cutter) -> Cow<'a, str> {
+    if raw.len() <= cutter.max_bytes
+        && !raw
+            .bytes()
+            .any(|b| matches!(b, b' ' | b'\t' | b'\n' | b'\r'))
+    {
+        return Cow::Borrowed(raw);
+    }
+    let mut out = String::with_capacity(raw.len());
+    write_compact(raw, cutter, &mut out);
+    Cow::Owned(out)
+}
+
+/// Where the raw string at `at` ends.
+fn string_end(bytes: &[u8], at: usize) -> usize {
+    let mut at = at + 1;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
+fn is_key(rest: &[u8]) -> bool {
+    rest.iter()
+        .find(|b| !b.is_ascii_whitespace())
+        .is_some_and(|&b| b == b':')
+}
+
+/// Writes a raw value in the one form that depends on its value only, whatever path it took: keys in the order
+/// of jsonb (by length, then bytes) and the last of equal ones, numbers by value.
+pub fn write_canonical(raw: &str, cutter: &mut Cutter, out: &mut String) -> Result<(), EventError> {
+    canonical_levels(raw, MAX_DEPTH, cutter, out)
+}
+
+/// Recursive, hence the levels; what is deeper, which only INSERT can store, is compact but not sorted.
+fn canonical_levels(
+    raw: &str,
+    levels: usize,
+    cutter: &mut Cutter,
+    out: &mut String,
+) -> Result<(), EventError> {
+    match kind(raw) {
+        Kind::Array | Kind::Object if levels == 0 => write_compact(raw, cutter, out),
+        Kind::Null | Kind::Bool => out.push_str(raw),
+        Kind::Number => match Number::parse(raw) {
+            Some(number) => number.write(out),
+            None => out.push_str(raw),
+        },
+        Kind::String => match string(raw) {
+            Some(text) => write_string(&cutter.cut(text), out),
+            None => out.push_str(raw),
+        },
+        Kind::Array => {
+            let mut elements = Vec::new();
+            array_elements(raw, |element| elements.push(element))?;
+            out.push('[');
+            for (i, element) in elements.into_iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                canonical_levels(element, levels - 1, cutter, out)?;
+            }
+            out.push(']');
+        }
+        Kind::Object => {
+            let mut entries: Vec<(String, &str)> = Vec::new();
+            object_entries(raw, |key, value| entries.push((key.to_owned(), value)))?;
+            // Stable, so that of equal keys the last stays last.
+            entries.sort_by(|(a, _), (b, _)| a.len().cmp(&b.len()).then_with(|| a.cmp(b)));
+            entries.reverse();
+            entries.dedup_by(|(key, _), (last, _)| key == last);
+            out.push('{');
+            for (i, (key, value)) in entries.iter().rev().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                write_string(key, out);
+                out.push(':');
+                canonical_levels(value, levels - 1, cutter, out)?;
+            }
+            out.push('}');
+        }
+    }
+    Ok(())
+}
+
+/// Writes one JSON object after another into one buffer.
+#[derive(Debug, Default)]
+pub struct ObjectWriter(String);
+
+impl ObjectWriter {
+    /// Starts an object.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Writes a key; the caller appends its value to what this answers.
+    pub fn key(&mut self, name: &str) -> &mut String {
+        self.0.push(if self.0.is_empty() { '{' } else { ',' });
+        write_string(name, &mut self.0);
+        self.0.push(':');
+        &mut self.0
+    }
+
+    /// The object, if it has any key.
+    pub fn finish(&mut self) -> Option<&str> {
+        if self.0.is_empty() {
+            return None;
+        }
+        self.0.push('}');
+        Some(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scan_finds_what_the_parser_lets_through() {
+        let state = |text: &str| check(text, MAX_DEPTH).map_err(|e| e.sqlstate());
+        let nested = |n| "[".repeat(n) + &"]".repeat(n);
+        assert_eq!(state(&nested(64)), Ok(()));
+        assert_eq!(state(&nested(65)), Err("54000"));
+        assert_eq!(state(&"[".repeat(1_000_000)), Err("54000"));
+        assert_eq!(state(&format!("\"{}\"", "[".repeat(100))), Ok(()));
+        for (text, expected) in [
+            (r#"{"a":"\u0000"}"#, Err("22P05")),
+            (r#"{"\u0000":1}"#, Err("22P05")),
+            (r#"{"a":"\\u0000"}"#, Ok(())),
+            (r#"{"a":"\\\u0000"}"#, Err("22P05")),
+            (r#"{"a":"\"\u0000"}"#, Err("22P05")),
+            (r#"{"a":"\u0001"}"#, Ok(())),
+            (r#"{"a":"\ud83d\ude00"}"#, Ok(())),
+            (r#"{"a":"\ud83d"}"#, Err("22P02")),
+            (r#"{"a":"\ude00"}"#, Err("22P02")),
+            (r#"{"a":"\ud83dx"}"#, Err("22P02")),
+            (r#"{"a":1e131071}"#, Ok(())),
+            (r#"{"a":1e131072}"#, Err("22003")),
+            (r#"{"a":"1e131072"}"#, Ok(())),
+            (r#"{"a":1E-99999999999999999999}"#, Err("22003")),
+            ("\"\\", Ok(())),
+            ("\"\\u", Ok(())),
+            ("\"\\u00", Ok(())),
+            ("é1e9é", Ok(())),
+        ] {
+            assert_eq!(state(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn entries_keep_order_duplicates_and_number_texts() {
+        let mut seen = Vec::new();
+        let text = " { \"a\" : 1.0 , \"b\\u0041\":[1, 2],\"a\":null}\n";
+        let result = object_entries(text, |key, raw| seen.push((key.to_owned(), raw)));
+        assert_eq!(result, Ok(()));
+        let expected = [("a", "1.0"), ("bA", "[1, 2]"), ("a", "null")];
+        assert!(seen.iter().map(|(k, v)| (k.as_str(), *v)).eq(expected));
+    }
+
+    #[test]
+    fn shape_and_syntax_are_told_apart() {
+        let state = |text| object_entries(text, |_, _| {}).map_err(|e| e.sqlstate());
+        for text in ["[]", "1", "null", "\"x\"", " true "] {
+            assert_eq!(state(text), Err("22023"), "{text}");
+        }
+        for text in [
+            "",
+            " ",
+            "{",
+            "{\"a\"}",
+            "{\"a\":1,}",
+            "{} x",
+            "nul",
+            "{'a':1}",
+            "{\"a\":01}",
+            "{\"a\":NaN}",
+            "{\"a\":\"\n\"}",
+        ] {
+            assert_eq!(state(text), Err("22P02"), "{text}");
+        }
+    }
+
+    #[test]
+    fn compact_form() {
+        let mut cutter = Cutter::new(4);
+        let mut out = String::new();
+        write_compact(
+            "{ \"a long key\" : [ 1.0 , \"éééé\" , \"a b\" ] }",
+            &mut cutter,
+            &mut out,
+        );
+        assert_eq!(out, "{\"a long key\":[1.0,\"éé\",\"a b\"]}");
+        assert_eq!(cutter.cut_from, Some(8));
+        let mut cutter = Cutter::new(3);
+        assert_eq!(compact("[\"ab\\\"cd\"]", &mut cutter), "[\"ab\\\"\"]");
+        assert_eq!(compact("[1,2]", &mut Cutter::off()), "[1,2]");
+    }
+
+    #[test]
+    fn canonical_form_is_that_of_jsonb_without_blanks() {
+        let mut out = String::new();
+        let raw = r#"{"bb":1.0, "a": {"x":[1e2,"\u0041\n"]}, "bb": 2.50, "B":null}"#;
+        assert_eq!(write_canonical(raw, &mut Cutter::off(), &mut out), Ok(()));
+        assert_eq!(out, r#"{"B":null,"a":{"x":[100,"A\n"]},"bb":2.5}"#);
+    }
+
+    #[test]
+    fn strings_are_written_as_postgres_does() {
+        let mut out = String::new();
+        write_string("a\"\\\n\r\t\u{8}\u{c}\u{1}\u{1f}\u{7f}é", &mut out);
+        assert_eq!(out, "\"a\\\"\\\\\\n\\r\\t\\b\\f\\u0001\\u001f\u{7f}é\"");
+        assert_eq!(
+            string(&out).as_deref(),
+            Some("a\"\\\n\r\t\u{8}\u{c}\u{1}\u{1f}\u{7f}é")
+        );
+    }
+}

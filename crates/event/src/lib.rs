@@ -1,0 +1,24 @@
+//! What an event is: names, types, JSON to Arrow, coercion and schema evolution.
+//!
+//! Pure code: no server, no clock, no I/O. Time and limits are passed in. Start reading at [`schema`],
+//! then [`entry`] (what collect accepts), [`discovery`] (what the registry learns from it) and [`batch`],
+//! the road of an event's bytes into columns; [`extra`] reads rows that were stored before a field existed.
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod coerce;
+mod column;
+pub mod discovery;
+pub mod entry;
+pub mod error;
+pub mod extra;
+pub mod infer;
+pub mod json;
+mod keys;
+pub mod names;
+pub mod net;
+pub mod number;
+pub mod print;
+pub mod schema;
+pub mod time;
+pub mod types;

@@ -1,0 +1,143 @@
+use super::*;
+use crate::testing::{Rng, all_types, batch};
+use rakam_event::schema::Schema;
+
+#[test]
+fn batches_round_trip() {
+    let schema = all_types();
+    let mut rng = Rng::new(21);
+    for n in [1, 2, 63, 64, 65, 1000] {
+        let rows = batch(&schema, n, &mut rng);
+        let chunk = Bytes::from(encode(&rows, 7).unwrap());
+        let back = decode(chunk.clone()).unwrap();
+        assert_eq!(back, rows);
+        assert_eq!(back.schema(), schema.arrow());
+        assert_eq!(schema_version(chunk).unwrap(), 7);
+    }
+}
+
+#[test]
+fn sliced_batches_round_trip() {
+    let schema = all_types();
+    let rows = batch(&schema, 500, &mut Rng::new(22)).slice(123, 200);
+    assert_eq!(decode(encode(&rows, 1).unwrap().into()).unwrap(), rows);
+}
+
+#[test]
+fn projection_is_by_field_id() {
+    let schema = all_types();
+    let rows = batch(&schema, 100, &mut Rng::new(23));
+    let chunk = Bytes::from(encode(&rows, 1).unwrap());
+    let ids = [XID, TIME, "f.15 double precision[]", "f.8 text"]
+        .map(|name| field_id(schema.arrow().field_with_name(name).unwrap()).unwrap());
+    let wanted = [ids[0], ids[1], 4_000, ids[2], ids[3]];
+    let back = decode_projected(chunk.clone(), &wanted).unwrap();
+    let positions: Vec<usize> = ids
+        .iter()
+        .map(|&id| {
+            let arrow = schema.arrow();
+            arrow
+                .fields()
+                .iter()
+                .position(|f| field_id(f) == Some(id))
+                .unwrap()
+        })
+        .collect();
+    assert_eq!(back, rows.project(&positions).unwrap());
+    let none = decode_projected(chunk, &[]).unwrap();
+    assert_eq!((none.num_columns(), none.num_rows()), (0, 100));
+}
+
+#[test]
+fn info_is_that_of_the_rows() {
+    let schema = Schema::new(1, Vec::new());
+    let rows = batch(&schema, 100, &mut Rng::new(24));
+    let info = info(&rows).unwrap();
+    let times = rows.column(0).as_primitive::<TimestampMicrosecondType>();
+    assert_eq!(info.n, 100);
+    assert_eq!(Some(info.min_time_us), times.values().iter().min().copied());
+    assert_eq!(Some(info.max_time_us), times.values().iter().max().copied());
+    assert_eq!(info.max_xid - info.min_xid, 99);
+    assert!(super::info(&rows.slice(0, 0)).is_err());
+    let ids: Vec<usize> = (1..rows.num_columns()).collect();
+    assert!(super::info(&rows.project(&ids).unwrap()).is_err());
+}
+
+#[test]
+fn merge_lines_fields_up_by_id() {
+    let new = all_types();
+    let mut old = all_types();
+    old.fields.retain(|f| f.id % 2 == 0 || f.id < 16);
+    // A renamed field keeps its id.
+    old.fields[10].name = "renamed".into();
+    let mut rng = Rng::new(25);
+    let (a, b) = (batch(&old, 10, &mut rng), batch(&new, 20, &mut rng));
+    let merged = merge(&[a.clone(), b.clone()], new.arrow()).unwrap();
+    assert_eq!(merged.num_rows(), 30);
+    assert_eq!(merged.slice(10, 20), b);
+    for (i, field) in new.fields.iter().enumerate() {
+        let column = merged.column(i).slice(0, 10);
+        match old.fields.iter().position(|f| f.id == field.id) {
+            Some(j) => assert_eq!(&column, a.column(j)),
+            None => assert_eq!(column.null_count(), 10),
+        }
+    }
+    assert_eq!(merge(&[], new.arrow()).unwrap().num_rows(), 0);
+    let mut other = new.clone();
+    other.fields[12].ty = rakam_event::types::FieldType::Text;
+    let error = merge(&[b], other.arrow()).unwrap_err();
+    assert_eq!(error.sqlstate(), "XX001");
+}
+
+#[test]
+fn garbage_is_an_error() {
+    let schema = all_types();
+    let mut rng = Rng::new(26);
+    let good = encode(&batch(&schema, 50, &mut rng), 1).unwrap();
+    for length in (0..good.len()).step_by(7) {
+        assert!(decode(good[..length].to_vec().into()).is_err());
+    }
+    for _ in 0..600 {
+        let mut flipped = good.clone();
+        let at = rng.below(flipped.len() as u64) as usize;
+        flipped[at] ^= 1 << rng.below(8);
+        assert!(decode(flipped.into()).is_err());
+
+        // Behind the checksum, as crafted bytes would be: any outcome but a crash.
+        let mut crafted = good[seal::HEADER..].to_vec();
+        for _ in 0..=rng.below(8) {
+            let at = rng.below(crafted.len() as u64) as usize;
+            crafted[at] = rng.pick(&[0, 0xff, rng_byte(at)]);
+        }
+        if rng.below(4) == 0 {
+            crafted.truncate(rng.below(crafted.len() as u64) as usize);
+        }
+        let mut sealed = seal::start(crafted.len());
+        sealed.extend_from_slice(&crafted);
+        let sealed = Bytes::from(seal::seal(sealed, MAGIC));
+        let _ = decode(sealed.clone());
+        let _ = decode_projected(sealed, &[1, 20, 31]);
+    }
+}
+
+fn rng_byte(at: usize) -> u8 {
+    Rng::new(at as u64).next() as u8
+}
+
+#[test]
+fn a_buffer_that_claims_too_much_is_refused() {
+    let rows = batch(&Schema::new(1, Vec::new()), 5000, &mut Rng::new(27));
+    let good = encode(&rows, 1).unwrap();
+    // The size stands before the buffer's LZ4 frame.
+    let frame = [0x04, 0x22, 0x4d, 0x18];
+    let at = good.windows(4).position(|w| w == frame).unwrap() - 8;
+    let mut crafted = good;
+    crafted[at..at + 8].copy_from_slice(&(1u64 << 45).to_le_bytes());
+    let mut sealed = seal::start(crafted.len());
+    sealed.extend_from_slice(&crafted[seal::HEADER..]);
+    let error = decode(seal::seal(sealed, MAGIC).into()).unwrap_err();
+    assert!(
+        error.to_string().contains("impossible buffer size"),
+        "{error}"
+    );
+}

@@ -1,0 +1,24 @@
+//! The lake: how events lie in chunks and data files, and how files are found, skipped and kept.
+//!
+//! Pure code: no server. Start reading at [`chunk`] (the hot tier), then [`period`], [`sort`] and [`mod@write`] (the road
+//! of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files), [`storage`] (where files lie).
+#![forbid(unsafe_code)]
+
+pub mod chunk;
+pub mod encoding;
+pub mod error;
+pub mod footer;
+pub mod parts;
+pub mod period;
+pub mod prune;
+pub mod scalar;
+pub mod sort;
+pub mod stats;
+pub mod storage;
+pub mod write;
+
+mod seal;
+#[cfg(test)]
+mod testing;
+
+pub use error::LakeError;

@@ -1,0 +1,372 @@
+//! Writes a data file: Parquet, sorted by `_time`, with everything a reader needs to skip what it does not want.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
+use parquet::basic::{Compression, LogicalType, Type as PhysicalType, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{KeyValue, SortingColumn};
+use parquet::file::properties::{
+    DEFAULT_CREATED_BY, EnabledStatistics, WriterProperties, WriterVersion,
+};
+use parquet::schema::types::{ColumnPath, SchemaDescriptor, Type};
+use rakam_event::schema::{ID, Schema, TIME, USER};
+use uuid::Uuid;
+
+use crate::chunk::{self, ChunkInfo};
+use crate::encoding::{choose, leaf};
+use crate::error::LakeError;
+use crate::footer::seal_footer;
+use crate::period::Period;
+use crate::stats::{ColumnStat, StatsBuilder};
+
+/// `data_file.format_version` and `rakam.format_version` of what this module writes.
+pub const FORMAT_VERSION: i32 = 1;
+const ROW_GROUP_ROWS: usize = 1_000_000;
+const ROW_GROUP_BYTES: usize = 128 << 20;
+const PAGE_BYTES: usize = 1 << 20;
+/// Above Parquet's usual 1 MiB: ids of users repeat over a row group, but there are many.
+const DICTIONARY_BYTES: usize = 4 << 20;
+/// Encodings are chosen by the first rows of the file.
+const SAMPLE_ROWS: usize = 65_536;
+const WHAT: &str = "data file";
+
+/// What a file says about itself.
+#[derive(Debug, Clone)]
+pub struct FileOptions {
+    pub project: String,
+    pub collection: String,
+    pub flush_id: Uuid,
+    pub period: Period,
+    pub first_day: i32,
+}
+
+/// A finished file: what its row of the manifest says, and the sink it went to.
+#[derive(Debug)]
+pub struct WrittenFile<W> {
+    pub n: u64,
+    pub bytes: u64,
+    /// For `data_file_footer`; read by [`crate::footer::parse_footer`].
+    pub footer: Bytes,
+    /// Bytes from the page index to the end of the file: what one read must fetch to open it.
+    pub footer_bytes: usize,
+    pub stats: Vec<ColumnStat>,
+    pub min_time_us: i64,
+    pub max_time_us: i64,
+    pub min_xid: i64,
+    pub max_xid: i64,
+    pub has_extra: bool,
+    pub sink: W,
+}
+
+/// Writes batches of one schema, already in the order of `_time`, into a sink.
+///
+/// It holds a row group in encoded form and, before that, up to 65,536 rows from which encodings are chosen.
+pub struct FileWriter<W: Write + Send> {
+    schema: Schema,
+    arrow: SchemaRef,
+    options: FileOptions,
+    stats: StatsBuilder,
+    info: Option<ChunkInfo>,
+    rows: u64,
+    row_group_rows: usize,
+    state: State<W>,
+}
+
+enum State<W: Write + Send> {
+    Sampling {
+        sink: W,
+        rows: usize,
+        batches: Vec<RecordBatch>,
+    },
+    Writing(Box<ArrowWriter<Recorder<W>>>),
+    /// A write failed: the file is useless.
+    Failed,
+}
+
+impl<W: Write + Send> FileWriter<W> {
+    pub fn new(schema: &Schema, options: &FileOptions, sink: W) -> Self {
+        Self {
+            schema: schema.clone(),
+            arrow: schema.arrow(),
+            options: options.clone(),
+            stats: StatsBuilder::new(schema),
+            info: None,
+            rows: 0,
+            row_group_rows: ROW_GROUP_ROWS,
+            state: State::Sampling {
+                sink,
+                rows: 0,
+                batches: Vec::new(),
+            },
+        }
+    }
+
+    /// Appends rows. Their `_time` must not be before that of the rows already written.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<(), LakeError> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let batch = chunk::conform(batch, &self.arrow)?;
+        let info = chunk::info(&batch)?;
+        if self.info.is_some_and(|i| info.min_time_us < i.max_time_us) {
+            return Err(LakeError::encode(
+                WHAT,
+                "rows are not in the order of _time",
+            ));
+        }
+        self.stats.update(&batch)?;
+        self.rows += info.n as u64;
+        self.info = Some(match self.info {
+            None => info,
+            Some(before) => ChunkInfo {
+                n: before.n + info.n,
+                min_time_us: before.min_time_us,
+                max_time_us: info.max_time_us,
+                min_xid: before.min_xid.min(info.min_xid),
+                max_xid: before.max_xid.max(info.max_xid),
+                has_extra: before.has_extra || info.has_extra,
+            },
+        });
+        match &mut self.state {
+            State::Writing(writer) => {
+                let written = writer.write(&batch);
+                self.check(written)
+            }
+            State::Sampling { rows, batches, .. } => {
+                *rows += batch.num_rows();
+                batches.push(batch);
+                if *rows >= SAMPLE_ROWS {
+                    self.open()?;
+                }
+                Ok(())
+            }
+            State::Failed => Err(failed_before()),
+        }
+    }
+
+    /// Completes the file. One without rows is refused: there are no empty files.
+    pub fn finish(mut self) -> Result<WrittenFile<W>, LakeError> {
+        let Some(info) = self.info else {
+            return Err(LakeError::encode(WHAT, "no rows"));
+        };
+        if matches!(self.state, State::Sampling { .. }) {
+            self.open()?;
+        }
+        let State::Writing(mut writer) = std::mem::replace(&mut self.state, State::Failed) else {
+            return Err(failed_before());
+        };
+        let path = self.options.collection.as_str();
+        let failed = |e| LakeError::from_writer(path, e);
+        // What the writer appends after the last row group is the page index and the metadata.
+        writer.flush().map_err(failed)?;
+        writer.sync().map_err(|e| failed(e.into()))?;
+        writer.inner_mut().hold();
+        let recorder = writer.into_inner().map_err(failed)?;
+        let (mut sink, bytes) = (recorder.sink, recorder.bytes);
+        let tail = Bytes::from(recorder.held.unwrap_or_default());
+        sink.write_all(&tail)
+            .and_then(|()| sink.flush())
+            .map_err(|e| LakeError::io("write", path, &e))?;
+        Ok(WrittenFile {
+            n: self.rows,
+            bytes,
+            footer: seal_footer(&tail, bytes)?,
+            footer_bytes: tail.len(),
+            stats: self.stats.finish(),
+            min_time_us: info.min_time_us,
+            max_time_us: info.max_time_us,
+            min_xid: info.min_xid,
+            max_xid: info.max_xid,
+            has_extra: info.has_extra,
+            sink,
+        })
+    }
+
+    /// Bytes of the file so far, what is still in memory included: to end a file at its target size.
+    pub fn estimated_bytes(&self) -> u64 {
+        match &self.state {
+            State::Writing(writer) => (writer.bytes_written() + writer.in_progress_size()) as u64,
+            State::Sampling { .. } | State::Failed => 0,
+        }
+    }
+
+    /// Chooses the encodings and writes the sample.
+    fn open(&mut self) -> Result<(), LakeError> {
+        let State::Sampling { sink, batches, .. } =
+            std::mem::replace(&mut self.state, State::Failed)
+        else {
+            return Err(failed_before());
+        };
+        let encode = |e: ParquetError| LakeError::encode(WHAT, e);
+        let options = ArrowWriterOptions::new()
+            .with_properties(self.properties(&batches)?)
+            .with_parquet_schema(parquet_schema(&self.arrow).map_err(encode)?)
+            // Our types follow from the Parquet schema alone; a second copy of it only makes footers larger.
+            .with_skip_arrow_metadata(true);
+        let mut writer = ArrowWriter::try_new_with_options(
+            Recorder::new(sink),
+            Arc::clone(&self.arrow),
+            options,
+        )
+        .map_err(|e| LakeError::from_writer(&self.options.collection, e))?;
+        for batch in &batches {
+            writer
+                .write(batch)
+                .map_err(|e| LakeError::from_writer(&self.options.collection, e))?;
+        }
+        self.state = State::Writing(Box::new(writer));
+        Ok(())
+    }
+
+    fn check(&mut self, written: Result<(), ParquetError>) -> Result<(), LakeError> {
+        written.map_err(|e| {
+            self.state = State::Failed;
+            LakeError::from_writer(&self.options.collection, e)
+        })
+    }
+
+    fn properties(&self, sample: &[RecordBatch]) -> Result<WriterProperties, LakeError> {
+        let encode = |e: ParquetError| LakeError::encode(WHAT, e);
+        let level = ZstdLevel::try_new(3).map_err(encode)?;
+        let metadata = HashMap::from([
+            ("rakam.format_version", FORMAT_VERSION.to_string()),
+            ("rakam.project", self.options.project.clone()),
+            ("rakam.collection", self.options.collection.clone()),
+            ("rakam.schema_version", self.schema.version.to_string()),
+            ("rakam.flush_id", self.options.flush_id.to_string()),
+            ("rakam.period", self.options.period.to_string()),
+            ("rakam.first_day", self.options.first_day.to_string()),
+        ]);
+        let mut metadata: Vec<KeyValue> = metadata
+            .into_iter()
+            .map(|(key, value)| KeyValue::new(key.to_owned(), value))
+            .collect();
+        metadata.sort_by(|a, b| a.key.cmp(&b.key));
+
+        let mut builder = WriterProperties::builder()
+            // Pages of version 2 leave the levels of NULLs and lists uncompressed; the encodings are set by column.
+            .set_writer_version(WriterVersion::PARQUET_1_0)
+            .set_created_by(format!(
+                "rakam {} ({DEFAULT_CREATED_BY})",
+                env!("CARGO_PKG_VERSION")
+            ))
+            .set_compression(Compression::ZSTD(level))
+            .set_statistics_enabled(EnabledStatistics::Page)
+            .set_max_row_group_row_count(Some(self.row_group_rows))
+            .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
+            .set_data_page_size_limit(PAGE_BYTES)
+            .set_dictionary_page_size_limit(DICTIONARY_BYTES)
+            .set_key_value_metadata(Some(metadata));
+        for (position, field) in self.arrow.fields().iter().enumerate() {
+            let (columns, rest): (Vec<_>, Vec<_>) =
+                sample.iter().map(|b| leaf(b.column(position))).unzip();
+            let choice = choose(&columns, self.rows < SAMPLE_ROWS as u64);
+            let mut parts = vec![field.name().clone()];
+            parts.extend(
+                rest.first()
+                    .into_iter()
+                    .copied()
+                    .flatten()
+                    .map(|&p| p.to_owned()),
+            );
+            let path = ColumnPath::new(parts);
+            builder = builder.set_column_dictionary_enabled(path.clone(), choice.dictionary);
+            if let Some(encoding) = choice.plain {
+                builder = builder.set_column_encoding(path.clone(), encoding);
+            }
+            // Made for a full row group and folded to the values there are: a column of NULLs takes 32 bytes.
+            if field.name() == USER || field.name() == ID {
+                builder = builder.set_column_bloom_filter_enabled(path, true);
+            } else if field.name() == TIME {
+                builder = builder.set_sorting_columns(Some(vec![SortingColumn {
+                    column_idx: position as i32,
+                    descending: false,
+                    nulls_first: false,
+                }]));
+            }
+        }
+        Ok(builder.build())
+    }
+}
+
+fn failed_before() -> LakeError {
+    LakeError::encode(WHAT, "an earlier write failed")
+}
+
+/// The Parquet schema of ours: what Arrow's conversion gives, with uuids marked as such.
+fn parquet_schema(arrow: &SchemaRef) -> Result<SchemaDescriptor, ParquetError> {
+    let converted = ArrowSchemaConverter::new()
+        .schema_root("events")
+        .convert(arrow)?;
+    let fields = converted
+        .root_schema()
+        .get_fields()
+        .iter()
+        .map(|field| {
+            let info = field.get_basic_info();
+            let is_uuid = field.is_primitive()
+                && field.get_physical_type() == PhysicalType::FIXED_LEN_BYTE_ARRAY
+                && info.logical_type_ref().is_none();
+            if !is_uuid {
+                return Ok(Arc::clone(field));
+            }
+            Type::primitive_type_builder(info.name(), PhysicalType::FIXED_LEN_BYTE_ARRAY)
+                .with_length(16)
+                .with_repetition(info.repetition())
+                .with_id(info.has_id().then(|| info.id()))
+                .with_logical_type(Some(LogicalType::Uuid))
+                .build()
+                .map(Arc::new)
+        })
+        .collect::<Result<Vec<_>, ParquetError>>()?;
+    let root = Type::group_type_builder("events")
+        .with_fields(fields)
+        .build()?;
+    Ok(SchemaDescriptor::new(Arc::new(root)))
+}
+
+/// Passes bytes on and counts them; from [`Recorder::hold`] on it keeps them back.
+struct Recorder<W> {
+    sink: W,
+    bytes: u64,
+    held: Option<Vec<u8>>,
+}
+
+impl<W> Recorder<W> {
+    fn new(sink: W) -> Self {
+        Self {
+            sink,
+            bytes: 0,
+            held: None,
+        }
+    }
+
+    fn hold(&mut self) {
+        self.held = Some(Vec::new());
+    }
+}
+
+impl<W: Write> Write for Recorder<W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let n = match &mut self.held {
+            Some(held) => held.write(buf)?,
+            None => self.sink.write(buf)?,
+        };
+        self.bytes += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,94 @@
+"""Fixtures: one private cluster for the session, a new database with the extension for each module."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.cluster import Cluster  # noqa: E402
+from harness.database import Database  # noqa: E402
+
+CLUSTER = os.environ.get("RAKAM_TEST_CLUSTER", "e2e")
+SEED = int(os.environ.get("RAKAM_SEED") or random.SystemRandom().randrange(1, 1_000_000))
+
+# Short intervals, so that a test sees every background step without waiting for it.
+SETTINGS = {
+    "rakam.digest_interval": "100ms",
+    "rakam.digest_max_age": "1s",
+    "rakam.rotation_interval": "2s",
+    "max_connections": "100",
+}
+
+
+def pytest_report_header() -> list[str]:
+    cluster = Cluster(CLUSTER)
+    return [
+        f"cluster: {cluster.folder} ({cluster.profile}; log {cluster.log})",
+        f"seed: {SEED} (RAKAM_SEED={SEED} repeats it)",
+    ]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    cluster = Cluster(CLUSTER)
+    cluster.destroy()
+    cluster.start(SETTINGS)
+    yield cluster
+    if os.environ.get("RAKAM_KEEP"):
+        cluster.stop()
+    else:
+        cluster.destroy()
+
+
+@pytest.fixture
+def private_cluster(request):
+    """Makes further clusters, for tests that crash the server or change its settings; removed after the test."""
+    made: list[Cluster] = []
+
+    def make(suffix: str, settings: dict[str, str] | None = None) -> Cluster:
+        cluster = Cluster(f"{CLUSTER}-{suffix}")
+        cluster.destroy()
+        made.append(cluster)
+        return cluster.start({**SETTINGS, **(settings or {})})
+
+    make.made = made
+    yield make
+    for cluster in made:
+        cluster.destroy()
+
+
+@pytest.fixture(scope="module")
+def db(cluster, request):
+    """A database with the extension, named after the module."""
+    database = Database(cluster, request.module.__name__.rsplit(".", 1)[-1])
+    database.drop()
+    database.create()
+    yield database
+    database.drop()
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """The run's seed, printed with a failure; the same for every test, so that one test alone repeats."""
+    print(f"seed {SEED}")
+    return SEED
+
+
+@pytest.fixture(autouse=True)
+def server_stays_up(request):
+    """No test may crash the server behind its back: a restart of all processes shows in the log."""
+    mark_of = {}
+    if "cluster" in request.fixturenames or "db" in request.fixturenames:
+        cluster = request.getfixturevalue("cluster")
+        mark_of[cluster] = cluster.log_mark()
+    yield
+    for cluster, mark in mark_of.items():
+        log = cluster.log_since(mark)
+        crashed = [line for line in log.splitlines() if "was terminated by signal" in line or "PANIC:" in line]
+        assert not crashed, f"the server crashed during the test: {crashed}"

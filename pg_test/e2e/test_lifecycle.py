@@ -1,0 +1,249 @@
+"""Installing, removing, starting and stopping: the extension, its workers, databases, servers without preload."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psycopg
+import pytest
+from harness.database import Database, collect, notices_of, refused, wait_until
+
+
+def test_worker_starts_after_create_extension(db):
+    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    row = db.all(
+        "SELECT database, kind, state IS NOT NULL, since IS NOT NULL, restarts FROM rakam.stat_worker WHERE pid = %s", pid
+    )
+    assert row == [(db.name, "resident", True, True, 0)]
+    assert pid in db.cluster.processes()
+
+
+def test_killed_worker_comes_back(db):
+    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+    wait_until(lambda: db.worker_pid() not in (pid, None), "another resident worker", 15)
+    db.project("after_restart")
+    collect(db.admin, "after_restart", "c", {"n": 1})
+    wait_until(lambda: db.tiers("after_restart", "c")["hot"] == 1, "a digest by the new worker", 15)
+
+
+def test_drop_extension_stops_the_worker_and_create_starts_it_again(cluster):
+    db = Database(cluster, "dropped_extension")
+    db.drop()
+    db.create()
+    try:
+        for _ in range(2):
+            pid = wait_until(db.worker_pid, "the resident worker", 10)
+            db.project("acme")
+            collect(db.admin, "acme", "c", {"n": 1})
+            db.tick()
+            db.admin.execute("DROP EXTENSION rakam CASCADE")
+            wait_until(lambda pid=pid: pid not in cluster.processes(), "the end of the worker", 10)
+            assert db.one("SELECT count(*) FROM pg_foreign_table") == 0
+            drop_leftovers(db)
+            db.admin.execute("CREATE EXTENSION rakam")
+    finally:
+        db.drop()
+
+
+def drop_leftovers(db: Database) -> None:
+    """The project's schema and roles are the user's; they do not go with the extension."""
+    db.admin.execute("DROP SCHEMA IF EXISTS acme CASCADE")
+    for kind in ("read", "write", "admin"):
+        if db.one("SELECT count(*) FROM pg_roles WHERE rolname = %s", f"rakam_acme_{kind}"):
+            db.admin.execute(f"DROP OWNED BY rakam_acme_{kind} CASCADE")
+            db.admin.execute(f"DROP ROLE rakam_acme_{kind}")
+
+
+def test_drop_database_with_a_running_worker(cluster):
+    db = Database(cluster, "dropped_database")
+    db.drop()
+    db.create()
+    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    db.project("acme")
+    collect(db.admin, "acme", "c", {"n": 1})
+    db.close()
+    with cluster.connect() as postgres:
+        began = time.monotonic()
+        postgres.execute("DROP DATABASE dropped_database")
+        assert time.monotonic() - began < 10
+    wait_until(lambda: pid not in cluster.processes(), "the end of the worker", 10)
+    db.drop()
+
+
+def test_create_database_from_a_template_with_a_worker(cluster, db):
+    """CREATE DATABASE … TEMPLATE needs the template free of sessions; a worker must not be in the way for long."""
+    wait_until(db.worker_pid, "the resident worker", 10)
+    db.close()
+    copy = Database(cluster, "copied")
+    copy.drop()
+    with cluster.connect() as postgres:
+        postgres.execute(f"CREATE DATABASE copied TEMPLATE {db.name}")
+    try:
+        wait_until(copy.worker_pid, "a worker in the copy", 15)
+    finally:
+        copy.drop()
+
+
+def test_three_databases_with_the_default_number_of_worker_slots(cluster):
+    databases = [Database(cluster, f"three_{n}") for n in range(3)]
+    for database in databases:
+        database.drop()
+    try:
+        for database in databases:
+            database.create()
+        for number, database in enumerate(databases):
+            wait_until(database.worker_pid, f"a worker in database {number}", 20)
+            database.project(f"p{number}")
+            collect(database.admin, f"p{number}", "c", {"n": number})
+            database.tick()
+            assert database.one(f"SELECT sum(n) FROM p{number}.c") == number
+    finally:
+        for database in databases:
+            database.drop()
+
+
+def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
+    cluster = private_cluster("slots", {"max_worker_processes": "2"})
+    databases = [Database(cluster, f"slots_{n}") for n in range(3)]
+    for database in databases:
+        database.create()
+        database.project(f"p_{database.name}")
+    time.sleep(5)
+    log = cluster.log_since()
+    assert 1 <= log.count("WARNING") <= 10, log[-2000:]
+    collect(databases[0].admin, "p_slots_0", "c", {"n": 1})
+    wait_until(lambda: databases[0].one("SELECT to_regclass('p_slots_0.c') IS NOT NULL") or try_tick(databases[0]), "a table", 20)
+    starved = [database for database in databases if database.worker_pid() is None]
+    assert starved, "three databases cannot all have a worker with two slots"
+    states = starved[0].all("SELECT state, last_error FROM rakam.stat_worker WHERE database = %s", starved[0].name)
+    assert states, "the starved database is not in rakam.stat_worker"
+    for database in databases:
+        database.close()
+
+
+def try_tick(database: Database) -> bool:
+    """A called tick needs a slot too; without one it says so."""
+    try:
+        database.tick()
+    except psycopg.Error as error:
+        assert error.sqlstate == "53000", error
+        return False
+    return bool(database.one("SELECT to_regclass('p_slots_0.c') IS NOT NULL"))
+
+
+def test_without_preload(private_cluster):
+    cluster = private_cluster("nopreload", {"shared_preload_libraries": ""})
+    db = Database(cluster, "nopreload").create(extension=False)
+    told = notices_of(db.admin, "CREATE EXTENSION rakam")
+    about = [notice for notice in told if "shared_preload_libraries" in f"{notice.message_primary} {notice.message_hint}"]
+    assert len(about) == 1
+    assert about[0].severity == "NOTICE"
+    assert about[0].message_hint
+    db.project("acme")
+    assert db.worker_pid() is None
+    for n in range(10):
+        collect(db.admin, "acme", "c", {"n": n})
+    db.tick()
+    assert db.one("SELECT sum(n) FROM acme.c") == 45
+    assert db.tiers("acme", "c") == {"inbox": 0, "hot": 10, "cold": 0}
+    db.flush("acme")
+    assert db.tiers("acme", "c") == {"inbox": 0, "hot": 0, "cold": 10}
+    assert db.one("SELECT sum(n) FROM acme.c") == 45
+    db.close()
+
+
+def test_encoding_must_be_utf8(cluster):
+    with cluster.connect() as postgres:
+        postgres.execute("DROP DATABASE IF EXISTS latin")
+        postgres.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+    with cluster.connect("latin") as session, refused("0A000"):
+        session.execute("CREATE EXTENSION rakam")
+    with cluster.connect() as postgres:
+        postgres.execute("DROP DATABASE latin")
+
+
+def test_projects_come_and_go(db):
+    db.project("shortlived")
+    collect(db.admin, "shortlived", "c", {"n": 1})
+    db.tick()
+    with refused("55000", hint="rakam.allow_project_drop"):
+        db.admin.execute("SELECT rakam.drop_project('shortlived')")
+    db.admin.execute("SET rakam.allow_project_drop = on")
+    db.admin.execute("SELECT rakam.drop_project('shortlived')")
+    db.admin.execute("RESET rakam.allow_project_drop")
+    assert db.one("SELECT count(*) FROM rakam.projects WHERE project = 'shortlived'") == 0
+    assert db.one("SELECT count(*) FROM pg_namespace WHERE nspname = 'shortlived'") == 0
+    assert db.one("SELECT count(*) FROM pg_roles WHERE rolname ~ '^rakam_shortlived_'") == 0
+    for table in ("collection", "field", "hot_chunk", "data_file", "api_key"):
+        left = db.one(
+            f"SELECT count(*) FROM rakam_internal.{table} t WHERE to_jsonb(t) ? 'project_id'"
+            " AND NOT EXISTS (SELECT FROM rakam_internal.project p WHERE p.project_id = t.project_id)"
+        )
+        assert left == 0, table
+    db.project("shortlived")
+    collect(db.admin, "shortlived", "c", {"n": 2})
+    db.tick()
+    assert db.one("SELECT sum(n) FROM shortlived.c") == 2
+
+
+def test_a_foreign_role_of_that_name_is_refused(db):
+    db.admin.execute("CREATE ROLE rakam_taken_read NOLOGIN")
+    with pytest.raises(psycopg.Error) as caught:
+        db.project("taken")
+    assert caught.value.sqlstate == "42710", caught.value
+    assert db.one("SELECT count(*) FROM rakam.projects WHERE project = 'taken'") == 0
+    db.admin.execute("DROP ROLE rakam_taken_read")
+
+
+def test_health(db):
+    db.project("healthy")
+    collect(db.admin, "healthy", "c", {"n": 1})
+    db.tick()
+    rows = db.all('SELECT "check", status, detail, hint FROM rakam.health()')
+    assert rows
+    assert {status for _, status, _, _ in rows} <= {"ok", "info", "warning", "error"}
+    assert len({check for check, _, _, _ in rows}) >= 4
+    assert not [row for row in rows if row[1] in ("warning", "error")], rows
+    # A transaction that holds the horizon is somebody's mistake more often than not; health names its pid.
+    assert all(detail for _, _, detail, _ in rows)
+
+
+def test_stat_collection(db):
+    db.project("counted")
+    for n in range(5):
+        collect(db.admin, "counted", "c", {"n": n, "_time": "2026-01-01T00:00:00Z"})
+    db.flush("counted")
+    collect(db.admin, "counted", "c", {"n": "not a number"})
+    db.tick()
+    row = db.admin.execute("SELECT * FROM rakam.stat_collection WHERE project = 'counted'")
+    assert [column.name for column in row.description] == [
+        "project", "collection", "events", "inbox_events", "hot_events", "hot_bytes", "cold_events", "cold_bytes",
+        "files", "duplicates", "invalid_values", "last_event_at", "freshness_s",
+    ]  # fmt: skip
+    names = [column.name for column in row.description]
+    stat = dict(zip(names, row.fetchone(), strict=True))
+    assert (stat["events"], stat["inbox_events"], stat["hot_events"], stat["cold_events"]) == (6, 0, 1, 5)
+    assert stat["files"] == 1
+    assert stat["cold_bytes"] > 0
+    assert stat["hot_bytes"] > 0
+    assert stat["invalid_values"] == 1
+    files = db.all("SELECT period, first_day::text, last_day::text, n FROM rakam.data_files WHERE project = 'counted'")
+    assert files == [("year", "2026-01-01", "2026-12-31", 5)]
+
+
+def test_hanging_client_does_not_stop_the_server(cluster, db):
+    """A fast shutdown ends a session in the middle of a scan."""
+    db.project("stopping")
+    db.admin.execute("SELECT rakam.collect_batch('stopping', (SELECT jsonb_agg(jsonb_build_object('collection', 'c',"
+                     " 'properties', jsonb_build_object('n', g))) FROM generate_series(1, 5000) g))")  # fmt: skip
+    db.tick()
+    session = db.connect()
+    pid = session.info.backend_pid
+    with session.cursor() as cursor:
+        cursor.execute("SELECT n FROM stopping.c LIMIT 1")
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: pid not in cluster.processes(), "the end of the session", 5)
+    assert db.one("SELECT count(*) FROM stopping.c") == 5_000

@@ -1,0 +1,386 @@
+"""The schema registry: types on first sight, coercion, pending fields, declared fields, twenty sessions at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+
+import psycopg
+import pytest
+from harness.database import collect, collect_batch, has_column, one, refused, wait_until
+
+PROJECT = "acme"
+
+
+@pytest.fixture(scope="module")
+def project(db):
+    db.project(PROJECT)
+    return PROJECT
+
+
+def column_type(db, table: str, column: str) -> str | None:
+    return db.one(
+        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s",
+        table,
+        column,
+    )
+
+
+def stored_value(db, collection: str, identity: str, expression: str):
+    return db.one(f"SELECT {expression} FROM acme.{collection} WHERE _id = %s", identity)
+
+
+# -- inference -----------------------------------------------------------------------------------------------------------
+
+# What is sent as JSON text, and the type the field then has; None: no column yet.
+INFERRED = {
+    "a_bool": ("true", "boolean"),
+    "a_number": ("1.5", "double precision"),
+    "an_int": ("1", "double precision"),
+    "an_exp": ("1e3", "double precision"),
+    "at_2_53": ("9007199254740992", "double precision"),
+    "beyond_2_53": ("9007199254740993", "bigint"),
+    "below_minus_2_53": ("-9007199254740993", "bigint"),
+    "max_bigint": ("9223372036854775807", "bigint"),
+    "beyond_64_bits": ("9223372036854775808", None),
+    "a_day": ('"2026-02-28"', "date"),
+    "no_day": ('"2026-02-30"', "text"),
+    "an_instant": ('"2026-02-28T10:00:00Z"', "timestamp with time zone"),
+    "an_instant_blank": ('"2026-02-28 10:00"', "timestamp with time zone"),
+    "an_instant_offset": ('"2026-02-28T10:00:00.25+0530"', "timestamp with time zone"),
+    "no_instant": ('"2026-02-28T25:00"', "text"),
+    "padded_day": ('" 2026-02-28"', "text"),
+    "a_text": ('"hello"', "text"),
+    "empty_text": ('""', "text"),
+    "number_text": ('"12"', "text"),
+    "bools": ("[true, null, false]", "boolean[]"),
+    "numbers": ("[1, 2.5, null]", "double precision[]"),
+    "texts": ('["a", null]', "text[]"),
+    "days_in_array": ('["2026-02-28"]', "text[]"),
+    "mixed": ('[1, "a"]', "jsonb"),
+    "nested": ("[[1]]", "jsonb"),
+    "an_object": ('{"a": 1}', "jsonb"),
+    "objects": ('[{"a": 1}]', "jsonb"),
+    "a_null": ("null", None),
+    "empty_array": ("[]", None),
+    "empty_object": ("{}", None),
+    "array_of_null": ("[null]", None),
+}
+
+
+@pytest.fixture(scope="module")
+def inferred(db, project):
+    body = ",".join(f'"{name}": {sent}' for name, (sent, _) in INFERRED.items())
+    collect(db.admin, PROJECT, "inferred", "{" + body + ', "_id": "first"}')
+    db.tick()
+    db.tick()
+    return "inferred"
+
+
+@pytest.mark.parametrize("name", INFERRED)
+def test_type_on_first_sight(db, inferred, name):
+    assert column_type(db, "acme.inferred", name) == INFERRED[name][1]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind) in INFERRED.items() if kind])
+def test_the_value_comes_back(db, inferred, name):
+    sent, kind = INFERRED[name]
+    for _ in range(2):
+        if kind in ("date", "timestamp with time zone", "text"):
+            expected = json.loads(sent)
+            assert stored_value(db, inferred, "first", f'"{name}" = {psycopg.sql.Literal(expected).as_string(None)}::{kind}')
+        else:
+            assert stored_value(db, inferred, "first", f'to_jsonb("{name}")') == json.loads(sent)
+        db.flush(PROJECT, inferred)
+
+
+def test_a_number_beyond_64_bits_stays_in_extra(db, inferred):
+    assert stored_value(db, inferred, "first", "_extra->>'beyond_64_bits'") == "9223372036854775808"
+
+
+def test_a_type_is_decided_by_the_first_value_that_has_one(db, project):
+    for index, sent in enumerate(("null", "[]", '"2026-01-01"', '"not a day"')):
+        collect(db.admin, PROJECT, "decided_late", f'{{"f": {sent}, "_id": "{index}"}}')
+        db.tick()
+    assert column_type(db, "acme.decided_late", "f") == "date"
+    assert stored_value(db, "decided_late", "3", "_extra->>'f'") == "not a day"
+
+
+# -- coercion ------------------------------------------------------------------------------------------------------------
+
+# declared type, sent JSON, what to_jsonb(column) gives; Ellipsis: does not fit, stays in _extra.
+COERCED = [
+    ("double precision", '"1.5"', 1.5),
+    ("double precision", '" 1.5 "', ...),
+    ("double precision", '"abc"', ...),
+    ("double precision", "true", ...),
+    ("double precision", "1e400", ...),
+    ("bigint", "1.0", 1),
+    ("bigint", "1e2", 100),
+    ("bigint", '"7"', 7),
+    ("bigint", "1.5", ...),
+    ("bigint", "9223372036854775808", ...),
+    ("integer", "2147483648", ...),
+    ("integer", "-2147483648", -2147483648),
+    ("real", "0.1", 0.1),
+    ("numeric(10,2)", "1.25", 1.25),
+    ("numeric(10,2)", '"12345678.5"', 12345678.5),
+    ("numeric(10,2)", "123456789.5", ...),
+    ("boolean", '"true"', True),
+    ("boolean", '"false"', False),
+    ("boolean", '"yes"', ...),
+    ("boolean", "1", ...),
+    ("text", "1", "1"),
+    ("text", "1.50", "1.5"),
+    ("text", "true", "true"),
+    ("date", '"2026-01-31"', "2026-01-31"),
+    ("date", '"2026-02-31"', ...),
+    ("date", "5", ...),
+    ("timestamptz", '"2026-01-31"', "2026-01-31T00:00:00+00:00"),
+    ("timestamptz", '"2026-01-31T10:00:00+02:00"', "2026-01-31T08:00:00+00:00"),
+    ("uuid", '"A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"', "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
+    ("uuid", '"a0eebc99"', ...),
+    ("inet", '"192.168.0.1/24"', "192.168.0.1/24"),
+    ("inet", '"::1"', "::1"),
+    ("inet", '"300.0.0.1"', ...),
+    ("jsonb", '"x"', "x"),
+    ("jsonb", '{"a": [1, null]}', {"a": [1, None]}),
+    ("text[]", '"one"', ["one"]),
+    ("text[]", '[1, "a", null]', ["1", "a", None]),
+    ("double precision[]", "3", [3]),
+    ("double precision[]", '["3", 4]', [3, 4]),
+    ("double precision[]", '["x"]', ...),
+    ("boolean[]", "true", [True]),
+    ("boolean[]", "[1]", ...),
+]
+
+
+@pytest.mark.parametrize(("kind", "sent", "expected"), COERCED, ids=[f"{k}-{s}" for k, s, _ in COERCED])
+def test_coercion(db, project, kind, sent, expected):
+    field = "f_" + "".join(c if c.isalnum() else "_" for c in kind)
+    identity = f"{kind} {sent}"
+    db.admin.execute("SELECT rakam.create_collection('acme', 'coerced')")
+    if not has_column(db.admin, "acme.coerced", field):
+        db.admin.execute("SELECT rakam.add_field('acme', 'coerced', %s, %s)", (field, kind))
+        db.tick()
+    before = db.one("SELECT coalesce(sum(count), 0) FROM rakam.invalid_value WHERE collection = 'coerced' AND field = %s", field)
+    collect(db.admin, PROJECT, "coerced", f'{{"{field}": {sent}, "_id": {json.dumps(identity)}}}')
+    db.tick()
+    for _ in range(2):
+        value = stored_value(db, "coerced", identity, f"to_jsonb({field})")
+        extra = stored_value(db, "coerced", identity, "_extra")
+        if expected is ...:
+            assert value is None
+            assert json.dumps(extra) == json.dumps({field: json.loads(sent)})
+        else:
+            assert value == expected
+            assert extra is None
+        db.flush(PROJECT, "coerced")
+    after = db.one("SELECT coalesce(sum(count), 0) FROM rakam.invalid_value WHERE collection = 'coerced' AND field = %s", field)
+    assert after - before == (1 if expected is ... else 0)
+
+
+def test_invalid_values_under_a_flood_are_sampled_and_counted_exactly(db, project):
+    collect(db.admin, PROJECT, "flooded", {"n": 1})
+    db.tick()
+    for _ in range(10):
+        collect_batch(db.admin, PROJECT, [("flooded", {"n": f"bad {i}"}) for i in range(500)])
+    db.tick()
+    assert db.one("SELECT invalid_values FROM rakam.stat_collection WHERE collection = 'flooded'") == 5_000
+    assert db.one("SELECT count(*) FROM acme.flooded WHERE n IS NULL AND _extra->>'n' LIKE 'bad %'") == 5_000
+    assert db.one("SELECT count(*) FROM rakam.invalid_value WHERE collection = 'flooded'") <= 1_000
+
+
+# -- declared fields -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "sqlstate"),
+    [
+        ("numeric", "22023"),
+        ("numeric(39,2)", "22023"),
+        ("numeric(5,7)", "22023"),
+        ("money", "22023"),
+        ("integer[]", "22023"),
+        ("no_such_type", "22023"),
+        ("", "22023"),
+        ("text; DROP TABLE x", "22023"),
+    ],
+)
+def test_add_field_refuses_types(db, project, kind, sqlstate):
+    db.admin.execute("SELECT rakam.create_collection('acme', 'declared')")
+    with refused(sqlstate):
+        db.admin.execute("SELECT rakam.add_field('acme', 'declared', 'f', %s)", (kind,))
+
+
+def test_add_field_again(db, project):
+    add = "SELECT rakam.add_field('acme', %s, %s, %s)"
+    db.admin.execute("SELECT rakam.create_collection('acme', 'declared')")
+    db.admin.execute(add, ("declared", "amount", "numeric(12,4)"))
+    db.admin.execute(add, ("declared", "amount", "numeric(12, 4)"))
+    with pytest.raises(psycopg.Error) as caught:
+        db.admin.execute(add, ("declared", "amount", "text"))
+    assert caught.value.sqlstate in ("42710", "22023", "42701")
+    with refused("42704"):
+        db.admin.execute(add, ("no_such_collection", "f", "text"))
+    with refused("42939"):
+        db.admin.execute(add, ("declared", "_time", "text"))
+    db.tick()
+    row = db.all("SELECT type, declared, column_ready FROM rakam.fields WHERE collection = 'declared' AND field = 'amount'")
+    assert row == [("numeric(12,4)", True, True)]
+
+
+def test_older_rows_read_null(db, project):
+    collect(db.admin, PROJECT, "grown", {"_id": "old"})
+    db.flush(PROJECT, "grown")
+    db.admin.execute("SELECT rakam.add_field('acme', 'grown', 'later', 'inet')")
+    collect(db.admin, PROJECT, "grown", {"_id": "new", "later": "10.0.0.1"})
+    db.tick()
+    assert db.all("SELECT _id, later::text FROM acme.grown ORDER BY 1") == [("new", "10.0.0.1/32"), ("old", None)]
+    db.flush(PROJECT, "grown")
+    assert db.all("SELECT _id, later::text FROM acme.grown ORDER BY 1") == [("new", "10.0.0.1/32"), ("old", None)]
+
+
+# -- pending fields ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_field_is_readable_at_once_and_soon_a_column(db, project):
+    collect(db.admin, PROJECT, "pending", {"_id": "a", "first": 1})
+    db.tick()
+    collect(db.admin, PROJECT, "pending", {"_id": "b", "colour": "red"})
+    by_extra = "SELECT _id FROM acme.pending WHERE _extra->>'colour' = 'red'"
+    if not has_column(db.admin, "acme.pending", "colour"):
+        assert db.all(by_extra) in ([("b",)], [])
+    db.wait_column("acme.pending", "colour", 5)
+    assert db.all("SELECT _id, colour, _extra FROM acme.pending ORDER BY 1") == [("a", None, None), ("b", "red", None)]
+
+
+def test_a_reader_in_a_transaction_delays_the_column_not_the_value(db, project):
+    collect(db.admin, PROJECT, "held", {"_id": "a"})
+    db.tick()
+    reader = db.connect(autocommit=False)
+    assert one(reader, "SELECT count(*) FROM acme.held") == 1
+    collect(db.admin, PROJECT, "held", {"_id": "b", "fresh": [1, 2]})
+    started = time.monotonic()
+    db.tick()
+    # The reader holds the table: the value is there, under _extra, and nobody waits for the column.
+    assert time.monotonic() - started < 10
+    assert not has_column(db.admin, "acme.held", "fresh")
+    assert db.one("SELECT _extra->'fresh' FROM acme.held WHERE _id = 'b'") == [1, 2]
+    db.flush(PROJECT, "held")
+    assert db.one("SELECT _extra->'fresh' FROM acme.held WHERE _id = 'b'") == [1, 2]
+    other = db.connect()
+    before = time.monotonic()
+    assert one(other, "SELECT count(*) FROM acme.held") == 2
+    assert time.monotonic() - before < 1, "readers wait for a lock attempt"
+    reader.commit()
+    db.wait_column("acme.held", "fresh", 10)
+    assert db.all("SELECT _id, fresh, _extra FROM acme.held ORDER BY 1") == [("a", None, None), ("b", [1.0, 2.0], None)]
+
+
+def test_fields_of_one_batch_come_in_one_step(db, project):
+    collect(db.admin, PROJECT, "wide", {"_id": "w", **{f"f{i}": i for i in range(120)}})
+    db.wait_column("acme.wide", "f119", 10)
+    assert db.one("SELECT f0 + f60 + f119 FROM acme.wide") == 179
+    assert db.one("SELECT count(*) FROM rakam.fields WHERE collection = 'wide' AND column_ready AND field ~ '^f[0-9]+$'") == 120
+
+
+def test_fields_beyond_the_limit_stay_in_extra(db, project):
+    collect(db.admin, PROJECT, "too_wide", {f"f{i:03}": i for i in range(600)})
+    db.tick()
+    db.tick()
+    columns, in_extra = db.all(
+        "SELECT (SELECT count(*) FROM rakam.fields WHERE collection = 'too_wide' AND field ~ '^f'),"
+        " (SELECT count(*) FROM acme.too_wide, jsonb_object_keys(_extra))"
+    )[0]
+    assert columns <= 500
+    assert columns + in_extra == 600
+    db.flush(PROJECT, "too_wide")
+    assert db.one("SELECT count(*) FROM acme.too_wide, jsonb_object_keys(_extra)") == in_extra
+
+
+# -- twenty sessions -----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_sessions_with_different_fields_and_collections(db, project, seed):
+    """One keeps its transaction open, one rolls back, one prepares: nothing lost, no deadlock, nobody waits."""
+    sessions, events = 20, 40
+    db.project("crowd")
+    mark = db.cluster.log_mark()
+    barrier = threading.Barrier(sessions)
+    slowest = [0.0] * sessions
+    failures: list[str] = []
+    open_session = db.connect(autocommit=False)
+
+    def send(number: int) -> None:
+        rng = random.Random(seed * 100 + number)
+        try:
+            connection = open_session if number == 0 else db.cluster.connect(db.name, autocommit=number > 2)
+            barrier.wait()
+            for index in range(events):
+                collection = rng.choice(["shared", f"own_{number}", f"own_{rng.randrange(sessions)}"])
+                properties = {"_id": f"{number}-{index}", "by": number, f"f_{number}_{index % 7}": index, "common": "x"}
+                began = time.monotonic()
+                collect(connection, "crowd", collection, properties)
+                slowest[number] = max(slowest[number], time.monotonic() - began)
+            if number == 1:
+                connection.rollback()
+            elif number == 2:
+                connection.execute("PREPARE TRANSACTION 'crowd_2'")
+            if number != 0:
+                connection.close()
+        except Exception as error:  # noqa: BLE001 - a thread's failure is the test's
+            failures.append(f"session {number}: {error!r}")
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(sessions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads), "a session still waits"
+    # Two processors and twenty sessions: what counts is that nobody waited for another's transaction.
+    assert max(slowest) < 5, f"slowest calls {sorted(slowest)[-3:]} s"
+
+    db.tick()
+    count = "SELECT count(*), count(DISTINCT _id) FROM crowd._all"
+    assert db.all(count) == [((sessions - 3) * events,) * 2]
+    open_session.commit()
+    db.admin.execute("COMMIT PREPARED 'crowd_2'")
+    expected = [((sessions - 1) * events,) * 2]
+    assert db.all(count) == expected
+    db.tick()
+    assert db.all(count) == expected
+    wait_until(
+        lambda: db.one("SELECT bool_and(column_ready) FROM rakam.fields WHERE project = 'crowd'"), "all columns", 20
+    )
+    db.flush("crowd")
+    assert db.all(count) == expected
+    per_session = dict(db.all("SELECT (properties->>'by')::float8::int, count(*) FROM crowd._all GROUP BY 1"))
+    assert per_session == {number: events for number in range(sessions) if number != 1}
+    assert "deadlock detected" not in db.cluster.log_since(mark)
+
+
+def test_a_poison_event_parks_alone(db, project):
+    """A row of the inbox that cannot be digested at all is set aside; its neighbours go on, and it can still be seen."""
+    collect(db.admin, PROJECT, "poisoned", {"_id": "good 1"})
+    db.tick()
+    # No call stores such bytes; a broken disk or a bug could.
+    table = db.one("SELECT 'rakam_internal.inbox_' || current_table FROM rakam_internal.inbox_state")
+    db.admin.execute(
+        f"INSERT INTO {table} (project_id, collection_id, collection, n, received_at, payload)"
+        " SELECT project_id, collection_id, name, 1, now(), '\\xff00fe'::bytea"
+        " FROM rakam_internal.collection WHERE name = 'poisoned'"
+    )
+    collect(db.admin, PROJECT, "poisoned", {"_id": "good 2"})
+    db.tick()
+    assert db.one("SELECT count(*) FROM rakam_internal.inbox_parked") + db.one("SELECT count(*) FROM rakam.dead_letter") == 1
+    assert db.tiers(PROJECT, "poisoned")["hot"] == 2
+    assert db.all("SELECT _id FROM acme.poisoned WHERE _id IS NOT NULL ORDER BY 1") == [("good 1",), ("good 2",)]
+    collect(db.admin, PROJECT, "poisoned", {"_id": "good 3"})
+    db.tick()
+    db.flush(PROJECT, "poisoned")
+    assert db.tiers(PROJECT, "poisoned")["cold"] == 3
+    db.admin.execute("DELETE FROM rakam_internal.inbox_parked")

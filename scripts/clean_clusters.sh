@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Stops and removes every private cluster.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+for folder in "$RAKAM_STATE"/clusters/*/; do
+  [ -d "$folder" ] || continue
+  say "removing cluster $(basename "$folder")"
+  "$RAKAM_ROOT/scripts/cluster.sh" destroy "$(basename "$folder")"
+done

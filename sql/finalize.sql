@@ -1,0 +1,18 @@
+-- Last: who may call what of ours, and what it is for.
+
+-- Called by triggers only, which need no right to it.
+REVOKE EXECUTE ON FUNCTION rakam_internal.announce_change() FROM PUBLIC;
+
+COMMENT ON SCHEMA rakam_internal IS 'Tables of rakam, guarded by row-level security: use the functions and views of schema rakam';
+COMMENT ON FUNCTION rakam_internal.readable_projects() IS 'Projects whose data the current role may read; row-level policies call it';
+COMMENT ON FUNCTION rakam_internal.member_projects() IS 'Projects of which the current role is a member; row-level policies call it';
+COMMENT ON FUNCTION rakam.create_project(text, text) IS 'Creates a project: schema, roles, users table, one key set, shown this once';
+COMMENT ON FUNCTION rakam.drop_project(text) IS 'Drops a project with all its events (needs rakam.allow_project_drop)';
+COMMENT ON FUNCTION rakam.create_keys(text) IS 'Makes another key set of a project, shown this once';
+COMMENT ON FUNCTION rakam.revoke_keys(text, uuid) IS 'Revokes a key set at once, for every session';
+COMMENT ON FUNCTION rakam.authenticate(text, boolean) IS 'Becomes the role that a key stands for, to the end of the transaction or (local => false) of the session';
+COMMENT ON FUNCTION rakam.collect(text, text, jsonb) IS 'Stores one event';
+COMMENT ON FUNCTION rakam.collect_batch(text, text, jsonb) IS 'Stores a JSON array of events; bad ones are rejected alone';
+COMMENT ON FUNCTION rakam.collect_batch(text, jsonb, jsonb) IS 'Stores a JSON array of events; bad ones are rejected alone';
+COMMENT ON FUNCTION rakam.collect_with_key(text, text, jsonb) IS 'Stores one event in the project of a write or master key';
+COMMENT ON FUNCTION rakam.collect_batch_with_key(text, text, jsonb) IS 'Stores a JSON array of events in the project of a write or master key';

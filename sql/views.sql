@@ -1,0 +1,57 @@
+-- What users look at. Views run as their invoker, so row-level security decides which rows there are; where a
+-- member sees more than the tables' policies give (counts of data to a role that only writes), a function of
+-- src/projects/access.rs answers for the invoker's projects.
+
+CREATE VIEW rakam.projects WITH (security_invoker = true) AS
+SELECT p.name AS project, s.storage, p.event_store, p.schema_mode, p.created_at
+FROM rakam_internal.project p LEFT JOIN rakam_internal.storages() s USING (storage_id);
+
+CREATE VIEW rakam.keys WITH (security_invoker = true) AS
+SELECT project, key_id, created_at, revoked_at FROM rakam_internal.key_sets();
+
+CREATE VIEW rakam.collections WITH (security_invoker = true) AS
+SELECT p.name AS project, c.name AS collection,
+       (SELECT pg_catalog.count(*) FROM rakam_internal.field f WHERE f.collection_id = c.collection_id) AS fields,
+       c.schema_version, c.retention, c.created_at
+FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id);
+
+CREATE VIEW rakam.fields WITH (security_invoker = true) AS
+SELECT p.name AS project, c.name AS collection, f.name AS field, f.field_id, f.type, f.declared, f.column_ready, f.added_at
+FROM rakam_internal.field f
+JOIN rakam_internal.collection c USING (collection_id)
+JOIN rakam_internal.project p ON p.project_id = c.project_id;
+
+CREATE VIEW rakam.data_files WITH (security_invoker = true) AS
+SELECT project, collection, storage, period, first_day, last_day, path, n, bytes, min_time, max_time, level, created_at
+FROM rakam_internal.data_files();
+
+CREATE VIEW rakam.invalid_value WITH (security_invoker = true) AS
+SELECT p.name AS project, c.name AS collection, v.field, v.type, v.value, v.error, v.event_id, v.at,
+       coalesce(k.n, 1) AS count
+FROM rakam_internal.invalid_value v
+JOIN rakam_internal.collection c USING (collection_id)
+JOIN rakam_internal.project p ON p.project_id = c.project_id
+LEFT JOIN rakam_internal.invalid_count k
+  ON k.collection_id = v.collection_id AND k.field = v.field AND k.day = (v.at AT TIME ZONE 'UTC')::date;
+
+CREATE VIEW rakam.dead_letter WITH (security_invoker = true) AS
+SELECT d.id, p.name AS project, d.source, d.split, d.off, d.payload, d.error, d.at
+FROM rakam_internal.dead_letter d JOIN rakam_internal.project p USING (project_id);
+
+CREATE VIEW rakam.stat_collection WITH (security_invoker = true) AS
+SELECT project, collection, inbox_events + hot_events + cold_events AS events, inbox_events, hot_events, hot_bytes,
+       cold_events, cold_bytes, files, 0::bigint AS duplicates, invalid_values, last_event_at,
+       greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - last_event_at)) AS freshness_s
+FROM rakam_internal.collection_sizes();
+
+GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.data_files, rakam.invalid_value,
+  rakam.dead_letter, rakam.stat_collection TO PUBLIC;
+
+COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
+COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
+COMMENT ON VIEW rakam.collections IS 'Collections of one''s projects';
+COMMENT ON VIEW rakam.fields IS 'Fields of the collections of one''s projects, without the system fields';
+COMMENT ON VIEW rakam.data_files IS 'Parquet objects in which one''s projects'' events lie';
+COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their field; count is exact per field and day';
+COMMENT ON VIEW rakam.dead_letter IS 'Events and records that could not be stored, with the reason';
+COMMENT ON VIEW rakam.stat_collection IS 'Events and bytes of each collection, tier by tier';

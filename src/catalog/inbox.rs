@@ -1,0 +1,652 @@
+//! The inbox: events just collected, as JSON text, in three heap tables of which one takes new rows.
+//!
+//! A tick is a stored snapshot up to which everything is digested. Un-digested are the rows whose origin
+//! transaction is not finished in the tick: `txid >= xmax(tick) OR txid = ANY(xip(tick))`, never a range
+//! from the snapshot's xmin, which one old transaction anywhere in the cluster drags down.
+
+use std::collections::VecDeque;
+
+use pgrx::pg_sys;
+
+use crate::pg::security::ActAs;
+use crate::pg::snapshot::{Registered, XidSnapshot};
+use crate::pg::spi::{self, View, arg, xid8, xid8_array};
+use crate::pg::{PgError, Result, locks, wake};
+
+/// What one collect call stores.
+pub struct Entry<'a> {
+    pub project_id: i32,
+    /// 0: the collection is not registered yet and is known by its name only.
+    pub collection_id: i32,
+    pub collection: &'a str,
+    /// Number of events in `payload`.
+    pub n: i32,
+    pub received_at_us: i64,
+    /// Added to explicit `_time`s (a client's clock skew).
+    pub shift_us: i64,
+    /// JSON objects, one a line.
+    pub payload: &'a [u8],
+}
+
+/// Which of the three tables takes new rows, as of now (not of the caller's snapshot).
+fn current_table() -> Result<usize> {
+    let latest = Registered::latest();
+    spi::first(
+        View::Under(latest.get()),
+        "SELECT current_table FROM rakam_internal.inbox_state",
+        &[],
+        |row| Ok(row.must::<i32>(1)? as usize),
+    )?
+    .filter(|&k| k < 3)
+    .ok_or_else(|| PgError::internal("the inbox has no state"))
+}
+
+/// The oid of an inbox table.
+pub fn table_oid(k: usize) -> pg_sys::Oid {
+    crate::pg::relation::oid("rakam_internal", ["inbox_0", "inbox_1", "inbox_2"][k])
+}
+
+/// Stores events in the caller's transaction and wakes the worker at its commit.
+///
+/// The table is locked before the second look at which one is current: once locked it cannot be sealed for
+/// readers before this transaction ends.
+pub fn append(entry: &Entry<'_>) -> Result<()> {
+    let _owner = ActAs::owner();
+    let mut k = current_table()?;
+    loop {
+        locks::relation(table_oid(k), pg_sys::RowExclusiveLock);
+        let now = current_table()?;
+        if now == k {
+            break;
+        }
+        k = now;
+    }
+    const INSERT: [&str; 3] = [
+        "INSERT INTO rakam_internal.inbox_0 (project_id, collection_id, collection, n, received_at, shift_us, payload)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO rakam_internal.inbox_1 (project_id, collection_id, collection, n, received_at, shift_us, payload)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO rakam_internal.inbox_2 (project_id, collection_id, collection, n, received_at, shift_us, payload)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+    ];
+    spi::execute(
+        INSERT[k],
+        &[
+            arg(entry.project_id),
+            arg(entry.collection_id),
+            arg(entry.collection),
+            arg(entry.n),
+            spi::timestamptz(entry.received_at_us),
+            arg(entry.shift_us),
+            arg(entry.payload),
+        ],
+    )?;
+    wake::at_commit(entry.n as u32);
+    Ok(())
+}
+
+/// The point up to which the inbox is digested, and what a reader with this view has to open.
+#[derive(Debug, Clone)]
+pub struct Tick {
+    pub id: i64,
+    pub snapshot: XidSnapshot,
+    /// The inbox tables that may hold un-digested rows.
+    pub tables: Vec<usize>,
+}
+
+/// The newest tick of the view.
+pub fn tick(view: View) -> Result<Tick> {
+    spi::first(
+        view,
+        "SELECT t.tick_id, t.snapshot::text, s.sealed[1], s.sealed[2], s.sealed[3]
+         FROM rakam_internal.inbox_tick t, rakam_internal.inbox_state s
+         WHERE t.shard = 0 ORDER BY t.tick_id DESC LIMIT 1",
+        &[],
+        |row| {
+            let id: i64 = row.must(1)?;
+            let text: String = row.must(2)?;
+            let mut tables = Vec::with_capacity(3);
+            for k in 0..3 {
+                let sealed: i64 = row.must(3 + k)?;
+                if sealed == 0 || sealed > id {
+                    tables.push(k);
+                }
+            }
+            Ok(Tick {
+                id,
+                snapshot: XidSnapshot::parse(&text)
+                    .ok_or_else(|| PgError::internal("a stored snapshot is malformed"))?,
+                tables,
+            })
+        },
+    )?
+    .ok_or_else(|| PgError::internal("the inbox has no tick"))
+}
+
+/// An inbox row of the un-digested tail.
+#[derive(Debug)]
+pub struct TailRow {
+    /// 0 for a parked row, which is in no inbox table any more.
+    pub id: i64,
+    pub project_id: i32,
+    pub collection_id: i32,
+    pub collection: String,
+    pub txid: u64,
+    pub n: i32,
+    pub received_at_us: i64,
+    pub shift_us: i64,
+    pub payload: Vec<u8>,
+}
+
+fn tail_row(row: &spi::Row) -> Result<TailRow> {
+    Ok(TailRow {
+        id: row.must(1)?,
+        project_id: row.must(2)?,
+        collection_id: row.must(3)?,
+        collection: row.must(4)?,
+        txid: row.xid8(5).unwrap_or(0),
+        n: row.must(6)?,
+        received_at_us: row.timestamptz(7).unwrap_or(0),
+        shift_us: row.must(8)?,
+        payload: row.bytes(9).unwrap_or_default(),
+    })
+}
+
+/// How a page is bounded: rows of the next page, so that it stays near this many bytes.
+const PAGE_BYTES: usize = 8 << 20;
+const FIRST_PAGE_ROWS: i64 = 64;
+const PAGE_ROWS_MAX: i64 = 4096;
+
+/// One ordered run over an index: from a transaction id on (or exactly one), in (txid, id) order.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    table: usize,
+    collection_id: i32,
+    /// None: every transaction from `after` on.
+    only_txid: Option<u64>,
+}
+
+/// The un-digested rows of one collection, page by page.
+pub struct Tail {
+    project_id: i32,
+    name: String,
+    runs: VecDeque<Run>,
+    /// Of the first run: the last (txid, id) seen.
+    after: (u64, i64),
+    start: u64,
+    page_rows: i64,
+    parked_collection: Option<i32>,
+    parked_after: i64,
+    xip: Vec<u64>,
+    probe: Option<(Vec<usize>, Vec<i32>)>,
+}
+
+impl Tail {
+    /// Rows of this collection, and of its name where it was not registered yet. With `collection_id` 0 only
+    /// the latter.
+    pub fn new(tick: &Tick, project_id: i32, collection_id: i32, name: &str) -> Self {
+        let mut ids = vec![0];
+        if collection_id != 0 {
+            ids.insert(0, collection_id);
+        }
+        let runs = tick
+            .tables
+            .iter()
+            .flat_map(|&table| {
+                ids.iter().map(move |&collection_id| Run {
+                    table,
+                    collection_id,
+                    only_txid: None,
+                })
+            })
+            .collect();
+        Self {
+            project_id,
+            name: name.to_owned(),
+            runs,
+            after: (tick.snapshot.xmax, 0),
+            start: tick.snapshot.xmax,
+            page_rows: FIRST_PAGE_ROWS,
+            parked_collection: (collection_id != 0).then_some(collection_id),
+            parked_after: 0,
+            xip: tick.snapshot.xip.clone(),
+            probe: Some((tick.tables.clone(), ids)),
+        }
+    }
+
+    /// The next rows; None at the end.
+    pub fn next_page(&mut self, view: View) -> Result<Option<Vec<TailRow>>> {
+        if let Some((tables, ids)) = self.probe.take() {
+            self.probe_in_progress(view, &tables, &ids)?;
+        }
+        while let Some(run) = self.runs.front().copied() {
+            let rows = self.run_page(view, run)?;
+            let full = rows.len() as i64 == self.page_rows;
+            if let Some(last) = rows.last() {
+                self.after = (last.txid, last.id);
+            }
+            if !rows.is_empty() {
+                let bytes: usize = rows.iter().map(|r| r.payload.len() + 64).sum();
+                self.page_rows = page_rows(bytes, rows.len());
+            }
+            if !full {
+                self.runs.pop_front();
+                let next = self.runs.front().and_then(|r| r.only_txid);
+                self.after = (next.unwrap_or(self.start), 0);
+            }
+            let rows: Vec<TailRow> = rows
+                .into_iter()
+                .filter(|r| {
+                    r.project_id == self.project_id
+                        && (r.collection_id != 0 || r.collection == self.name)
+                })
+                .collect();
+            if !rows.is_empty() {
+                return Ok(Some(rows));
+            }
+        }
+        let Some(collection_id) = self.parked_collection else {
+            return Ok(None);
+        };
+        let rows = spi::query(
+            view,
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_parked WHERE collection_id = $1 AND id > $2 ORDER BY id LIMIT 64",
+            &[arg(collection_id), arg(self.parked_after)],
+            tail_row,
+        )?;
+        match rows.last() {
+            Some(last) => {
+                self.parked_after = last.id;
+                Ok(Some(rows))
+            }
+            None => {
+                self.parked_collection = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Transactions that ran when the tick was taken and have left rows since: each is a short run of its own.
+    fn probe_in_progress(&mut self, view: View, tables: &[usize], ids: &[i32]) -> Result<()> {
+        if self.xip.is_empty() {
+            return Ok(());
+        }
+        const PROBE: [&str; 3] = [
+            "SELECT x FROM pg_catalog.unnest($2) x
+             WHERE EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE collection_id = $1 AND txid = x)",
+            "SELECT x FROM pg_catalog.unnest($2) x
+             WHERE EXISTS (SELECT FROM rakam_internal.inbox_1 WHERE collection_id = $1 AND txid = x)",
+            "SELECT x FROM pg_catalog.unnest($2) x
+             WHERE EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE collection_id = $1 AND txid = x)",
+        ];
+        for &table in tables {
+            for &collection_id in ids {
+                let found = spi::query(
+                    view,
+                    PROBE[table],
+                    &[arg(collection_id), xid8_array(&self.xip)],
+                    |row| Ok(row.xid8(1).unwrap_or(0)),
+                )?;
+                self.runs.extend(found.into_iter().map(|txid| Run {
+                    table,
+                    collection_id,
+                    only_txid: Some(txid),
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    fn run_page(&self, view: View, run: Run) -> Result<Vec<TailRow>> {
+        const FROM_ON: [&str; 3] = [
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_0 WHERE collection_id = $1 AND (txid, id) > ($2, $3)
+             ORDER BY txid, id LIMIT $4",
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_1 WHERE collection_id = $1 AND (txid, id) > ($2, $3)
+             ORDER BY txid, id LIMIT $4",
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_2 WHERE collection_id = $1 AND (txid, id) > ($2, $3)
+             ORDER BY txid, id LIMIT $4",
+        ];
+        const ONLY: [&str; 3] = [
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_0 WHERE collection_id = $1 AND txid = $2 AND id > $3
+             ORDER BY txid, id LIMIT $4",
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_1 WHERE collection_id = $1 AND txid = $2 AND id > $3
+             ORDER BY txid, id LIMIT $4",
+            "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+             FROM rakam_internal.inbox_2 WHERE collection_id = $1 AND txid = $2 AND id > $3
+             ORDER BY txid, id LIMIT $4",
+        ];
+        let (sql, txid) = match run.only_txid {
+            Some(txid) => (ONLY[run.table], txid),
+            None => (FROM_ON[run.table], self.after.0),
+        };
+        spi::query(
+            view,
+            sql,
+            &[
+                arg(run.collection_id),
+                xid8(txid),
+                arg(self.after.1),
+                arg(self.page_rows),
+            ],
+            tail_row,
+        )
+    }
+}
+
+/// The rows between two ticks in the order of their origin transactions, for the digester: first those whose
+/// transaction ran when the old tick was taken, then everything that began since.
+pub struct Backlog {
+    /// Transactions of the old tick's xip that have finished since and left rows.
+    finished: VecDeque<u64>,
+    upto: XidSnapshot,
+    after: (u64, i64),
+    page_rows: i64,
+}
+
+impl Backlog {
+    /// `upto` must be a snapshot in which every transaction is finished that the view sees as such.
+    pub fn new(view: View, tick: &XidSnapshot, upto: &XidSnapshot) -> Result<Self> {
+        let finished: Vec<u64> = if tick.xip.is_empty() {
+            Vec::new()
+        } else {
+            spi::query(
+                view,
+                "SELECT x FROM pg_catalog.unnest($1) x WHERE NOT x = ANY ($2) AND x < $3 AND (
+                   EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE txid = x)
+                   OR EXISTS (SELECT FROM rakam_internal.inbox_1 WHERE txid = x)
+                   OR EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE txid = x)) ORDER BY x",
+                &[
+                    xid8_array(&tick.xip),
+                    xid8_array(&upto.xip),
+                    xid8(upto.xmax),
+                ],
+                |row| Ok(row.xid8(1).unwrap_or(0)),
+            )?
+        };
+        Ok(Self {
+            after: (finished.first().copied().unwrap_or(tick.xmax), 0),
+            finished: finished.into(),
+            upto: XidSnapshot {
+                xmin: tick.xmax,
+                ..upto.clone()
+            },
+            page_rows: FIRST_PAGE_ROWS,
+        })
+    }
+
+    /// The next rows in (txid, id) order; None at the end.
+    pub fn next_page(&mut self, view: View) -> Result<Option<Vec<TailRow>>> {
+        loop {
+            let only = self.finished.front().copied();
+            let rows = match only {
+                Some(txid) => self.page_of(view, txid)?,
+                None => self.page_from(view)?,
+            };
+            let full = rows.len() as i64 == self.page_rows;
+            if let Some(last) = rows.last() {
+                self.after = (last.txid, last.id);
+                let bytes: usize = rows.iter().map(|r| r.payload.len() + 64).sum();
+                self.page_rows = page_rows(bytes, rows.len());
+            }
+            if only.is_some() && !full {
+                self.finished.pop_front();
+                // `upto.xmin` keeps the old tick's xmax, where the second part begins.
+                self.after = (self.finished.front().copied().unwrap_or(self.upto.xmin), 0);
+            }
+            if !rows.is_empty() {
+                return Ok(Some(rows));
+            }
+            if only.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn page_of(&self, view: View, txid: u64) -> Result<Vec<TailRow>> {
+        spi::query(
+            view,
+            "SELECT * FROM (
+               SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_0 WHERE txid = $1 AND id > $2
+               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_1 WHERE txid = $1 AND id > $2
+               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_2 WHERE txid = $1 AND id > $2
+             ) i ORDER BY id LIMIT $3",
+            &[xid8(txid), arg(self.after.1), arg(self.page_rows)],
+            tail_row,
+        )
+    }
+
+    fn page_from(&self, view: View) -> Result<Vec<TailRow>> {
+        spi::query(
+            view,
+            "SELECT * FROM (
+               SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_0 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
+               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_1 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
+               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
+               FROM rakam_internal.inbox_2 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
+             ) i ORDER BY txid, id LIMIT $5",
+            &[
+                xid8(self.after.0),
+                arg(self.after.1),
+                xid8(self.upto.xmax),
+                xid8_array(&self.upto.xip),
+                arg(self.page_rows),
+            ],
+            tail_row,
+        )
+    }
+}
+
+/// Rows of the next page, so that it stays near [`PAGE_BYTES`].
+fn page_rows(bytes: usize, rows: usize) -> i64 {
+    ((PAGE_BYTES / (bytes / rows.max(1)).max(1)) as i64).clamp(1, PAGE_ROWS_MAX)
+}
+
+/// Writes the next tick. A second digester with the same predecessor fails on the primary key.
+pub fn add_tick(id: i64, snapshot: &XidSnapshot) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.inbox_tick (shard, tick_id, snapshot) VALUES (0, $1, $2::pg_snapshot)",
+        &[arg(id), arg(snapshot.to_string())],
+    )?;
+    Ok(())
+}
+
+/// Sets an event aside that could not be digested: it stays readable, is tried again alone, and never stops others.
+pub fn park(row: &TailRow, event: &[u8], collection_id: i32, error: &str) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.inbox_parked
+           (id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload, error, next_attempt)
+         VALUES (pg_catalog.nextval('rakam_internal.inbox_id'), $1, $2, $3, $4, 1, $5, $6, $7, $8,
+                 pg_catalog.clock_timestamp() + interval '10 seconds')",
+        &[
+            arg(row.project_id),
+            arg(collection_id),
+            arg(row.collection.as_str()),
+            xid8(row.txid),
+            spi::timestamptz(row.received_at_us),
+            arg(row.shift_us),
+            arg(event),
+            arg(error),
+        ],
+    )?;
+    Ok(())
+}
+
+/// A parked event that is due for another attempt.
+pub struct Parked {
+    pub row: TailRow,
+    pub attempts: i32,
+}
+
+/// Parked events whose next attempt is due.
+pub fn parked_due(view: View, limit: i64) -> Result<Vec<Parked>> {
+    spi::query(
+        view,
+        "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload, attempts
+         FROM rakam_internal.inbox_parked WHERE next_attempt <= pg_catalog.clock_timestamp() ORDER BY id LIMIT $1",
+        &[arg(limit)],
+        |row| {
+            Ok(Parked {
+                row: tail_row(row)?,
+                attempts: row.must(10)?,
+            })
+        },
+    )
+}
+
+/// Puts a parked event off: the wait doubles with each attempt.
+pub fn park_again(id: i64, error: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.inbox_parked SET attempts = attempts + 1, error = $2,
+           next_attempt = pg_catalog.clock_timestamp() + interval '10 seconds' * (2 ^ attempts)
+         WHERE id = $1",
+        &[arg(id), arg(error)],
+    )?;
+    Ok(())
+}
+
+/// Takes a parked event out: it has been digested or has become a dead letter.
+pub fn unpark(id: i64) -> Result<u64> {
+    spi::execute(
+        "DELETE FROM rakam_internal.inbox_parked WHERE id = $1",
+        &[arg(id)],
+    )
+}
+
+/// Gives a parked event up: its bytes and the reason are kept as a dead letter.
+pub fn to_dead_letter(parked: &TailRow, error: &str) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error) VALUES ($1, $2, $3, $4)",
+        &[
+            arg(parked.project_id),
+            arg(parked.collection.as_str()),
+            arg(parked.payload.as_slice()),
+            arg(error),
+        ],
+    )?;
+    unpark(parked.id)?;
+    Ok(())
+}
+
+/// State of the three tables for the rotation.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    pub current: usize,
+    /// Per table: the tick from which readers need not open it; 0 while they must.
+    pub sealed: [i64; 3],
+    pub switched_at_us: i64,
+}
+
+pub fn rotation(view: View) -> Result<Rotation> {
+    spi::first(
+        view,
+        "SELECT current_table, sealed[1], sealed[2], sealed[3], switched_at FROM rakam_internal.inbox_state",
+        &[],
+        |row| {
+            Ok(Rotation {
+                current: row.must::<i32>(1)? as usize,
+                sealed: [row.must(2)?, row.must(3)?, row.must(4)?],
+                switched_at_us: row.timestamptz(5).unwrap_or(0),
+            })
+        },
+    )?
+    .ok_or_else(|| PgError::internal("the inbox has no state"))
+}
+
+/// Lets another table take the new rows.
+pub fn switch_to(k: usize) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.inbox_state SET current_table = $1, switched_at = pg_catalog.clock_timestamp()",
+        &[arg(k as i32)],
+    )?;
+    Ok(())
+}
+
+/// From tick `tick` on, readers need not open table `k`: nobody writes it and all of it is digested.
+pub fn seal(k: usize, tick: i64) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.inbox_state SET sealed[$1] = $2",
+        &[arg(k as i32 + 1), arg(tick)],
+    )?;
+    Ok(())
+}
+
+/// The xid of the transaction that wrote a tick, and its snapshot.
+pub fn tick_by_id(view: View, id: i64) -> Result<Option<(u64, XidSnapshot)>> {
+    spi::first(
+        view,
+        "SELECT created_xid, snapshot::text FROM rakam_internal.inbox_tick WHERE shard = 0 AND tick_id = $1",
+        &[arg(id)],
+        |row| {
+            let text: String = row.must(2)?;
+            Ok((
+                row.xid8(1).unwrap_or(u64::MAX),
+                XidSnapshot::parse(&text)
+                    .ok_or_else(|| PgError::internal("a stored snapshot is malformed"))?,
+            ))
+        },
+    )
+}
+
+/// Whether table `k` has any row at all, and whether it has one that the given snapshot does not cover.
+pub fn table_content(view: View, k: usize, covered: &XidSnapshot) -> Result<(bool, bool)> {
+    const ANY: [&str; 3] = [
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_0),
+                EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE txid >= $1)
+                OR EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE txid = ANY ($2))",
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_1),
+                EXISTS (SELECT FROM rakam_internal.inbox_1 WHERE txid >= $1)
+                OR EXISTS (SELECT FROM rakam_internal.inbox_1 WHERE txid = ANY ($2))",
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_2),
+                EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE txid >= $1)
+                OR EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE txid = ANY ($2))",
+    ];
+    spi::first(
+        view,
+        ANY[k],
+        &[xid8(covered.xmax), xid8_array(&covered.xip)],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )?
+    .ok_or_else(|| PgError::internal("EXISTS gives a row"))
+}
+
+/// Empties a table whose rows no snapshot needs any more. The caller holds it exclusively.
+pub fn truncate(k: usize, tick: i64) -> Result<()> {
+    spi::execute_text(&format!("TRUNCATE rakam_internal.inbox_{k}"))?;
+    spi::execute(
+        "UPDATE rakam_internal.inbox_state SET sealed[$1] = 0, truncated_to_tick = $2",
+        &[arg(k as i32 + 1), arg(tick)],
+    )?;
+    Ok(())
+}
+
+/// The newest tick whose rows may be gone, read with a latest snapshot by readers on a standby.
+pub fn truncated_to(view: View) -> Result<i64> {
+    spi::first(
+        view,
+        "SELECT truncated_to_tick FROM rakam_internal.inbox_state",
+        &[],
+        |row| row.must(1),
+    )?
+    .ok_or_else(|| PgError::internal("the inbox has no state"))
+}
+
+/// Deletes ticks that no snapshot can have as its newest: an older one than a tick past the horizon.
+pub fn forget_ticks(horizon: u64) -> Result<u64> {
+    spi::execute(
+        "DELETE FROM rakam_internal.inbox_tick t WHERE shard = 0 AND tick_id <
+           (SELECT max(tick_id) FROM rakam_internal.inbox_tick WHERE shard = 0 AND created_xid < $1)
+         AND tick_id NOT IN (SELECT pg_catalog.unnest(sealed) FROM rakam_internal.inbox_state)",
+        &[xid8(horizon)],
+    )
+}

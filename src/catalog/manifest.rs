@@ -1,0 +1,497 @@
+//! What holds the digested events: hot chunks and data files, and the default storage's objects.
+
+use std::collections::HashMap;
+
+use crate::pg::Result;
+use crate::pg::spi::{self, View, arg, xid8};
+
+/// A hot chunk without its bytes.
+#[derive(Debug, Clone)]
+pub struct ChunkRow {
+    pub chunk_id: i64,
+    pub schema_version: i32,
+    pub n: i32,
+    pub bytes: i32,
+    pub has_extra: bool,
+    pub min_time_us: i64,
+    pub max_time_us: i64,
+    pub level: i16,
+}
+
+/// A chunk to be stored.
+pub struct NewChunk<'a> {
+    pub project_id: i32,
+    pub collection_id: i32,
+    pub schema_version: i32,
+    pub level: i16,
+    pub info: &'a rakam_lake::chunk::ChunkInfo,
+    pub data: &'a [u8],
+}
+
+/// A data file of the manifest.
+#[derive(Debug, Clone)]
+pub struct FileRow {
+    pub file_id: i64,
+    pub storage_id: i32,
+    pub path: String,
+    pub schema_version: i32,
+    pub n: i64,
+    pub bytes: i64,
+    pub footer_bytes: i32,
+    pub has_extra: bool,
+    pub min_time_us: i64,
+    pub max_time_us: i64,
+}
+
+/// The chunks of a collection whose times touch the range (both ends inclusive).
+pub fn chunks(
+    view: View,
+    collection_id: i32,
+    time_range: Option<(i64, i64)>,
+) -> Result<Vec<ChunkRow>> {
+    let map = |row: &spi::Row| {
+        Ok(ChunkRow {
+            chunk_id: row.must(1)?,
+            schema_version: row.must(2)?,
+            n: row.must(3)?,
+            bytes: row.must(4)?,
+            has_extra: row.must(5)?,
+            min_time_us: row.timestamptz(6).unwrap_or(i64::MIN),
+            max_time_us: row.timestamptz(7).unwrap_or(i64::MAX),
+            level: row.must(8)?,
+        })
+    };
+    match time_range {
+        None => spi::query(
+            view,
+            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level
+             FROM rakam_internal.hot_chunk WHERE collection_id = $1 ORDER BY chunk_id",
+            &[arg(collection_id)],
+            map,
+        ),
+        Some((from, to)) => spi::query(
+            view,
+            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level
+             FROM rakam_internal.hot_chunk WHERE collection_id = $1 AND max_time >= $2 AND min_time <= $3
+             ORDER BY chunk_id",
+            &[
+                arg(collection_id),
+                spi::timestamptz_saturating(from),
+                spi::timestamptz_saturating(to),
+            ],
+            map,
+        ),
+    }
+}
+
+/// The bytes of a chunk, if the view's user sees it.
+pub fn chunk_data(view: View, chunk_id: i64) -> Result<Option<Vec<u8>>> {
+    spi::first(
+        view,
+        "SELECT data FROM rakam_internal.hot_chunk WHERE chunk_id = $1",
+        &[arg(chunk_id)],
+        |row| Ok(row.bytes(1).unwrap_or_default()),
+    )
+}
+
+pub fn add_chunk(chunk: &NewChunk<'_>) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.hot_chunk
+           (project_id, collection_id, schema_version, n, bytes, min_time, max_time, level, has_extra, min_xid, max_xid, data)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        &[
+            arg(chunk.project_id),
+            arg(chunk.collection_id),
+            arg(chunk.schema_version),
+            arg(chunk.info.n as i32),
+            arg(chunk.data.len() as i32),
+            spi::timestamptz(chunk.info.min_time_us),
+            spi::timestamptz(chunk.info.max_time_us),
+            arg(chunk.level),
+            arg(chunk.info.has_extra),
+            xid8(chunk.info.min_xid as u64),
+            xid8(chunk.info.max_xid as u64),
+            arg(chunk.data),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Deletes chunks by id; the caller compares the number.
+pub fn delete_chunks(ids: &[i64]) -> Result<u64> {
+    spi::execute(
+        "DELETE FROM rakam_internal.hot_chunk WHERE chunk_id = ANY ($1)",
+        &[arg(ids.to_vec())],
+    )
+}
+
+/// A collection whose hot tier has work: its id, its small chunks, all its bytes, the age of its oldest chunk.
+#[derive(Debug, Clone)]
+pub struct HotState {
+    pub collection_id: i32,
+    pub small_chunks: i64,
+    pub bytes: i64,
+    pub oldest_age_s: f64,
+}
+
+/// The hot tier by collection. A chunk below `small_rows` rows counts as small.
+pub fn hot_state(view: View, small_rows: i32) -> Result<Vec<HotState>> {
+    spi::query(
+        view,
+        "SELECT collection_id, count(*) FILTER (WHERE n < $1), sum(bytes)::int8,
+                extract(epoch FROM pg_catalog.clock_timestamp() - min(created_at))::float8
+         FROM rakam_internal.hot_chunk GROUP BY collection_id ORDER BY collection_id",
+        &[arg(small_rows)],
+        |row| {
+            Ok(HotState {
+                collection_id: row.must(1)?,
+                small_chunks: row.must(2)?,
+                bytes: row.must(3)?,
+                oldest_age_s: row.must(4)?,
+            })
+        },
+    )
+}
+
+fn file_row(row: &spi::Row) -> Result<FileRow> {
+    Ok(FileRow {
+        file_id: row.must(1)?,
+        storage_id: row.must(2)?,
+        path: row.must(3)?,
+        schema_version: row.must(4)?,
+        n: row.must(5)?,
+        bytes: row.must(6)?,
+        footer_bytes: row.must(7)?,
+        has_extra: row.must(8)?,
+        min_time_us: row.timestamptz(9).unwrap_or(i64::MIN),
+        max_time_us: row.timestamptz(10).unwrap_or(i64::MAX),
+    })
+}
+
+/// The data files of a collection whose times touch the range (both ends inclusive).
+pub fn files(
+    view: View,
+    collection_id: i32,
+    time_range: Option<(i64, i64)>,
+) -> Result<Vec<FileRow>> {
+    match time_range {
+        None => spi::query(
+            view,
+            "SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
+             FROM rakam_internal.data_file WHERE collection_id = $1 ORDER BY min_time, file_id",
+            &[arg(collection_id)],
+            file_row,
+        ),
+        Some((from, to)) => spi::query(
+            view,
+            "SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
+             FROM rakam_internal.data_file WHERE collection_id = $1 AND max_time >= $2 AND min_time <= $3
+             ORDER BY min_time, file_id",
+            &[
+                arg(collection_id),
+                spi::timestamptz_saturating(from),
+                spi::timestamptz_saturating(to),
+            ],
+            file_row,
+        ),
+    }
+}
+
+/// The number of all files of a collection, for EXPLAIN's "skipped".
+pub fn file_count(view: View, collection_id: i32) -> Result<i64> {
+    Ok(spi::first(
+        view,
+        "SELECT files FROM rakam_internal.collection_stat WHERE collection_id = $1",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )?
+    .unwrap_or(0))
+}
+
+/// The statistics of files (crates/lake `stats.rs`), by file.
+pub fn stats(view: View, file_ids: &[i64]) -> Result<HashMap<i64, Vec<u8>>> {
+    let rows = spi::query(
+        view,
+        "SELECT file_id, stats FROM rakam_internal.data_file_stat WHERE file_id = ANY ($1)",
+        &[arg(file_ids.to_vec())],
+        |row| Ok((row.must(1)?, row.bytes(2).unwrap_or_default())),
+    )?;
+    Ok(rows.into_iter().collect())
+}
+
+/// The Parquet footers of files, by file.
+pub fn footers(view: View, file_ids: &[i64]) -> Result<HashMap<i64, Vec<u8>>> {
+    let rows = spi::query(
+        view,
+        "SELECT file_id, footer FROM rakam_internal.data_file_footer WHERE file_id = ANY ($1)",
+        &[arg(file_ids.to_vec())],
+        |row| Ok((row.must(1)?, row.bytes(2).unwrap_or_default())),
+    )?;
+    Ok(rows.into_iter().collect())
+}
+
+/// What planning knows of a collection: cold events, hot events.
+pub fn estimate(view: View, collection_id: i32) -> Result<(i64, i64)> {
+    Ok(spi::first(
+        view,
+        "SELECT coalesce((SELECT cold_events FROM rakam_internal.collection_stat WHERE collection_id = $1), 0),
+                coalesce((SELECT sum(n) FROM rakam_internal.hot_chunk WHERE collection_id = $1), 0)::int8",
+        &[arg(collection_id)],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )?
+    .unwrap_or((0, 0)))
+}
+
+/// Size of a part of an object in the default storage: small enough that a range read detoasts little.
+pub const PART_BYTES: usize = 1 << 20;
+
+/// The size of an object in the default storage.
+pub fn object_size(view: View, path: &str) -> Result<Option<u64>> {
+    spi::first(
+        view,
+        "SELECT sum(octet_length(data))::int8 FROM rakam_internal.local_object WHERE path = $1",
+        &[arg(path)],
+        |row| Ok(row.get::<i64>(1).map(|n| n as u64)),
+    )
+    .map(Option::flatten)
+}
+
+/// A range of an object in the default storage; shorter where the object ends.
+pub fn object_range(view: View, path: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
+    let part = PART_BYTES as u64;
+    let (first, last) = (offset / part, (offset + len.max(1) - 1) / part);
+    let mut bytes = Vec::with_capacity(len as usize);
+    spi::run(
+        view,
+        "SELECT substr(data, CASE WHEN part = $2 THEN $4 ELSE 1 END,
+                       CASE WHEN part = $3 THEN $5 ELSE 1048576 END - CASE WHEN part = $2 THEN $4 - 1 ELSE 0 END)
+         FROM rakam_internal.local_object WHERE path = $1 AND part BETWEEN $2 AND $3 ORDER BY part",
+        &[
+            arg(path),
+            arg(first as i32),
+            arg(last as i32),
+            arg((offset - first * part) as i32 + 1),
+            arg((offset + len - last * part) as i32),
+        ],
+        |row| {
+            bytes.extend_from_slice(row.get::<&[u8]>(1).unwrap_or_default());
+            Ok(())
+        },
+    )?;
+    Ok(bytes)
+}
+
+/// Stores an object in the default storage.
+pub fn put_object(project_id: i32, path: &str, data: &[u8]) -> Result<()> {
+    for (part, bytes) in data.chunks(PART_BYTES).enumerate() {
+        spi::execute(
+            "INSERT INTO rakam_internal.local_object (path, part, project_id, data) VALUES ($1, $2, $3, $4)",
+            &[arg(path), arg(part as i32), arg(project_id), arg(bytes)],
+        )?;
+    }
+    Ok(())
+}
+
+/// A data file to be added to the manifest.
+pub struct NewFile<'a> {
+    pub project_id: i32,
+    pub collection_id: i32,
+    pub storage_id: i32,
+    pub path: &'a str,
+    pub schema_version: i32,
+    pub period: &'static str,
+    /// Days since 1970-01-01.
+    pub first_day: i32,
+    pub n: i64,
+    pub bytes: i64,
+    pub min_time_us: i64,
+    pub max_time_us: i64,
+    pub min_xid: i64,
+    pub max_xid: i64,
+    pub has_extra: bool,
+    pub flush_id: uuid::Uuid,
+    /// Bytes at the end of the object that hold the Parquet metadata.
+    pub footer_bytes: i32,
+    /// What is kept of them here (crates/lake `footer.rs`).
+    pub footer: &'a [u8],
+    pub stats: &'a [u8],
+}
+
+/// Adds a file with its statistics and footer, and the log entry. Under the collection's manifest lock.
+pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
+    let file_id: i64 = spi::first(
+        View::Current,
+        "INSERT INTO rakam_internal.data_file
+           (project_id, collection_id, storage_id, path, schema_version, period, first_day, n, bytes, footer_bytes,
+            min_time, max_time, has_extra, min_xid, max_xid, flush_id)
+         VALUES ($1, $2, $3, $4, $5, $6, date '1970-01-01' + $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+         RETURNING file_id",
+        &[
+            arg(file.project_id),
+            arg(file.collection_id),
+            arg(file.storage_id),
+            arg(file.path),
+            arg(file.schema_version),
+            arg(file.period),
+            arg(file.first_day),
+            arg(file.n),
+            arg(file.bytes),
+            arg(file.footer_bytes),
+            spi::timestamptz(file.min_time_us),
+            spi::timestamptz(file.max_time_us),
+            arg(file.has_extra),
+            xid8(file.min_xid as u64),
+            xid8(file.max_xid as u64),
+            arg(pgrx::Uuid::from_bytes(*file.flush_id.as_bytes())),
+        ],
+        |row| row.must(1),
+    )?
+    .ok_or_else(|| crate::pg::PgError::internal("INSERT … RETURNING gives a row"))?;
+    spi::execute(
+        "INSERT INTO rakam_internal.data_file_stat (file_id, project_id, stats) VALUES ($1, $2, $3)",
+        &[arg(file_id), arg(file.project_id), arg(file.stats)],
+    )?;
+    spi::execute(
+        "INSERT INTO rakam_internal.data_file_footer (file_id, project_id, footer) VALUES ($1, $2, $3)",
+        &[arg(file_id), arg(file.project_id), arg(file.footer)],
+    )?;
+    spi::execute(
+        "INSERT INTO rakam_internal.manifest_log (collection_id, project_id, op, file_id, path)
+         VALUES ($1, $2, 'add', $3, $4)",
+        &[
+            arg(file.collection_id),
+            arg(file.project_id),
+            arg(file_id),
+            arg(file.path),
+        ],
+    )?;
+    Ok(file_id)
+}
+
+/// Moves a collection's totals. Under the collection's manifest lock.
+pub fn add_to_stat(
+    collection_id: i32,
+    project_id: i32,
+    events: i64,
+    bytes: i64,
+    files: i64,
+) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.collection_stat AS s (collection_id, project_id, cold_events, cold_bytes, files)
+         VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (collection_id) DO UPDATE SET cold_events = s.cold_events + $3,
+           cold_bytes = s.cold_bytes + $4, files = s.files + $5",
+        &[
+            arg(collection_id),
+            arg(project_id),
+            arg(events),
+            arg(bytes),
+            arg(files),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Announces objects about to be written, so that a crash leaves a trace for the collector of orphans.
+pub fn add_intent(
+    storage_id: i32,
+    path: &str,
+    op: uuid::Uuid,
+    collection_id: i32,
+    purpose: &str,
+) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.file_intent (storage_id, path, op_id, collection_id, purpose)
+         VALUES ($1, $2, $3, $4, $5)",
+        &[
+            arg(storage_id),
+            arg(path),
+            arg(pgrx::Uuid::from_bytes(*op.as_bytes())),
+            arg(collection_id),
+            arg(purpose),
+        ],
+    )?;
+    Ok(())
+}
+
+/// The announcement is fulfilled (the manifest has the object) or void (it was deleted).
+pub fn delete_intent(storage_id: i32, path: &str) -> Result<u64> {
+    spi::execute(
+        "DELETE FROM rakam_internal.file_intent WHERE storage_id = $1 AND path = $2",
+        &[arg(storage_id), arg(path)],
+    )
+}
+
+/// Announced objects (storage, path, the collection whose job announced them), oldest first.
+pub fn intents(view: View) -> Result<Vec<(i32, String, i32)>> {
+    spi::query(
+        view,
+        "SELECT storage_id, path, collection_id FROM rakam_internal.file_intent ORDER BY created_at",
+        &[],
+        |row| Ok((row.must(1)?, row.must(2)?, row.must(3)?)),
+    )
+}
+
+/// Whether an object is still announced.
+pub fn has_intent(storage_id: i32, path: &str) -> Result<bool> {
+    Ok(spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.file_intent WHERE storage_id = $1 AND path = $2",
+        &[arg(storage_id), arg(path)],
+        |_| Ok(()),
+    )? > 0)
+}
+
+/// Objects out of use that may be deleted: removed before the horizon and longer ago than the retention.
+pub fn deferred_due(view: View, horizon: u64, retention_s: f64) -> Result<Vec<(i32, String)>> {
+    spi::query(
+        view,
+        "SELECT storage_id, path FROM rakam_internal.file_deferred
+         WHERE removed_xid < $1 AND removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
+         ORDER BY removed_at LIMIT 1000",
+        &[xid8(horizon), arg(retention_s)],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )
+}
+
+pub fn delete_deferred(storage_id: i32, path: &str) -> Result<u64> {
+    spi::execute(
+        "DELETE FROM rakam_internal.file_deferred WHERE storage_id = $1 AND path = $2",
+        &[arg(storage_id), arg(path)],
+    )
+}
+
+/// Deletes an object of the default storage. True: it was there.
+pub fn delete_object(path: &str) -> Result<bool> {
+    Ok(spi::execute(
+        "DELETE FROM rakam_internal.local_object WHERE path = $1",
+        &[arg(path)],
+    )? > 0)
+}
+
+/// A storage: its foreign server's name and kind (`local` or `file`), and the server's `url` option.
+#[derive(Debug, Clone)]
+pub struct StorageRow {
+    pub name: String,
+    pub kind: String,
+    pub url: Option<String>,
+}
+
+/// The storage of this id. Read as the extension's owner: tenants do not see it.
+pub fn storage(view: View, storage_id: i32) -> Result<Option<StorageRow>> {
+    spi::first(
+        view,
+        "SELECT s.name, s.kind, (SELECT o.option_value FROM pg_catalog.pg_foreign_server f,
+                  pg_catalog.pg_options_to_table(f.srvoptions) o
+                WHERE f.srvname = s.name AND o.option_name = 'url')
+         FROM rakam_internal.storage s WHERE s.storage_id = $1",
+        &[arg(storage_id)],
+        |row| {
+            Ok(StorageRow {
+                name: row.must(1)?,
+                kind: row.must(2)?,
+                url: row.get(3),
+            })
+        },
+    )
+}

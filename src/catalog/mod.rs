@@ -1,0 +1,11 @@
+//! Rows of the internal tables as types: the only place with SQL text about them.
+//!
+//! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
+
+pub mod inbox;
+pub mod invalid;
+pub mod job;
+pub mod manifest;
+pub mod monitor;
+pub mod projects;
+pub mod registry;

@@ -1,0 +1,437 @@
+//! Projects, their keys and storages, and who may do what: the authority for every function that takes a
+//! project's name.
+//!
+//! Look-ups answer what is committed now, whatever the caller's snapshot, through a per-backend cache that
+//! [`invalidation`] keeps honest: a revoked key or a dropped project is gone at the very next call.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use pgrx::pg_sys;
+use sha2::{Digest, Sha256};
+
+use crate::pg::security::{self, ActAs};
+use crate::pg::snapshot::{Registered, Snapshot};
+use crate::pg::spi::{self, View, arg};
+use crate::pg::{PgError, Result, invalidation, relation, roles};
+
+/// Entries of a kind after which the cache starts anew.
+const CACHE_ENTRIES_MAX: usize = 10_000;
+
+/// A project, as far as rights and writing need it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Project {
+    pub id: i32,
+    pub name: String,
+    pub read_role: pg_sys::Oid,
+    pub write_role: pg_sys::Oid,
+    pub admin_role: pg_sys::Oid,
+    pub storage_id: i32,
+}
+
+/// What a caller wants to do in a project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// Query: the roles read and admin.
+    Read,
+    /// Collect: the roles write and admin.
+    Write,
+    /// Change definitions: the role admin.
+    Admin,
+    /// Anything that every member may: the roles read, write and admin.
+    Member,
+}
+
+impl Project {
+    /// Whether the user has the privileges of a role with this right; superusers have.
+    pub fn allows(&self, user: pg_sys::Oid, right: Right) -> bool {
+        let roles: &[pg_sys::Oid] = match right {
+            Right::Read => &[self.read_role, self.admin_role],
+            Right::Write => &[self.write_role, self.admin_role],
+            Right::Admin => &[self.admin_role],
+            Right::Member => &[self.read_role, self.write_role, self.admin_role],
+        };
+        roles.iter().any(|&role| security::has_privileges_of(user, role))
+            || security::is_superuser(user)
+    }
+}
+
+/// The project of this name, if the effective user has the right; one error for unknown and forbidden.
+pub fn authorize(name: &str, right: Right) -> Result<Rc<Project>> {
+    by_name(name)?
+        .filter(|project| project.allows(security::current_user(), right))
+        .ok_or_else(|| PgError::no_project(name))
+}
+
+/// The project of this name, in any case of its letters.
+pub fn by_name(name: &str) -> Result<Option<Rc<Project>>> {
+    if name.bytes().any(|b| b.is_ascii_uppercase()) {
+        return by_name(&name.to_ascii_lowercase());
+    }
+    cached(
+        |cache| cache.projects.get(name).cloned(),
+        |view| load_project(view, name).map(|found| found.map(Rc::new)),
+        |cache, project| limited(&mut cache.projects).insert(name.to_owned(), project),
+    )
+}
+
+/// The id of a collection; 0 while it is not registered.
+pub fn collection_id(project_id: i32, name: &str) -> Result<i32> {
+    let found = cached(
+        |cache| cache.collections.get(&project_id)?.get(name).copied(),
+        |view| {
+            let id = spi::first(
+                view,
+                "SELECT collection_id FROM rakam_internal.collection WHERE project_id = $1 AND name = $2",
+                &[arg(project_id), arg(name)],
+                |row| row.must(1),
+            )?;
+            Ok(Some(id.unwrap_or(0)))
+        },
+        |cache, id| {
+            limited(limited(&mut cache.collections).entry(project_id).or_default())
+                .insert(name.to_owned(), id)
+        },
+    )?;
+    Ok(found.unwrap_or(0))
+}
+
+/// What a key is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    Read,
+    Write,
+    Master,
+}
+
+impl KeyKind {
+    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Master];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Master => "master",
+        }
+    }
+}
+
+/// A valid key's project and kind.
+#[derive(Debug, Clone)]
+pub struct Key {
+    pub kind: KeyKind,
+    pub project: Rc<Project>,
+}
+
+/// What is stored of a key.
+pub fn key_hash(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+/// The key with this text; 28000 if it is unknown or revoked.
+pub fn key(text: &str) -> Result<Key> {
+    let hash = key_hash(text);
+    let found = cached(
+        |cache| cache.keys.get(&hash).cloned(),
+        |view| {
+            spi::first(
+                view,
+                "SELECT p.project_id, p.name, p.read_role, p.write_role, p.admin_role, p.storage_id, k.kind
+                 FROM rakam_internal.api_key k JOIN rakam_internal.project p USING (project_id)
+                 WHERE k.hash = $1 AND k.revoked_at IS NULL",
+                &[arg(hash.as_slice())],
+                |row| {
+                    let kind: String = row.must(7)?;
+                    Ok(Key {
+                        kind: KeyKind::ALL
+                            .into_iter()
+                            .find(|k| k.name() == kind)
+                            .ok_or_else(|| PgError::internal("unknown kind of key"))?,
+                        project: Rc::new(project_row(row)?),
+                    })
+                },
+            )
+        },
+        |cache, key| limited(&mut cache.keys).insert(hash, key),
+    )?;
+    found.ok_or_else(|| PgError::new("28000", "key is unknown or revoked"))
+}
+
+/// Which projects a role sees.
+#[derive(Debug, Clone, Default)]
+pub struct Scope {
+    /// By the roles read and admin.
+    pub readable: Vec<i32>,
+    /// By any of the three roles.
+    pub member: Vec<i32>,
+}
+
+/// The projects of the effective user; of one whom row-level security does not bind, all.
+pub fn scope() -> Result<Rc<Scope>> {
+    let user = security::current_user();
+    if invalidation::in_parallel_mode() {
+        // No new snapshot can be taken there.
+        let _owner = ActAs::owner();
+        return Ok(Rc::new(load_scope(View::Under(Snapshot::active()), user)?));
+    }
+    let scope = cached(
+        |cache| cache.scopes.get(&user).cloned(),
+        |view| load_scope(view, user).map(|scope| Some(Rc::new(scope))),
+        |cache, scope| limited(&mut cache.scopes).insert(user, scope),
+    )?;
+    Ok(scope.unwrap_or_default())
+}
+
+/// The projects that the effective user administers. Asked by rare calls: not cached.
+pub fn administered() -> Result<Vec<i32>> {
+    let roles = roles::inherited(security::current_user());
+    let _owner = ActAs::owner();
+    let latest = Registered::latest();
+    spi::query(
+        View::Under(latest.get()),
+        "SELECT project_id FROM rakam_internal.project WHERE admin_role = ANY ($1)",
+        &[arg(roles)],
+        |row| row.must(1),
+    )
+}
+
+fn load_scope(view: View, user: pg_sys::Oid) -> Result<Scope> {
+    let mut scope = Scope::default();
+    let mut add = |row: &spi::Row| {
+        let id = row.must(1)?;
+        scope.member.push(id);
+        if row.must(2)? {
+            scope.readable.push(id);
+        }
+        Ok(())
+    };
+    if roles::bypasses_rls(user) {
+        spi::run(view, "SELECT project_id, true FROM rakam_internal.project", &[], &mut add)?;
+    } else {
+        // By index from the user's roles, never a loop over all projects.
+        spi::run(
+            view,
+            "SELECT project_id, coalesce(read_role = ANY ($1), false) OR coalesce(admin_role = ANY ($1), false)
+             FROM rakam_internal.project
+             WHERE read_role = ANY ($1) OR write_role = ANY ($1) OR admin_role = ANY ($1)",
+            &[arg(roles::inherited(user))],
+            &mut add,
+        )?;
+    }
+    Ok(scope)
+}
+
+fn project_row(row: &spi::Row) -> Result<Project> {
+    Ok(Project {
+        id: row.must(1)?,
+        name: row.must(2)?,
+        read_role: row.oid(3).unwrap_or(pg_sys::InvalidOid),
+        write_role: row.oid(4).unwrap_or(pg_sys::InvalidOid),
+        admin_role: row.oid(5).unwrap_or(pg_sys::InvalidOid),
+        storage_id: row.must(6)?,
+    })
+}
+
+fn load_project(view: View, name: &str) -> Result<Option<Project>> {
+    spi::first(
+        view,
+        "SELECT project_id, name, read_role, write_role, admin_role, storage_id
+         FROM rakam_internal.project WHERE name = $1",
+        &[arg(name)],
+        project_row,
+    )
+}
+
+/// What was loaded while the invalidation's generation was `generation`.
+#[derive(Default)]
+struct Cache {
+    generation: u64,
+    projects: HashMap<String, Rc<Project>>,
+    collections: HashMap<i32, HashMap<String, i32>>,
+    keys: HashMap<[u8; 32], Key>,
+    scopes: HashMap<pg_sys::Oid, Rc<Scope>>,
+}
+
+thread_local! {
+    static CACHE: RefCell<Cache> = RefCell::new(Cache::default());
+}
+
+fn at_generation<T>(generation: u64, f: impl FnOnce(&mut Cache) -> T) -> T {
+    CACHE.with_borrow_mut(|cache| {
+        if cache.generation != generation {
+            *cache = Cache {
+                generation,
+                ..Cache::default()
+            };
+        }
+        f(cache)
+    })
+}
+
+/// From the cache, or loaded as the owner under a latest snapshot. What is not there is not cached.
+fn cached<V: Clone, O>(
+    get: impl FnOnce(&Cache) -> Option<V>,
+    load: impl FnOnce(View) -> Result<Option<V>>,
+    put: impl FnOnce(&mut Cache, V) -> O,
+) -> Result<Option<V>> {
+    if let Some(value) = at_generation(invalidation::generation(), |cache| get(cache)) {
+        return Ok(Some(value));
+    }
+    for table in ["project", "collection", "api_key"] {
+        invalidation::watch(relation::oid("rakam_internal", table));
+    }
+    let before = invalidation::generation();
+    let value = {
+        let _owner = ActAs::owner();
+        let latest = Registered::latest();
+        load(View::Under(latest.get()))?
+    };
+    if let Some(value) = &value
+        && invalidation::generation() == before
+    {
+        at_generation(before, |cache| put(cache, value.clone()));
+    }
+    Ok(value)
+}
+
+fn limited<K, V>(map: &mut HashMap<K, V>) -> &mut HashMap<K, V> {
+    if map.len() >= CACHE_ENTRIES_MAX {
+        map.clear();
+    }
+    map
+}
+
+/// Registers a project without roles. None: the name is taken.
+pub fn insert(name: &str, storage_id: i32) -> Result<Option<i32>> {
+    spi::first(
+        View::Current,
+        "INSERT INTO rakam_internal.project (name, storage_id) VALUES ($1, $2)
+         ON CONFLICT (name) DO NOTHING RETURNING project_id",
+        &[arg(name), arg(storage_id)],
+        |row| row.must(1),
+    )
+}
+
+/// Notes the project's roles, which exist by now.
+pub fn set_roles(project_id: i32, read: &str, write: &str, admin: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.project
+         SET read_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $2),
+             write_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $3),
+             admin_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $4)
+         WHERE project_id = $1",
+        &[arg(project_id), arg(read), arg(write), arg(admin)],
+    )?;
+    Ok(())
+}
+
+/// The ids of a project's collections, in order.
+pub fn collection_ids(project_id: i32) -> Result<Vec<i32>> {
+    spi::query(
+        View::Current,
+        "SELECT collection_id FROM rakam_internal.collection WHERE project_id = $1 ORDER BY 1",
+        &[arg(project_id)],
+        |row| row.must(1),
+    )
+}
+
+/// Removes every row of a project. Objects outside of this database are queued for deletion; un-digested
+/// events are dropped by the digest, which finds no project for them.
+pub fn delete(project_id: i32) -> Result<()> {
+    let id = [arg(project_id)];
+    spi::execute(
+        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
+         SELECT f.storage_id, f.path, f.project_id, 'project dropped'
+         FROM rakam_internal.data_file f JOIN rakam_internal.storage s USING (storage_id)
+         WHERE f.project_id = $1 AND s.kind <> 'local' ON CONFLICT DO NOTHING",
+        &id,
+    )?;
+    for statement in [
+        "DELETE FROM rakam_internal.hot_chunk WHERE project_id = $1",
+        "DELETE FROM rakam_internal.data_file WHERE project_id = $1",
+        "DELETE FROM rakam_internal.local_object WHERE project_id = $1",
+        "DELETE FROM rakam_internal.manifest_log WHERE project_id = $1",
+        "DELETE FROM rakam_internal.inbox_parked WHERE project_id = $1",
+        "DELETE FROM rakam_internal.invalid_value WHERE project_id = $1",
+        "DELETE FROM rakam_internal.dead_letter WHERE project_id = $1",
+        "DELETE FROM rakam_internal.project WHERE project_id = $1",
+    ] {
+        spi::execute(statement, &id)?;
+    }
+    Ok(())
+}
+
+/// Stores a key's hash.
+pub fn insert_key(
+    key_id: uuid::Uuid,
+    kind: KeyKind,
+    project_id: i32,
+    hash: &[u8; 32],
+) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.api_key (key_id, kind, project_id, hash) VALUES ($1, $2, $3, $4)",
+        &[
+            arg(pgrx::Uuid::from_bytes(*key_id.as_bytes())),
+            arg(kind.name()),
+            arg(project_id),
+            arg(hash.as_slice()),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Revokes a key set; the number of its keys, 0 if the project has none of this id.
+pub fn revoke_keys(project_id: i32, key_id: pgrx::Uuid) -> Result<u64> {
+    spi::execute(
+        "UPDATE rakam_internal.api_key SET revoked_at = coalesce(revoked_at, pg_catalog.now())
+         WHERE project_id = $1 AND key_id = $2",
+        &[arg(project_id), arg(key_id)],
+    )
+}
+
+/// A storage by name: its row, and the foreign server that it is.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    /// None: the server is not in use as a storage yet.
+    pub id: Option<i32>,
+    /// None for the default storage, which is no server.
+    pub url: Option<String>,
+    /// Whether the user may use it.
+    pub usable: bool,
+}
+
+/// The storage of this name, as `user` may use it.
+pub fn storage(name: &str, user: pg_sys::Oid) -> Result<Option<Storage>> {
+    spi::first(
+        View::Current,
+        "SELECT s.storage_id, o.option_value, coalesce(s.kind = 'local', false) OR pg_catalog.has_server_privilege($2, f.oid, 'USAGE')
+         FROM (SELECT $1 AS name) n
+         LEFT JOIN rakam_internal.storage s ON s.name = n.name
+         LEFT JOIN (pg_catalog.pg_foreign_server f
+                    JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = f.srvfdw AND w.fdwname = 'rakam')
+           ON f.srvname = n.name
+         LEFT JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
+         WHERE s.kind = 'local' OR f.oid IS NOT NULL",
+        &[arg(name), arg(user)],
+        |row| {
+            Ok(Storage {
+                id: row.get(1),
+                url: row.get(2),
+                usable: row.must(3)?,
+            })
+        },
+    )
+}
+
+/// Takes a foreign server into use as a storage.
+pub fn insert_storage(name: &str, kind: &str) -> Result<i32> {
+    spi::first(
+        View::Current,
+        "INSERT INTO rakam_internal.storage (name, kind) VALUES ($1, $2)
+         ON CONFLICT (name) DO UPDATE SET kind = excluded.kind RETURNING storage_id",
+        &[arg(name), arg(kind)],
+        |row| row.must(1),
+    )?
+    .ok_or_else(|| PgError::internal("a storage was not stored"))
+}

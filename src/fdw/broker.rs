@@ -1,0 +1,217 @@
+//! How the engine's threads get at what only the backend's own thread may read.
+//!
+//! Every question is a message through the scan's port with a place for the answer. The backend's thread answers
+//! while it waits for rows, under the scan's snapshot and user. An error of its own ends the query right there, so
+//! an answer that never comes means that the scan is over.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
+use bytes::Bytes;
+use rakam_engine::{Broker, EngineError};
+use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
+use rakam_event::entry::Limits;
+use rakam_event::error::EventError;
+use rakam_event::schema::Schema;
+use rakam_lake::LakeError;
+use rakam_lake::parts::PartSource;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, oneshot};
+
+use crate::catalog::inbox::TailRow;
+use crate::pg::runtime::Sender;
+
+/// What the engine's threads send.
+pub enum Message {
+    /// Rows of the result. The permit bounds how many batches wait.
+    Batch(RecordBatch, OwnedSemaphorePermit),
+    Chunk {
+        id: i64,
+        reply: oneshot::Sender<Bytes>,
+    },
+    /// The next page of a collection's un-digested inbox rows.
+    Page {
+        part: usize,
+        reply: oneshot::Sender<Option<Vec<TailRow>>>,
+    },
+    /// A range of an object in the default storage.
+    Object {
+        path: String,
+        range: Range<u64>,
+        reply: oneshot::Sender<Bytes>,
+    },
+    Done(Result<(), EngineError>),
+}
+
+/// Asks the backend's thread; None when it does not listen any more.
+async fn ask<T>(
+    sender: &Sender<Message>,
+    question: impl FnOnce(oneshot::Sender<T>) -> Message,
+) -> Option<T> {
+    let (reply, answer) = oneshot::channel();
+    if !sender.send(question(reply)).await {
+        return None;
+    }
+    answer.await.ok()
+}
+
+fn gone() -> EngineError {
+    EngineError::Internal("the scan was ended".to_owned())
+}
+
+/// How un-digested events of a collection become columns: as the digest will make them.
+pub struct TailFormat {
+    pub schema: Schema,
+    pub limits: Limits,
+    /// Bounds of `_time` relative to the time of receipt.
+    pub time_past_us: i64,
+    pub time_future_us: i64,
+}
+
+/// Answers for one collection of the scan.
+pub struct CollectionBroker {
+    sender: Sender<Message>,
+    part: usize,
+    format: TailFormat,
+    /// The fields that the scan needs of the tail.
+    projection: Vec<i32>,
+    /// Batches of the last page that are still to be handed out.
+    ready: Mutex<VecDeque<RecordBatch>>,
+}
+
+impl CollectionBroker {
+    pub fn new(
+        sender: Sender<Message>,
+        part: usize,
+        format: TailFormat,
+        projection: Vec<i32>,
+    ) -> Self {
+        Self {
+            sender,
+            part,
+            format,
+            projection,
+            ready: Mutex::default(),
+        }
+    }
+
+    fn builder(&self) -> Result<BatchBuilder, EngineError> {
+        let layout = Layout::Table {
+            projection: Some(self.projection.clone()),
+        };
+        BatchBuilder::new(&self.format.schema, layout, &self.format.limits).map_err(event_error)
+    }
+
+    /// The events of a page as batches; nearly always one.
+    fn build(&self, page: &[TailRow], out: &mut VecDeque<RecordBatch>) -> Result<(), EngineError> {
+        let mut builder = self.builder()?;
+        for row in page {
+            let stamp = EventStamp {
+                received_at_us: row.received_at_us,
+                shift_us: row.shift_us,
+                time_min_us: row.received_at_us.saturating_sub(self.format.time_past_us),
+                time_max_us: row.received_at_us.saturating_add(self.format.time_future_us),
+                xid: row.txid as i64,
+            };
+            for event in row.payload.split(|&byte| byte == b'\n') {
+                let Ok(event) = std::str::from_utf8(event) else {
+                    continue;
+                };
+                if event.is_empty() {
+                    continue;
+                }
+                if let Err(EventError::BatchFull) = builder.push(event, &stamp) {
+                    out.push_back(builder.finish().map_err(event_error)?.batch);
+                    builder = self.builder()?;
+                    // What does not even fit alone is what the digest sets aside too, as any other bad event.
+                    let _parked = builder.push(event, &stamp);
+                }
+            }
+        }
+        out.push_back(builder.finish().map_err(event_error)?.batch);
+        Ok(())
+    }
+}
+
+fn event_error(error: EventError) -> EngineError {
+    EngineError::Host {
+        sqlstate: error.sqlstate().to_owned(),
+        message: error.to_string(),
+        hint: error.hint().map(str::to_owned),
+    }
+}
+
+#[async_trait]
+impl Broker for CollectionBroker {
+    async fn chunk(&self, id: i64) -> Result<Bytes, EngineError> {
+        ask(&self.sender, |reply| Message::Chunk { id, reply })
+            .await
+            .ok_or_else(gone)
+    }
+
+    async fn tail(&self) -> Result<Option<RecordBatch>, EngineError> {
+        let mut ready = self.ready.lock().await;
+        while ready.is_empty() {
+            let part = self.part;
+            let page = ask(&self.sender, |reply| Message::Page { part, reply })
+                .await
+                .ok_or_else(gone)?;
+            let Some(page) = page else {
+                return Ok(None);
+            };
+            self.build(&page, &mut ready)?;
+        }
+        Ok(ready.pop_front())
+    }
+}
+
+/// The objects of the default storage, read through the backend's thread.
+pub struct ObjectSource {
+    sender: Sender<Message>,
+    sizes: HashMap<String, u64>,
+}
+
+impl ObjectSource {
+    /// `sizes` are those of the manifest, by path.
+    pub fn new(sender: Sender<Message>, sizes: HashMap<String, u64>) -> Arc<Self> {
+        Arc::new(Self { sender, sizes })
+    }
+}
+
+impl fmt::Debug for ObjectSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ObjectSource").finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl PartSource for ObjectSource {
+    async fn get_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, LakeError> {
+        let wanted = range.end - range.start;
+        let bytes = ask(&self.sender, |reply| Message::Object {
+            path: path.to_owned(),
+            range,
+            reply,
+        })
+        .await;
+        match bytes {
+            Some(bytes) if bytes.is_empty() && wanted > 0 => Err(LakeError::Missing {
+                path: path.to_owned(),
+            }),
+            Some(bytes) => Ok(bytes),
+            None => Err(LakeError::Corrupt {
+                what: "object",
+                reason: "the scan was ended".to_owned(),
+            }),
+        }
+    }
+
+    async fn size(&self, path: &str) -> Result<u64, LakeError> {
+        self.sizes.get(path).copied().ok_or_else(|| LakeError::Missing {
+            path: path.to_owned(),
+        })
+    }
+}

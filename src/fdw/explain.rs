@@ -1,0 +1,97 @@
+//! What EXPLAIN says of a scan: with VERBOSE what the engine evaluates and why the rest stays with Postgres, with
+//! ANALYZE what was read. Counts only: names of objects are nobody's business.
+
+use std::ffi::CString;
+
+use pgrx::{pg_guard, pg_sys};
+
+use super::node;
+use super::plan::ScanSpec;
+use super::scan::ForeignScan;
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn scan(
+    node: *mut pg_sys::ForeignScanState,
+    es: *mut pg_sys::ExplainState,
+) {
+    // SAFETY: EXPLAIN's and the executor's own structures.
+    unsafe {
+        let plan: *mut pg_sys::ForeignScan = (*node).ss.ps.plan.cast();
+        let spec = ScanSpec::of(plan);
+        if (*es).verbose {
+            conditions(plan, &spec, es);
+        }
+        if (*es).analyze
+            && let Some(state) = (*node).fdw_state.cast::<ForeignScan>().as_ref()
+        {
+            counters(state, es);
+        }
+    }
+}
+
+unsafe fn conditions(
+    plan: *mut pg_sys::ForeignScan,
+    spec: &ScanSpec,
+    es: *mut pg_sys::ExplainState,
+) {
+    // SAFETY: the deparse context is EXPLAIN's; the expressions are the plan's.
+    unsafe {
+        let context = pg_sys::set_deparse_context_plan(
+            (*es).deparse_cxt,
+            plan.cast(),
+            std::ptr::null_mut(),
+        );
+        let deparse = |expr: *mut pg_sys::Node| {
+            node::text(pg_sys::deparse_expression(expr, context, true, false))
+        };
+        let pushed = node::pointers::<pg_sys::Node>((*plan).fdw_recheck_quals);
+        if !pushed.is_empty() {
+            let texts: Vec<String> = pushed.into_iter().map(deparse).collect();
+            text(c"Engine Filter", &texts.join(" AND "), es);
+        }
+        if let Some(limit) = spec.limit {
+            let params = node::pointers::<pg_sys::Node>((*plan).fdw_exprs);
+            let shown = [Some(limit.count), limit.offset]
+                .into_iter()
+                .flatten()
+                .filter_map(|index| params.get(index).map(|expr| deparse(*expr)))
+                .collect::<Vec<_>>();
+            text(c"Engine Limit", &shown.join(" + "), es);
+        }
+        let local = node::pointers::<pg_sys::Node>((*plan).scan.plan.qual);
+        for (expr, reason) in local.into_iter().zip(&spec.local) {
+            text(c"Not Pushed Down", &format!("{} ({reason})", deparse(expr)), es);
+        }
+    }
+}
+
+fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
+    let done = &state.done;
+    let metrics = &done.metrics;
+    let number = |label, value: u64| integer(label, value as i64, es);
+    if done.skipped.files > 0 {
+        integer(c"Files", done.skipped.files, es);
+        integer(c"Files Skipped by Period", done.skipped.files_by_period, es);
+        integer(c"Files Skipped by Statistics", done.skipped.files_by_statistics, es);
+        number(c"Files Opened", metrics.files_opened);
+        number(c"Row Groups Read", metrics.row_groups_read);
+        number(c"Row Groups Skipped by Statistics", metrics.row_groups_pruned_by_stats);
+        number(c"Row Groups Skipped by Bloom Filter", metrics.row_groups_pruned_by_bloom);
+        number(c"Pages Skipped", metrics.pages_pruned);
+        number(c"Bytes Read", metrics.bytes_read);
+    }
+    number(c"Chunks Read", metrics.chunks_read);
+    number(c"Inbox Rows", done.inbox_rows);
+    number(c"Inbox Events", metrics.tail_rows);
+}
+
+fn text(label: &std::ffi::CStr, value: &str, es: *mut pg_sys::ExplainState) {
+    let value = CString::new(value).unwrap_or_default();
+    // SAFETY: NUL-terminated texts, copied into EXPLAIN's buffer.
+    unsafe { pg_sys::ExplainPropertyText(label.as_ptr(), value.as_ptr(), es) };
+}
+
+fn integer(label: &std::ffi::CStr, value: i64, es: *mut pg_sys::ExplainState) {
+    // SAFETY: a NUL-terminated label, no unit; copied into EXPLAIN's buffer.
+    unsafe { pg_sys::ExplainPropertyInteger(label.as_ptr(), std::ptr::null(), value, es) };
+}

@@ -1,0 +1,32 @@
+//! The foreign data wrapper: how SQL reads and writes collections. One file per question.
+//!
+//! - [`options`]: which options exist, who may set them
+//! - [`shippable`]: which conditions mean the same in the engine as in Postgres
+//! - [`translate`]: a Postgres expression as the engine's; [`values`] its constants
+//! - [`plan`], [`cost`]: the planner's callbacks
+//! - [`scan`]: the executor's; [`tiers`] is what it reads, [`broker`] how engine threads get at it
+//! - [`tuples`]: Arrow columns as datums
+//! - [`modify`]: INSERT and COPY; [`row`] is a row as an event's JSON
+//! - [`explain`]: what EXPLAIN says
+//!
+//! Invariants: a plan holds names of columns by number and constants only, nothing that depends on a role, a
+//! snapshot or the clock. Every read is made as the effective user of the scan, under its snapshot. What is
+//! invisible gives no rows, never an error that would tell that it exists.
+
+pub mod options;
+
+mod broker;
+mod columns;
+mod cost;
+mod explain;
+mod handler;
+mod modify;
+mod node;
+mod plan;
+mod row;
+mod scan;
+mod shippable;
+mod tiers;
+mod translate;
+mod tuples;
+mod values;

@@ -1,0 +1,389 @@
+//! INSERT and COPY: rows become events of the inbox, as those of collect do.
+//!
+//! Rows gather in a buffer and go to the inbox as few large entries, at the latest when the statement ends. The right
+//! to write is checked here, for the project and for the registered table: a foreign table that somebody else has
+//! made with the same options is refused, whatever its grants say. Nothing that is stored can be changed.
+
+use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
+use rakam_event::entry::{self, Limits};
+
+use super::columns::Column;
+use super::options;
+use super::row::{self, Event, Target};
+use super::node;
+use crate::catalog::inbox::{self, Entry};
+use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::pg::security::{self, ActAs};
+use crate::pg::snapshot::Registered;
+use crate::pg::spi::View;
+use crate::pg::error::OrRaise;
+use crate::pg::{PG_EPOCH_US, PgError, Result, guc, xact};
+
+/// An inbox row takes events up to this size.
+const ENTRY_BYTES: usize = 1 << 20;
+
+const DELETE_HINT: &str = "Events cannot be changed; rakam.delete_events, to come in a later version, will remove them.";
+
+/// What an INSERT or COPY into one collection needs.
+struct Insert {
+    project_id: i32,
+    collection_id: i32,
+    collection: String,
+    is_admin: bool,
+    targets: Vec<Target>,
+    time_past_us: i64,
+    time_future_us: i64,
+    limits: Limits,
+    /// The clock at the call: when all events of the statement are received.
+    now_us: i64,
+    /// Scratch, emptied after each row.
+    memory: pg_sys::MemoryContext,
+    /// Events that wait, one a line, all received at the same time.
+    payload: String,
+    n: i32,
+    received_at_us: i64,
+}
+
+/// UPDATE, DELETE and MERGE end here, at planning.
+#[pg_guard]
+pub unsafe extern "C-unwind" fn refuse_change(
+    root: *mut pg_sys::PlannerInfo,
+    _index: pg_sys::Index,
+    _entry: *mut pg_sys::RangeTblEntry,
+    relation: pg_sys::Relation,
+) {
+    // SAFETY: the planner's own structures.
+    let (command, name) = unsafe { ((*(*root).parse).commandType, relation_name(relation)) };
+    let verb = match command {
+        pg_sys::CmdType::CMD_DELETE => "delete from",
+        _ => "update",
+    };
+    PgError::new("0A000", format!("cannot {verb} collection \"{name}\""))
+        .hint(DELETE_HINT)
+        .raise()
+}
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn truncate(
+    relations: *mut pg_sys::List,
+    _behavior: pg_sys::DropBehavior::Type,
+    _restart: bool,
+) {
+    // SAFETY: a list of open relations.
+    let name = unsafe {
+        node::pointers::<pg_sys::RelationData>(relations)
+            .first()
+            .map(|relation| relation_name(*relation))
+            .unwrap_or_default()
+    };
+    PgError::new("0A000", format!("cannot truncate collection \"{name}\""))
+        .hint(DELETE_HINT)
+        .raise()
+}
+
+/// Says what views of the catalog and automatically updatable views should know.
+#[pg_guard]
+pub unsafe extern "C-unwind" fn updatable(relation: pg_sys::Relation) -> i32 {
+    // SAFETY: an open relation.
+    if options::of_table(unsafe { (*relation).rd_id }).is_all() {
+        0
+    } else {
+        1 << pg_sys::CmdType::CMD_INSERT
+    }
+}
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn plan(
+    root: *mut pg_sys::PlannerInfo,
+    plan: *mut pg_sys::ModifyTable,
+    index: pg_sys::Index,
+    _subplan: i32,
+) -> *mut pg_sys::List {
+    // SAFETY: the planner's own structures; range table entries count from 1.
+    unsafe {
+        let entry: *mut pg_sys::RangeTblEntry =
+            pg_sys::list_nth((*(*root).parse).rtable, index as i32 - 1).cast();
+        if options::of_table((*entry).relid).is_all() {
+            refuse_all().raise();
+        }
+        if (*plan).onConflictAction == pg_sys::OnConflictAction::ONCONFLICT_UPDATE {
+            PgError::new("0A000", "ON CONFLICT DO UPDATE is not supported for collections")
+                .hint(DELETE_HINT)
+                .raise();
+        }
+    }
+    std::ptr::null_mut()
+}
+
+fn refuse_all() -> PgError {
+    PgError::new("42809", "cannot insert into the table of all collections")
+        .hint("Insert into the table of one collection.")
+}
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn begin(
+    state: *mut pg_sys::ModifyTableState,
+    target: *mut pg_sys::ResultRelInfo,
+    _private: *mut pg_sys::List,
+    _subplan: i32,
+    flags: i32,
+) {
+    if flags & pg_sys::EXEC_FLAG_EXPLAIN_ONLY as i32 == 0 {
+        // SAFETY: the executor's own structures.
+        unsafe { start((*state).ps.state, target) };
+    }
+}
+
+/// For COPY, and for rows that a partitioned table routes here.
+#[pg_guard]
+pub unsafe extern "C-unwind" fn begin_copy(
+    state: *mut pg_sys::ModifyTableState,
+    target: *mut pg_sys::ResultRelInfo,
+) {
+    // SAFETY: the executor's own structures.
+    unsafe { start((*state).ps.state, target) };
+}
+
+unsafe fn start(estate: *mut pg_sys::EState, target: *mut pg_sys::ResultRelInfo) {
+    // SAFETY: the executor's own structures; the state goes with the query's context.
+    unsafe {
+        let relation = (*target).ri_RelationDesc;
+        let user = effective_user(estate, target);
+        let columns = node::columns((*relation).rd_att);
+        let memory = pg_sys::AllocSetContextCreateInternal(
+            (*estate).es_query_cxt,
+            c"rakam insert".as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        );
+        let insert = Insert::new((*relation).rd_id, user, &columns, memory).or_raise();
+        let insert = PgMemoryContexts::For((*estate).es_query_cxt).leak_and_drop_on_delete(insert);
+        (*target).ri_FdwState = insert.cast();
+    }
+}
+
+/// The user whose right to insert counts: of a view its owner, else the current one.
+unsafe fn effective_user(
+    estate: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+) -> pg_sys::Oid {
+    // SAFETY: the executor's own structures; a routed partition has its root's range table entry.
+    let user = unsafe {
+        #[cfg(feature = "pg15")]
+        {
+            let mut named = target;
+            if (*named).ri_RangeTableIndex == 0 && !(*named).ri_RootResultRelInfo.is_null() {
+                named = (*named).ri_RootResultRelInfo;
+            }
+            match (*named).ri_RangeTableIndex as i32 {
+                0 => pg_sys::InvalidOid,
+                index => {
+                    let entry = pg_sys::list_nth((*estate).es_range_table, index - 1);
+                    (*entry.cast::<pg_sys::RangeTblEntry>()).checkAsUser
+                }
+            }
+        }
+        #[cfg(not(feature = "pg15"))]
+        {
+            pg_sys::ExecGetResultRelCheckAsUser(target, estate)
+        }
+    };
+    if user == pg_sys::InvalidOid {
+        security::current_user()
+    } else {
+        user
+    }
+}
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn insert(
+    _estate: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+    slot: *mut pg_sys::TupleTableSlot,
+    _plan_slot: *mut pg_sys::TupleTableSlot,
+) -> *mut pg_sys::TupleTableSlot {
+    // SAFETY: the executor's own structures, and the state made by `start`.
+    unsafe {
+        let state = &mut *(*target).ri_FdwState.cast::<Insert>();
+        pg_sys::slot_getallattrs(slot);
+        let event = PgMemoryContexts::For(state.memory)
+            .switch_to(|_| row::event(&state.targets, (*slot).tts_values, (*slot).tts_isnull))
+            .or_raise();
+        pg_sys::MemoryContextReset(state.memory);
+        let (time_us, received_at_us) = state.add(&event).or_raise();
+        if wants_row(target) {
+            state.complete(slot, time_us, received_at_us);
+        }
+        slot
+    }
+}
+
+#[pg_guard]
+pub unsafe extern "C-unwind" fn end(
+    _estate: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+) {
+    // SAFETY: the state made by `start`; none for EXPLAIN without ANALYZE.
+    unsafe {
+        if let Some(state) = (*target).ri_FdwState.cast::<Insert>().as_mut() {
+            state.flush().or_raise();
+        }
+    }
+}
+
+/// Whether anybody looks at the row after it was stored.
+unsafe fn wants_row(target: *mut pg_sys::ResultRelInfo) -> bool {
+    // SAFETY: the executor's own structures.
+    unsafe {
+        let triggers = (*target).ri_TrigDesc;
+        !(*target).ri_projectReturning.is_null()
+            || !(*target).ri_WithCheckOptions.is_null()
+            || !triggers.is_null() && (*triggers).trig_insert_after_row
+    }
+}
+
+impl Insert {
+    fn new(
+        relation: pg_sys::Oid,
+        user: pg_sys::Oid,
+        columns: &[Column],
+        memory: pg_sys::MemoryContext,
+    ) -> Result<Self> {
+        let options = options::of_table(relation);
+        if options.is_all() {
+            return Err(refuse_all());
+        }
+        xact::ensure_writable("insert events")?;
+        let no_project = || PgError::no_project(&options.project);
+        let (project, collection) =
+            registered(&options.project, &options.collection)?.ok_or_else(no_project)?;
+        let is_admin = security::is_superuser(user)
+            || security::has_privileges_of(user, project.admin_role);
+        let is_writer = is_admin || security::has_privileges_of(user, project.write_role);
+        if !is_writer || collection.ft != Some(relation) {
+            return Err(no_project());
+        }
+        let now_us = xact::now_us();
+        Ok(Self {
+            project_id: project.id,
+            collection_id: collection.id,
+            collection: collection.name,
+            is_admin,
+            targets: columns.iter().map(Target::of).collect(),
+            time_past_us: project.time_past_us,
+            time_future_us: project.time_future_us,
+            limits: Limits {
+                max_event_bytes: guc::max_event_bytes(),
+                max_string_bytes: guc::max_string_bytes(),
+                max_fields: guc::max_fields(),
+            },
+            now_us,
+            memory,
+            payload: String::new(),
+            n: 0,
+            received_at_us: now_us,
+        })
+    }
+
+    /// Takes an event in; answers its `_time` and `_received_at`.
+    fn add(&mut self, event: &Event) -> Result<(i64, i64)> {
+        let line = entry::check_event(&event.json, &self.limits)?;
+        let received_at_us = match event.received_at_us {
+            None => self.now_us,
+            Some(micros) if self.is_admin => micros,
+            Some(_) => {
+                return Err(
+                    PgError::new("42501", "permission denied to set \"_received_at\"")
+                        .hint("Only the project's admin role may set it; leave it out."),
+                );
+            }
+        };
+        let full = self.payload.len() + line.len() > ENTRY_BYTES;
+        if self.n > 0 && (full || received_at_us != self.received_at_us) {
+            self.flush()?;
+        }
+        self.received_at_us = received_at_us;
+        if self.n > 0 {
+            self.payload.push('\n');
+        }
+        self.payload.push_str(&line);
+        self.n += 1;
+        // What the digest will make of a time outside the project's bounds.
+        let bounds = received_at_us.saturating_sub(self.time_past_us)
+            ..=received_at_us.saturating_add(self.time_future_us);
+        let time_us = event
+            .time_us
+            .filter(|micros| bounds.contains(micros))
+            .unwrap_or(received_at_us);
+        Ok((time_us, received_at_us))
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.n == 0 {
+            return Ok(());
+        }
+        inbox::append(&Entry {
+            project_id: self.project_id,
+            collection_id: self.collection_id,
+            collection: &self.collection,
+            n: self.n,
+            received_at_us: self.received_at_us,
+            shift_us: 0,
+            payload: self.payload.as_bytes(),
+        })?;
+        self.payload.clear();
+        self.n = 0;
+        Ok(())
+    }
+
+    /// Puts the times that the server has set into the row that RETURNING and triggers see.
+    unsafe fn complete(
+        &self,
+        slot: *mut pg_sys::TupleTableSlot,
+        time_us: i64,
+        received_at_us: i64,
+    ) {
+        // SAFETY: the slot's values are deformed; the new tuple is a copy in the slot's own context, which owns it.
+        unsafe {
+            for target in &self.targets {
+                let micros = if target.is_time() {
+                    time_us
+                } else if target.is_received_at() {
+                    received_at_us
+                } else {
+                    continue;
+                };
+                *(*slot).tts_values.add(target.attribute) = pg_sys::Datum::from(micros - PG_EPOCH_US);
+                *(*slot).tts_isnull.add(target.attribute) = false;
+            }
+            let relation = (*slot).tts_tableOid;
+            let tuple = PgMemoryContexts::For((*slot).tts_mcxt).switch_to(|_| {
+                pg_sys::heap_form_tuple(
+                    (*slot).tts_tupleDescriptor,
+                    (*slot).tts_values,
+                    (*slot).tts_isnull,
+                )
+            });
+            pg_sys::ExecForceStoreHeapTuple(tuple, slot, true);
+            (*slot).tts_tableOid = relation;
+        }
+    }
+}
+
+/// The project and collection of these names, whoever asks: as they are now, since a right may be gone.
+fn registered(project: &str, collection: &str) -> Result<Option<(ProjectRow, Collection)>> {
+    let _owner = ActAs::owner();
+    let latest = Registered::latest();
+    let view = View::Under(latest.get());
+    let Some(project) = registry::project(view, project)? else {
+        return Ok(None);
+    };
+    let collection = registry::collection(view, &project.name, collection)?;
+    Ok(collection.map(|collection| (project, collection)))
+}
+
+unsafe fn relation_name(relation: pg_sys::Relation) -> String {
+    // SAFETY: an open relation has its catalog row.
+    unsafe { node::text((*(*relation).rd_rel).relname.data.as_ptr()) }
+}

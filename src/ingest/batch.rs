@@ -1,0 +1,271 @@
+//! collect_batch: an array of events, of which bad ones are rejected alone. Events of one collection share inbox
+//! rows, one JSON object a line, in the order in which they came.
+
+use std::collections::HashMap;
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{default, pg_extern};
+use rakam_event::entry::{self, BatchItem};
+use rakam_event::error::EventError;
+use rakam_event::names::CollectionName;
+use rakam_event::{json, time};
+
+use super::collect::{limits, project_of_key, writable_project};
+use crate::catalog::inbox::{self, Entry};
+use crate::catalog::projects::{self, Project};
+use crate::pg::jsonb::JsonbText;
+use crate::pg::record::Record;
+use crate::pg::snapshot::Snapshot;
+use crate::pg::spi::{self, View, arg};
+use crate::pg::{PgError, Result, not_null, xact};
+
+/// Bytes of events after which a collection gets another inbox row.
+const ROW_BYTES: usize = 1 << 20;
+
+/// Stores an array of events given as text.
+/// SQL: `rakam.collect_batch(project text, events text, api jsonb DEFAULT NULL)`.
+/// Errors: 22P02 the text is no JSON, 22023 it is no array, or an option of `api` is wrong, and those of
+/// `collect` that concern the whole call; what is wrong with one event is in the result.
+#[pg_extern(
+    sql = "
+CREATE FUNCTION rakam.collect_batch(
+  project text, events text, api jsonb DEFAULT NULL,
+  OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
+)]
+fn collect_batch(
+    project: Option<&str>,
+    events: Option<&str>,
+    api: default!(Option<JsonbText>, "NULL"),
+) -> std::result::Result<Record, ErrorReport> {
+    let project = writable_project(not_null(project, "project")?)?;
+    Ok(store(&project, Events::Text(not_null(events, "events")?), api)?)
+}
+
+/// Stores an array of events given as jsonb.
+/// SQL: `rakam.collect_batch(project text, events jsonb, api jsonb DEFAULT NULL)`.
+#[pg_extern(
+    sql = "
+CREATE FUNCTION rakam.collect_batch(
+  project text, events jsonb, api jsonb DEFAULT NULL,
+  OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
+)]
+fn collect_batch_jsonb(
+    project: Option<&str>,
+    events: Option<JsonbText>,
+    api: default!(Option<JsonbText>, "NULL"),
+) -> std::result::Result<Record, ErrorReport> {
+    let project = writable_project(not_null(project, "project")?)?;
+    let events = not_null(events, "events")?.0;
+    Ok(store(&project, Events::Jsonb(&events), api)?)
+}
+
+/// Stores an array of events in the project of a key.
+/// SQL: `rakam.collect_batch_with_key(key text, events text, api jsonb DEFAULT NULL)`.
+#[pg_extern(
+    sql = "
+CREATE FUNCTION rakam.collect_batch_with_key(
+  key text, events text, api jsonb DEFAULT NULL,
+  OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
+)]
+fn collect_batch_with_key(
+    key: Option<&str>,
+    events: Option<&str>,
+    api: default!(Option<JsonbText>, "NULL"),
+) -> std::result::Result<Record, ErrorReport> {
+    let project = project_of_key(not_null(key, "key")?)?;
+    Ok(store(&project, Events::Text(not_null(events, "events")?), api)?)
+}
+
+/// The array, and the form in which it came: only a text has a checksum.
+#[derive(Clone, Copy)]
+enum Events<'a> {
+    Text(&'a str),
+    Jsonb(&'a str),
+}
+
+fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Result<Record> {
+    let received_at_us = xact::now_us();
+    let api = Api::parse(api.as_ref().map(|api| api.0.as_str()))?;
+    let text = match events {
+        Events::Text(text) => {
+            api.ensure_checksum(text)?;
+            text
+        }
+        Events::Jsonb(_) if api.checksum.is_some() => {
+            return Err(PgError::new("22023", "events of type jsonb have no checksum")
+                .hint("Pass the events as text: the checksum is the MD5 of exactly that text."));
+        }
+        Events::Jsonb(text) => text,
+    };
+    let shift_us = api
+        .upload_time_us
+        .map_or(0, |uploaded| received_at_us.saturating_sub(uploaded));
+    let mut rows = Rows::default();
+    let mut rejected = Rejected::default();
+    let mut stored = 0i64;
+    let append = |collection: &str, row: &Row| -> Result<()> {
+        inbox::append(&Entry {
+            project_id: project.id,
+            collection_id: projects::collection_id(project.id, collection)?,
+            collection,
+            n: row.n,
+            received_at_us,
+            shift_us,
+            payload: row.payload.as_bytes(),
+        })
+    };
+    for (index, item) in entry::split_batch(text, &limits())?.into_iter().enumerate() {
+        match item {
+            Ok(item) => {
+                stored += 1;
+                if let Some((collection, full)) = rows.add(item) {
+                    append(&collection, &full)?;
+                }
+            }
+            Err(error) => rejected.add(index, &error),
+        }
+    }
+    for (collection, row) in rows.rest() {
+        append(&collection, &row)?;
+    }
+    Ok(Record::new()
+        .with(stored)
+        .with(rejected.indexes.len() as i64)
+        .with(rejected.indexes)
+        .with(JsonbText(format!("[{}]", rejected.errors))))
+}
+
+/// Options of a batch.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Api {
+    upload_time_us: Option<i64>,
+    checksum: Option<String>,
+}
+
+impl Api {
+    /// Reads `{"upload_time": …, "checksum": …}`; an option that is null counts as not given.
+    fn parse(text: Option<&str>) -> Result<Self> {
+        let Some(text) = text else {
+            return Ok(Self::default());
+        };
+        let invalid = |message: String| Err(PgError::new("22023", message));
+        if json::kind(text) != json::Kind::Object {
+            return invalid(format!("api must be a JSON object, not {}", json::kind(text)));
+        }
+        let mut entries = Vec::new();
+        json::object_entries(text, |key, raw| entries.push((key.to_owned(), raw)))?;
+        let mut api = Self::default();
+        for (key, raw) in entries {
+            match key.as_str() {
+                "upload_time" | "checksum" if json::kind(raw) == json::Kind::Null => {}
+                "upload_time" => match time::event_time(raw) {
+                    Some(us) => api.upload_time_us = Some(us),
+                    None => return invalid(format!("invalid upload_time: {raw:.100}")),
+                },
+                "checksum" => match json::string(raw) {
+                    Some(sum) => api.checksum = Some(sum.into_owned()),
+                    None => return invalid("checksum must be a string".to_owned()),
+                },
+                _ => {
+                    return Err(PgError::new("22023", format!("unknown option \"{key}\" in api"))
+                        .hint("Valid options are upload_time and checksum."));
+                }
+            }
+        }
+        Ok(api)
+    }
+
+    fn ensure_checksum(&self, events: &str) -> Result<()> {
+        let Some(expected) = &self.checksum else {
+            return Ok(());
+        };
+        let actual: Option<String> = spi::first(
+            View::Under(Snapshot::active()),
+            "SELECT pg_catalog.md5($1)",
+            &[arg(events)],
+            |row| row.must(1),
+        )?;
+        if actual.is_some_and(|actual| actual.eq_ignore_ascii_case(expected)) {
+            return Ok(());
+        }
+        Err(
+            PgError::new("22023", "checksum does not match the events")
+                .hint("It is the MD5 of the text of the events, in hexadecimal digits."),
+        )
+    }
+}
+
+/// Events of one collection that go into one inbox row.
+#[derive(Default)]
+struct Row {
+    n: i32,
+    payload: String,
+}
+
+/// The rows being filled, in the order in which their collections first came.
+#[derive(Default)]
+struct Rows {
+    by_collection: HashMap<CollectionName, usize>,
+    rows: Vec<(String, Row)>,
+}
+
+impl Rows {
+    /// Adds an event; the row that was full before it, if it was.
+    fn add(&mut self, item: BatchItem) -> Option<(String, Row)> {
+        let BatchItem {
+            collection,
+            properties,
+        } = item;
+        let index = match self.by_collection.get(&collection) {
+            Some(&index) => index,
+            None => {
+                let index = self.rows.len();
+                self.rows.push((collection.as_str().to_owned(), Row::default()));
+                self.by_collection.insert(collection, index);
+                index
+            }
+        };
+        let (name, row) = &mut self.rows[index];
+        let full = (row.n > 0 && row.payload.len() + 1 + properties.len() > ROW_BYTES)
+            .then(|| (name.clone(), std::mem::take(row)));
+        if row.n > 0 {
+            row.payload.push('\n');
+        }
+        row.payload.push_str(&properties);
+        row.n += 1;
+        full
+    }
+
+    fn rest(self) -> impl Iterator<Item = (String, Row)> {
+        self.rows.into_iter().filter(|(_, row)| row.n > 0)
+    }
+}
+
+/// What was refused: 0-based indexes, and the elements of a JSON array that says why.
+#[derive(Default)]
+struct Rejected {
+    indexes: Vec<i32>,
+    errors: String,
+}
+
+impl Rejected {
+    fn add(&mut self, index: usize, error: &EventError) {
+        if !self.errors.is_empty() {
+            self.errors.push(',');
+        }
+        self.errors.push_str(&format!(
+            "{{\"index\":{index},\"sqlstate\":\"{}\",\"message\":",
+            error.sqlstate()
+        ));
+        json::write_string(&error.to_string(), &mut self.errors);
+        self.errors.push('}');
+        // An array of more elements than an int can count does not fit a text of Postgres.
+        self.indexes.push(i32::try_from(index).unwrap_or(i32::MAX));
+    }
+}

@@ -1,0 +1,85 @@
+//! collect: one event of a call into the inbox, in the caller's transaction. No DDL, no registry, no waiting:
+//! a collection that is not registered is stored by its name. Batches are in [`super::batch`].
+
+use std::rc::Rc;
+
+use pgrx::pg_extern;
+use pgrx::pg_sys::panic::ErrorReport;
+use rakam_event::entry::{self, Limits};
+use rakam_event::names::CollectionName;
+
+use crate::catalog::inbox::{self, Entry};
+use crate::catalog::projects::{self, KeyKind, Project, Right};
+use crate::pg::jsonb::JsonbText;
+use crate::pg::{PgError, Result, activity, guc, not_null, xact};
+
+/// Stores one event. SQL: `rakam.collect(project text, collection text, properties jsonb)`.
+/// Errors: 42501 no such project or no right to write, 22004 NULL argument, 42602 / 42939 a name that is not
+/// usable / reserved, 22023 properties are not an object, 54000 too large or too deep, 25006 read-only.
+#[pg_extern(volatile, parallel_unsafe)]
+fn collect(
+    project: Option<&str>,
+    collection: Option<&str>,
+    properties: Option<JsonbText>,
+) -> std::result::Result<(), ErrorReport> {
+    let project = writable_project(not_null(project, "project")?)?;
+    Ok(store_one(&project, collection, properties)?)
+}
+
+/// Stores one event in the project of a key. SQL: `rakam.collect_with_key(key text, collection text, properties
+/// jsonb)`. Errors: 28000 unknown or revoked key, 42501 a key for reading, else as [`collect`].
+#[pg_extern(volatile, parallel_unsafe)]
+fn collect_with_key(
+    key: Option<&str>,
+    collection: Option<&str>,
+    properties: Option<JsonbText>,
+) -> std::result::Result<(), ErrorReport> {
+    let project = project_of_key(not_null(key, "key")?)?;
+    Ok(store_one(&project, collection, properties)?)
+}
+
+fn store_one(
+    project: &Project,
+    collection: Option<&str>,
+    properties: Option<JsonbText>,
+) -> Result<()> {
+    let collection = CollectionName::parse(not_null(collection, "collection")?)?;
+    let properties = not_null(properties, "properties")?.0;
+    let event = entry::check_event(&properties, &limits())?;
+    inbox::append(&Entry {
+        project_id: project.id,
+        collection_id: projects::collection_id(project.id, collection.as_str())?,
+        collection: collection.as_str(),
+        n: 1,
+        received_at_us: xact::now_us(),
+        shift_us: 0,
+        payload: event.as_bytes(),
+    })
+}
+
+/// The project of this name, if the effective user may collect into it now.
+pub fn writable_project(name: &str) -> Result<Rc<Project>> {
+    xact::ensure_writable("collect events")?;
+    projects::authorize(name, Right::Write)
+}
+
+/// The project of a key, if the key is for writing.
+pub fn project_of_key(text: &str) -> Result<Rc<Project>> {
+    activity::hide(text);
+    xact::ensure_writable("collect events")?;
+    let key = projects::key(text)?;
+    match key.kind {
+        KeyKind::Write | KeyKind::Master => Ok(key.project),
+        KeyKind::Read => Err(PgError::new("42501", "the key does not allow to collect events")
+            .hint("Use the project's write key.")),
+    }
+}
+
+/// The limits of an event, as set now.
+pub fn limits() -> Limits {
+    Limits {
+        max_event_bytes: guc::max_event_bytes(),
+        max_string_bytes: guc::max_string_bytes(),
+        max_fields: guc::max_fields(),
+    }
+}

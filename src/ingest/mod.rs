@@ -1,0 +1,7 @@
+//! The ways in: collect, the digest of what it left in the inbox, and [`append`], the one door through which a
+//! batch of events enters the hot tier.
+
+pub mod append;
+pub mod batch;
+pub mod collect;
+pub mod digest;

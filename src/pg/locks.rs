@@ -1,0 +1,118 @@
+//! Heavyweight locks of our own, on tags that SQL users cannot take.
+//!
+//! `pg_advisory_lock` uses advisory tags with field4 1 or 2; ours start at 100, so no tenant can stop a worker.
+
+use pgrx::pg_sys;
+
+/// What a lock is on. The discriminant is the tag's field4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockOn {
+    /// The one resident worker of this database.
+    Resident,
+    /// Digest, seal and truncate of the inbox.
+    Digest,
+    /// Chunk merge and flush of a collection exclude each other.
+    CollectionJob(i32),
+    /// The manifest of a collection: held only while a transaction writes it.
+    Manifest(i32),
+    /// Creation of columns and tables.
+    Ddl,
+    /// Deletion of objects.
+    Gc,
+}
+
+impl LockOn {
+    fn tag(self) -> pg_sys::LOCKTAG {
+        let (field4, key) = match self {
+            Self::Resident => (100, 0),
+            Self::Digest => (101, 0),
+            Self::CollectionJob(id) => (102, id),
+            Self::Manifest(id) => (103, id),
+            Self::Ddl => (104, 0),
+            Self::Gc => (105, 0),
+        };
+        pg_sys::LOCKTAG {
+            // SAFETY: reads a backend variable.
+            locktag_field1: u32::from(unsafe { pg_sys::MyDatabaseId }),
+            locktag_field2: key as u32,
+            locktag_field3: 0x7261_6b61,
+            locktag_field4: field4,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+        }
+    }
+}
+
+/// Takes the exclusive lock to the end of the transaction, without waiting. False: somebody has it.
+pub fn try_transaction(on: LockOn) -> bool {
+    acquire(on, false, true)
+}
+
+/// Takes the exclusive lock to the end of the transaction, waiting for it (cancellable, deadlocks detected).
+pub fn transaction(on: LockOn) {
+    acquire(on, false, false);
+}
+
+/// An exclusive lock of the session, released on drop: it outlives the transactions inside.
+pub struct SessionLock(LockOn);
+
+impl SessionLock {
+    /// None: somebody else has it.
+    pub fn try_take(on: LockOn) -> Option<Self> {
+        acquire(on, true, true).then_some(Self(on))
+    }
+
+    /// Waits for it (cancellable).
+    pub fn take(on: LockOn) -> Self {
+        acquire(on, true, false);
+        Self(on)
+    }
+}
+
+impl Drop for SessionLock {
+    fn drop(&mut self) {
+        let tag = self.0.tag();
+        // SAFETY: releases the session lock taken by us; a lock that is gone already gives a warning only.
+        unsafe {
+            pg_sys::LockRelease(&tag, pg_sys::ExclusiveLock as i32, true);
+        }
+    }
+}
+
+fn acquire(on: LockOn, session: bool, no_wait: bool) -> bool {
+    let tag = on.tag();
+    // SAFETY: the tag is a plain value that LockAcquire copies.
+    let result =
+        unsafe { pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, session, no_wait) };
+    result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+}
+
+/// Locks a relation to the end of the transaction, waiting for it.
+pub fn relation(relation: pg_sys::Oid, mode: u32) {
+    // SAFETY: lock by oid.
+    unsafe { pg_sys::LockRelationOid(relation, mode as i32) };
+}
+
+/// Locks a relation to the end of the transaction, without waiting.
+pub fn try_relation(relation: pg_sys::Oid, mode: u32) -> bool {
+    // SAFETY: lock by oid; false when it would have to wait.
+    unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
+}
+
+/// Locks the extension's own catalog row in share mode, so that DROP EXTENSION and this transaction exclude
+/// each other. False: the extension is not there (any more).
+pub fn extension() -> bool {
+    let Some(oid) = super::security::extension_oid() else {
+        return false;
+    };
+    // SAFETY: lock by oid; waits for a DROP EXTENSION in progress.
+    unsafe {
+        pg_sys::LockDatabaseObject(
+            pg_sys::ExtensionRelationId,
+            oid,
+            0,
+            pg_sys::AccessShareLock as i32,
+        );
+    }
+    super::security::extension_oid() == Some(oid)
+}

@@ -1,0 +1,30 @@
+//! The one audited unsafe layer over the server: everything else in the extension calls these safe
+//! wrappers. Outside of it, `pg_sys` is named only by the callbacks of `fdw` and `workers`.
+
+pub mod activity;
+pub mod bgworker;
+pub mod dsm;
+pub mod error;
+pub mod exit;
+pub mod failpoint;
+pub mod guc;
+pub mod invalidation;
+pub mod jsonb;
+pub mod locks;
+pub mod record;
+pub mod relation;
+pub mod roles;
+pub mod runtime;
+pub mod security;
+pub mod shared;
+pub mod snapshot;
+pub mod spi;
+pub mod types;
+pub mod wait;
+pub mod wake;
+pub mod xact;
+
+/// Microseconds from 1970-01-01 to 2000-01-01, the epoch of Postgres.
+pub const PG_EPOCH_US: i64 = 946_684_800_000_000;
+
+pub use error::{PgError, Result, not_null};

@@ -1,0 +1,52 @@
+//! Relations by name.
+
+use std::ffi::CString;
+
+use pgrx::pg_sys;
+
+/// The oid of a relation of ours; InvalidOid if it is not there.
+pub fn oid(schema: &str, name: &str) -> pg_sys::Oid {
+    let (Ok(schema), Ok(name)) = (CString::new(schema), CString::new(name)) else {
+        return pg_sys::InvalidOid;
+    };
+    // SAFETY: syscache look-ups by NUL-terminated names, missing_ok.
+    unsafe {
+        let namespace = pg_sys::get_namespace_oid(schema.as_ptr(), true);
+        if namespace == pg_sys::InvalidOid {
+            return pg_sys::InvalidOid;
+        }
+        pg_sys::get_relname_relid(name.as_ptr(), namespace)
+    }
+}
+
+/// Whether a schema of this name exists.
+pub fn schema_exists(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else {
+        return false;
+    };
+    // SAFETY: syscache look-up by a NUL-terminated name, missing_ok.
+    unsafe { pg_sys::get_namespace_oid(name.as_ptr(), true) != pg_sys::InvalidOid }
+}
+
+/// The databases that take connections, from the shared catalog: works without a database of one's own.
+pub fn databases() -> Vec<pg_sys::Oid> {
+    let mut found = Vec::new();
+    // SAFETY: a sequential scan of pg_database inside a transaction with a snapshot; rows are copied out.
+    unsafe {
+        let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
+        let scan = pg_sys::table_beginscan_catalog(relation, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if tuple.is_null() {
+                break;
+            }
+            let row = pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database;
+            if (*row).datallowconn {
+                found.push((*row).oid);
+            }
+        }
+        pg_sys::table_endscan(scan);
+        pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
+    }
+    found
+}

@@ -1,0 +1,213 @@
+//! The engine's threads inside a backend, and the port through which they talk to its own thread.
+//!
+//! Threads are made lazily (never in the postmaster), with all signals blocked, so that every signal reaches
+//! the backend's own thread. They never call the server: they send messages to a [`Port`], which the
+//! backend's own thread serves while it waits. A query dropped unfinished retires its runtime: stopping
+//! tasks is cooperative, and the next query must not wait for them.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::error::{PgError, Result};
+use super::wait::{self, Waker};
+use super::{exit, guc};
+
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Runtime>>> = const { RefCell::new(None) };
+}
+
+/// A set of engine threads. Dropping the last reference stops them without waiting.
+pub struct Runtime {
+    tokio: Option<tokio::runtime::Runtime>,
+    threads: usize,
+}
+
+impl Runtime {
+    /// The process' runtime, made now if there is none (or `rakam.threads` has changed).
+    pub fn current() -> Result<Arc<Self>> {
+        let threads = guc::threads();
+        if let Some(runtime) = CURRENT.with_borrow(Clone::clone)
+            && runtime.threads == threads
+        {
+            return Ok(runtime);
+        }
+        exit::on_exit(shutdown);
+        let runtime = Arc::new(Self::start(threads)?);
+        CURRENT.set(Some(Arc::clone(&runtime)));
+        Ok(runtime)
+    }
+
+    fn start(threads: usize) -> Result<Self> {
+        let blocked = BlockedSignals::enter();
+        let tokio = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .max_blocking_threads(threads)
+            .thread_stack_size(8 << 20)
+            .thread_keep_alive(Duration::from_secs(1))
+            .thread_name("rakam")
+            .enable_time()
+            .on_thread_start(block_all_signals)
+            .build();
+        drop(blocked);
+        let tokio = tokio.map_err(|e| {
+            PgError::new("53000", format!("could not start engine threads: {e}"))
+                .hint("Lower rakam.threads, or raise the limit of processes per user.")
+        })?;
+        Ok(Self {
+            tokio: Some(tokio),
+            threads,
+        })
+    }
+
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Starts a task on the engine's threads.
+    pub fn spawn<F>(&self, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        // A spawn from this thread may start a blocking-pool thread; it inherits this mask.
+        let _blocked = BlockedSignals::enter();
+        self.tokio
+            .as_ref()
+            .expect("a runtime keeps its threads until it is dropped")
+            .spawn(future)
+    }
+
+    /// Takes this runtime out of use: the next query gets new threads, these end when their tasks do.
+    pub fn retire(self: &Arc<Self>) {
+        CURRENT.with_borrow_mut(|current| {
+            if current.as_ref().is_some_and(|c| Arc::ptr_eq(c, self)) {
+                *current = None;
+            }
+        });
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        if let Some(tokio) = self.tokio.take() {
+            tokio.shutdown_background();
+        }
+    }
+}
+
+/// At process exit: no thread may run while `exit()` tears libraries down.
+fn shutdown() {
+    if let Some(runtime) = CURRENT.take()
+        && let Ok(mut runtime) = Arc::try_unwrap(runtime)
+        && let Some(tokio) = runtime.tokio.take()
+    {
+        tokio.shutdown_timeout(Duration::from_secs(1));
+    }
+}
+
+fn block_all_signals() {
+    // SAFETY: changes the signal mask of the calling thread only.
+    unsafe {
+        let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut());
+    }
+}
+
+/// All signals blocked on this thread until dropped.
+struct BlockedSignals(libc::sigset_t);
+
+impl BlockedSignals {
+    fn enter() -> Self {
+        // SAFETY: saves and changes the signal mask of the calling thread only; restored in Drop.
+        unsafe {
+            let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+            let mut old = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+            libc::sigfillset(all.as_mut_ptr());
+            libc::sigemptyset(old.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr());
+            Self(old.assume_init())
+        }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: restores the mask saved in `enter`.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// The backend's end of a channel from engine tasks.
+pub struct Port<M> {
+    receiver: mpsc::Receiver<M>,
+    waker: Waker,
+}
+
+/// A task's end. When the last one is gone the port reports the end.
+pub struct Sender<M> {
+    sender: Option<mpsc::Sender<M>>,
+    waker: Waker,
+}
+
+/// A bounded channel from engine tasks to the backend's own thread.
+pub fn port<M>(capacity: usize) -> Result<(Sender<M>, Port<M>)> {
+    let waker = Waker::new()
+        .map_err(|e| PgError::new("53000", format!("could not create an event descriptor: {e}")))?;
+    let (sender, receiver) = mpsc::channel(capacity);
+    Ok((
+        Sender {
+            sender: Some(sender),
+            waker: waker.clone(),
+        },
+        Port { receiver, waker },
+    ))
+}
+
+impl<M> Port<M> {
+    /// The next message; None when every sender is gone. Cancel and termination are served while waiting.
+    pub fn receive(&mut self) -> Option<M> {
+        loop {
+            match self.receiver.try_recv() {
+                Ok(message) => return Some(message),
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) => {
+                    wait::wait(Some(&self.waker), Duration::from_secs(5));
+                }
+            }
+        }
+    }
+}
+
+impl<M> Sender<M> {
+    /// Sends and wakes the backend. False: it has gone away, the task should end.
+    pub async fn send(&self, message: M) -> bool {
+        let Some(sender) = &self.sender else {
+            return false;
+        };
+        let sent = sender.send(message).await.is_ok();
+        self.waker.wake();
+        sent
+    }
+}
+
+impl<M> Clone for Sender<M> {
+    fn clone(&self) -> Self {
+        Self {
+            sender: self.sender.clone(),
+            waker: self.waker.clone(),
+        }
+    }
+}
+
+impl<M> Drop for Sender<M> {
+    fn drop(&mut self) {
+        // First closed, then woken: the backend must see the end when it looks.
+        drop(self.sender.take());
+        self.waker.wake();
+    }
+}

@@ -1,0 +1,331 @@
+//! Raw SPI with saved plans, under a snapshot the caller chooses and with a pinned search path.
+//!
+//! pgrx' own `Spi` turns a read-only query into a writing one (with a new snapshot) as soon as the
+//! transaction has an xid, so it cannot promise one snapshot over several reads; this one can.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+
+use pgrx::datum::{FromDatum, IntoDatum};
+use pgrx::pg_sys;
+
+use super::error::{PgError, Result};
+use super::snapshot::Snapshot;
+
+/// One argument: its type and value.
+#[derive(Clone, Copy)]
+pub struct Arg(pg_sys::Oid, Option<pg_sys::Datum>);
+
+/// Anything that has a Postgres type of its own.
+pub fn arg<T: IntoDatum>(value: T) -> Arg {
+    Arg(T::type_oid(), value.into_datum())
+}
+
+/// A 64-bit transaction id.
+pub fn xid8(value: u64) -> Arg {
+    Arg(pg_sys::XID8OID, Some(pg_sys::Datum::from(value)))
+}
+
+/// An array of 64-bit transaction ids, in the caller's memory context.
+pub fn xid8_array(values: &[u64]) -> Arg {
+    let mut datums: Vec<pg_sys::Datum> = values.iter().map(|&v| pg_sys::Datum::from(v)).collect();
+    // SAFETY: construct_array copies the elements; xid8 is 8 bytes, by value, double-aligned.
+    let array = unsafe {
+        pg_sys::construct_array(
+            datums.as_mut_ptr(),
+            datums.len() as i32,
+            pg_sys::XID8OID,
+            8,
+            true,
+            b'd' as std::ffi::c_char,
+        )
+    };
+    Arg(pg_sys::XID8ARRAYOID, Some(pg_sys::Datum::from(array)))
+}
+
+/// Microseconds since 1970 as timestamptz.
+pub fn timestamptz(unix_us: i64) -> Arg {
+    Arg(
+        pg_sys::TIMESTAMPTZOID,
+        Some(pg_sys::Datum::from(unix_us - super::PG_EPOCH_US)),
+    )
+}
+
+/// As [`timestamptz`], with anything beyond its range becoming infinity.
+pub fn timestamptz_saturating(unix_us: i64) -> Arg {
+    let value = match unix_us {
+        i64::MIN | i64::MAX => unix_us,
+        us => us.saturating_sub(super::PG_EPOCH_US),
+    };
+    Arg(pg_sys::TIMESTAMPTZOID, Some(pg_sys::Datum::from(value)))
+}
+
+/// A value of any type by its datum, for instance one that came in as a function's argument.
+pub fn datum(ty: pg_sys::Oid, value: Option<pg_sys::Datum>) -> Arg {
+    Arg(ty, value)
+}
+
+/// One result row, valid inside the callback only: getters copy. Columns count from 1.
+pub struct Row {
+    tuple: pg_sys::HeapTuple,
+    desc: pg_sys::TupleDesc,
+}
+
+impl Row {
+    fn datum(&self, column: usize) -> Option<pg_sys::Datum> {
+        let mut is_null = false;
+        // SAFETY: tuple and descriptor belong to the live SPI_tuptable; an unknown column gives NULL.
+        let datum =
+            unsafe { pg_sys::SPI_getbinval(self.tuple, self.desc, column as i32, &mut is_null) };
+        (!is_null).then_some(datum)
+    }
+
+    /// A column by its Rust type; NULL is None. The query decides the type, so it is ours to match.
+    pub fn get<T: FromDatum>(&self, column: usize) -> Option<T> {
+        let datum = self.datum(column)?;
+        // SAFETY: the datum is not NULL and of the type the query's text gives it.
+        unsafe { T::from_datum(datum, false) }
+    }
+
+    /// A column that cannot be NULL.
+    pub fn must<T: FromDatum>(&self, column: usize) -> Result<T> {
+        self.get(column).ok_or_else(|| {
+            PgError::internal(format!("unexpected NULL in column {column} of a catalog query"))
+        })
+    }
+
+    /// A bytea column, copied out of Postgres' memory.
+    pub fn bytes(&self, column: usize) -> Option<Vec<u8>> {
+        self.get::<Vec<u8>>(column)
+    }
+
+    /// An xid8 column.
+    pub fn xid8(&self, column: usize) -> Option<u64> {
+        self.datum(column).map(|d| d.value() as u64)
+    }
+
+    /// A timestamptz column as microseconds since 1970.
+    pub fn timestamptz(&self, column: usize) -> Option<i64> {
+        self.datum(column)
+            .map(|d| d.value() as i64 + super::PG_EPOCH_US)
+    }
+
+    /// A regclass, regrole or oid column.
+    pub fn oid(&self, column: usize) -> Option<pg_sys::Oid> {
+        self.datum(column)
+            .map(|d| pg_sys::Oid::from(d.value() as u32))
+    }
+}
+
+thread_local! {
+    static PLANS: RefCell<HashMap<&'static str, pg_sys::SPIPlanPtr>> = RefCell::new(HashMap::new());
+}
+
+/// Which snapshot a statement sees.
+#[derive(Clone, Copy)]
+pub enum View {
+    /// Read-only under exactly this snapshot.
+    Under(Snapshot),
+    /// May write; a new snapshot as for any statement of this isolation level.
+    Current,
+}
+
+/// Runs `sql` and calls `each` for every row. Returns the number of rows processed.
+///
+/// `sql` must name every relation and function with its schema; operators resolve in pg_catalog only,
+/// since the search path is pinned for the call (a caller's operator would otherwise run as another role).
+pub fn run(
+    view: View,
+    sql: &'static str,
+    args: &[Arg],
+    mut each: impl FnMut(&Row) -> Result<()>,
+) -> Result<u64> {
+    let _path = PinnedPath::enter();
+    let _spi = Connection::open();
+    let plan = plan(sql, args);
+    let mut values: Vec<pg_sys::Datum> = args
+        .iter()
+        .map(|a| a.1.unwrap_or(pg_sys::Datum::from(0usize)))
+        .collect();
+    let nulls: Vec<std::ffi::c_char> = args
+        .iter()
+        .map(|a| if a.1.is_some() { b' ' } else { b'n' } as std::ffi::c_char)
+        .collect();
+    let (snapshot, read_only) = match view {
+        View::Under(snapshot) => (snapshot.as_ptr(), true),
+        View::Current => (std::ptr::null_mut(), false),
+    };
+    // SAFETY: connected to SPI; the plan is kept; values and nulls have one entry per argument.
+    let status = unsafe {
+        pg_sys::SPI_execute_snapshot(
+            plan,
+            values.as_mut_ptr(),
+            nulls.as_ptr(),
+            snapshot,
+            std::ptr::null_mut(),
+            read_only,
+            true,
+            0,
+        )
+    };
+    if status < 0 {
+        return Err(PgError::internal(format!("SPI returned {status}")));
+    }
+    // SAFETY: SPI's globals describe the statement just run on this thread.
+    let (processed, table) = unsafe { (pg_sys::SPI_processed, pg_sys::SPI_tuptable) };
+    if !table.is_null() {
+        // SAFETY: SPI_tuptable has `numvals` tuples until SPI_finish.
+        let (count, vals, desc) = unsafe { ((*table).numvals, (*table).vals, (*table).tupdesc) };
+        for i in 0..count as usize {
+            // SAFETY: i < numvals.
+            let tuple = unsafe { *vals.add(i) };
+            each(&Row { tuple, desc })?;
+        }
+    }
+    Ok(processed)
+}
+
+/// The rows, each mapped.
+pub fn query<T>(
+    view: View,
+    sql: &'static str,
+    args: &[Arg],
+    mut map: impl FnMut(&Row) -> Result<T>,
+) -> Result<Vec<T>> {
+    let mut rows = Vec::new();
+    run(view, sql, args, |row| {
+        rows.push(map(row)?);
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
+/// The first row, mapped, if there is one.
+pub fn first<T>(
+    view: View,
+    sql: &'static str,
+    args: &[Arg],
+    map: impl FnMut(&Row) -> Result<T>,
+) -> Result<Option<T>> {
+    Ok(query(view, sql, args, map)?.into_iter().next())
+}
+
+/// A statement without a result of interest; the number of rows it touched.
+pub fn execute(sql: &'static str, args: &[Arg]) -> Result<u64> {
+    run(View::Current, sql, args, |_| Ok(()))
+}
+
+/// A utility statement or other text made at run time: no plan is kept. Identifiers in it must have
+/// gone through [`quote_ident`].
+pub fn execute_text(sql: &str) -> Result<()> {
+    let _path = PinnedPath::enter();
+    let _spi = Connection::open();
+    let text = CString::new(sql).map_err(|_| PgError::internal("NUL byte in SQL text"))?;
+    // SAFETY: connected to SPI, text is NUL-terminated.
+    let status = unsafe { pg_sys::SPI_execute(text.as_ptr(), false, 0) };
+    if status < 0 {
+        return Err(PgError::internal(format!("SPI returned {status}")));
+    }
+    Ok(())
+}
+
+/// An identifier as SQL text.
+pub fn quote_ident(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A string literal as SQL text.
+pub fn quote_literal(value: &str) -> String {
+    if value.contains('\\') {
+        format!(" E'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
+    } else {
+        format!("'{}'", value.replace('\'', "''"))
+    }
+}
+
+fn plan(sql: &'static str, args: &[Arg]) -> pg_sys::SPIPlanPtr {
+    if let Some(plan) = PLANS.with_borrow(|plans| plans.get(sql).copied()) {
+        return plan;
+    }
+    let text = CString::new(sql).expect("SQL texts of ours have no NUL byte");
+    let mut types: Vec<pg_sys::Oid> = args.iter().map(|a| a.0).collect();
+    // SAFETY: connected to SPI; SPI_keepplan moves the plan to permanent memory.
+    let plan = unsafe {
+        let plan = pg_sys::SPI_prepare(text.as_ptr(), types.len() as i32, types.as_mut_ptr());
+        assert!(!plan.is_null(), "SPI_prepare accepts the SQL texts of ours");
+        pg_sys::SPI_keepplan(plan);
+        plan
+    };
+    PLANS.with_borrow_mut(|plans| plans.insert(sql, plan));
+    plan
+}
+
+/// SPI connection as a guard. While an error unwinds, the transaction's own cleanup closes it.
+struct Connection;
+
+impl Connection {
+    fn open() -> Self {
+        // SAFETY: paired with SPI_finish in Drop; errors clean up at (sub)transaction end.
+        unsafe { pg_sys::SPI_connect() };
+        Self
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: the connection opened in `open` is the innermost one.
+            unsafe { pg_sys::SPI_finish() };
+        }
+    }
+}
+
+const PINNED: &CStr = c"pg_catalog, pg_temp";
+
+/// `search_path = pg_catalog, pg_temp` for a while, restored also when an error unwinds.
+struct PinnedPath {
+    nest_level: Option<i32>,
+}
+
+impl PinnedPath {
+    fn enter() -> Self {
+        // SAFETY: the variable is a NUL-terminated string owned by the GUC machinery.
+        let pinned = unsafe {
+            !pg_sys::namespace_search_path.is_null()
+                && CStr::from_ptr(pg_sys::namespace_search_path) == PINNED
+        };
+        if pinned {
+            return Self { nest_level: None };
+        }
+        // SAFETY: a GUC nest level is closed in Drop, or by the transaction's end on error.
+        let nest_level = unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            pg_sys::set_config_option(
+                c"search_path".as_ptr(),
+                PINNED.as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+                pg_sys::GucAction::GUC_ACTION_SAVE,
+                true,
+                0,
+                false,
+            );
+            level
+        };
+        Self {
+            nest_level: Some(nest_level),
+        }
+    }
+}
+
+impl Drop for PinnedPath {
+    fn drop(&mut self) {
+        if let Some(level) = self.nest_level
+            && !std::thread::panicking()
+        {
+            // SAFETY: closes the level opened in `enter`, restoring the caller's path.
+            unsafe { pg_sys::AtEOXact_GUC(true, level) };
+        }
+    }
+}

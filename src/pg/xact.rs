@@ -1,0 +1,170 @@
+//! Transactions of background workers, and facts about the current one.
+
+use std::panic::AssertUnwindSafe;
+
+use pgrx::pg_sys;
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::{PgSqlErrorCode, PgTryBuilder};
+
+use super::error::PgError;
+use super::locks;
+
+/// Why a worker's transaction did not commit.
+#[derive(Debug)]
+pub enum Failure {
+    /// The extension is not installed (any more): the worker has nothing to do here.
+    ExtensionGone,
+    /// It was rolled back.
+    Error(PgError),
+}
+
+/// Runs `work` in a transaction of a background worker: search path pinned, extension locked against DROP,
+/// rolled back on an error, which becomes a value.
+///
+/// Not usable inside somebody else's transaction.
+pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure> {
+    let body = || -> Result<T, Failure> {
+        // SAFETY: a worker outside of any transaction starts one; the snapshot is pushed for SPI.
+        unsafe {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            pg_sys::StartTransactionCommand();
+        }
+        if !locks::extension() {
+            // SAFETY: ends the transaction started above.
+            unsafe { pg_sys::AbortCurrentTransaction() };
+            return Err(Failure::ExtensionGone);
+        }
+        // SAFETY: inside the transaction started above.
+        unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+        match work() {
+            Ok(value) => {
+                // SAFETY: pops what was pushed above, then commits.
+                unsafe {
+                    pg_sys::PopActiveSnapshot();
+                    pg_sys::CommitTransactionCommand();
+                }
+                Ok(value)
+            }
+            Err(error) => {
+                // SAFETY: rolls the transaction back with all its resources.
+                unsafe { pg_sys::AbortCurrentTransaction() };
+                Err(Failure::Error(error))
+            }
+        }
+    };
+    catch(body).unwrap_or_else(|error| {
+        // SAFETY: the error has been taken over as a value; the transaction is rolled back.
+        unsafe { pg_sys::AbortCurrentTransaction() };
+        Err(Failure::Error(error))
+    })
+}
+
+/// Runs `work` in a transaction of a worker that has no database with the extension (the launcher). An error is
+/// raised: see [`catch`].
+pub fn plain<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: outside of any transaction one is started, and committed after the work.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+    }
+    let value = work();
+    // SAFETY: pops and commits what was begun above.
+    unsafe {
+        pg_sys::PopActiveSnapshot();
+        pg_sys::CommitTransactionCommand();
+    }
+    value
+}
+
+/// Rolls back whatever transaction is open, after [`catch`] has taken an error.
+pub fn abort() {
+    // SAFETY: harmless outside of a transaction.
+    unsafe { pg_sys::AbortCurrentTransaction() };
+}
+
+/// Runs `work` and turns a Postgres error or a panic that it raises into a value. The caller must abort the
+/// (sub)transaction before using the server again.
+pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, PgError> {
+    let work = AssertUnwindSafe(work);
+    PgTryBuilder::new(AssertUnwindSafe(move || {
+        let AssertUnwindSafe(work) = work;
+        Ok(work())
+    }))
+        .catch_others(|caught| {
+            let report = match &caught {
+                CaughtError::PostgresError(r) | CaughtError::ErrorReport(r) => r,
+                CaughtError::RustPanic { ereport, .. } => ereport,
+            };
+            let mut error = PgError::new(&sqlstate_text(report.sql_error_code()), report.message());
+            error.detail = report.detail().map(str::to_owned);
+            error.hint = report.hint().map(str::to_owned);
+            Err(error)
+        })
+        .execute()
+}
+
+/// The five characters of an error code.
+fn sqlstate_text(code: PgSqlErrorCode) -> String {
+    let mut packed = code as u32;
+    let mut text = String::with_capacity(5);
+    for _ in 0..5 {
+        text.push(char::from(((packed & 0x3f) as u8) + b'0'));
+        packed >>= 6;
+    }
+    text
+}
+
+/// Whether the current transaction has written anything (has a transaction id).
+pub fn has_xid() -> bool {
+    // SAFETY: reads backend state.
+    unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
+}
+
+/// Whether this server is a standby.
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared state.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
+/// An error for functions that write, on a standby or in a read-only transaction.
+pub fn ensure_writable(what: &str) -> Result<(), PgError> {
+    if in_recovery() {
+        return Err(PgError::new("25006", format!("cannot {what} during recovery"))
+            .hint("Connect to the primary server."));
+    }
+    // SAFETY: reads a backend variable.
+    if unsafe { pg_sys::XactReadOnly } {
+        return Err(PgError::new(
+            "25006",
+            format!("cannot {what} in a read-only transaction"),
+        ));
+    }
+    Ok(())
+}
+
+/// Ids below this (of the widened 64-bit kind) are invisible to no snapshot of this database any more:
+/// whatever they removed may go for good.
+pub fn horizon(relation: pg_sys::Oid) -> u64 {
+    // SAFETY: the relation is opened and closed around the call; both xids are read in this backend.
+    unsafe {
+        let rel = pg_sys::relation_open(relation, pg_sys::AccessShareLock as i32);
+        let oldest = pg_sys::GetOldestNonRemovableTransactionId(rel);
+        pg_sys::relation_close(rel, pg_sys::NoLock as i32);
+        let next = pg_sys::ReadNextFullTransactionId().value;
+        widen(u32::from(oldest), next)
+    }
+}
+
+/// The 64-bit form of a 32-bit id that is not in the future of `next`.
+fn widen(xid: u32, next: u64) -> u64 {
+    let epoch = next >> 32;
+    let value = (epoch << 32) | u64::from(xid);
+    if value > next { value - (1 << 32) } else { value }
+}
+
+/// The clock, as microseconds since 1970.
+pub fn now_us() -> i64 {
+    // SAFETY: reads the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() + super::PG_EPOCH_US }
+}

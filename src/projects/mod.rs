@@ -1,0 +1,189 @@
+//! Projects: the SQL functions that create and drop them, their keys, acting by key. Start at
+//! [`create_project`]. The functions on which the row-level policies rest are in [`access`].
+
+mod access;
+mod keys;
+mod objects;
+
+use pgrx::iter::TableIterator;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{default, name, pg_extern};
+use rakam_event::names::ProjectName;
+
+use crate::catalog::projects::{self as catalog, KeyKind, Right};
+use crate::pg::security::{self, ActAs};
+use crate::pg::{PgError, Result, activity, guc, locks, not_null, roles, xact};
+use keys::KeySet;
+
+/// Creates a project: schema, roles, users table, `_all`, one key set, which is shown this once.
+/// SQL: `rakam.create_project(name text, storage text DEFAULT NULL)`.
+/// Errors: 42501 neither superuser nor rakam_admin, 42602 / 42939 the name is not usable / reserved, 42710 it
+/// exists (project, schema or role), 42704 no such storage, 0A000 a kind of storage that is not supported.
+#[pg_extern(volatile, parallel_unsafe)]
+fn create_project(
+    name: Option<&str>,
+    storage: default!(Option<&str>, "NULL"),
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(project, String),
+            name!(key_id, pgrx::Uuid),
+            name!(read_key, String),
+            name!(write_key, String),
+            name!(master_key, String),
+        ),
+    >,
+    ErrorReport,
+> {
+    let (project, keys) = create(not_null(name, "name")?, storage)?;
+    Ok(TableIterator::once((
+        project, keys.id, keys.read, keys.write, keys.master,
+    )))
+}
+
+fn create(name: &str, storage: Option<&str>) -> Result<(String, KeySet)> {
+    ensure_server_admin("create a project")?;
+    xact::ensure_writable("create a project")?;
+    let name = ProjectName::parse(name)?;
+    let caller = security::current_user();
+    let _owner = ActAs::owner();
+    let storage_id = match storage {
+        None => objects::DEFAULT_STORAGE_ID,
+        Some(storage) => objects::storage(storage, caller)?,
+    };
+    let project_id = objects::create(name.as_str(), storage_id)?;
+    let keys = keys::create(project_id)?;
+    Ok((name.as_str().to_owned(), keys))
+}
+
+/// Drops a project with everything in it. SQL: `rakam.drop_project(name text)`.
+/// Errors: 42501 no such project or neither superuser nor rakam_admin, 55000 `rakam.allow_project_drop` is off.
+#[pg_extern(volatile, parallel_unsafe)]
+fn drop_project(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
+    Ok(drop_by_name(not_null(name, "name")?)?)
+}
+
+fn drop_by_name(name: &str) -> Result<()> {
+    ensure_server_admin("drop a project")?;
+    xact::ensure_writable("drop a project")?;
+    let project = catalog::by_name(name)?.ok_or_else(|| PgError::no_project(name))?;
+    if !guc::allow_project_drop() {
+        return Err(PgError::new(
+            "55000",
+            format!("cannot drop project \"{}\"", project.name),
+        )
+        .detail("All its events, in every tier, would be deleted.")
+        .hint("Set rakam.allow_project_drop to on first."));
+    }
+    let _owner = ActAs::owner();
+    // No digest or flush may add rows behind the deletion.
+    locks::transaction(locks::LockOn::Digest);
+    for collection in catalog::collection_ids(project.id)? {
+        locks::transaction(locks::LockOn::Manifest(collection));
+    }
+    catalog::delete(project.id)?;
+    objects::drop(&project)
+}
+
+/// Makes another key set of a project. SQL: `rakam.create_keys(project text)`.
+/// Errors: 42501 no such project or not its admin.
+#[pg_extern(volatile, parallel_unsafe)]
+fn create_keys(
+    project: Option<&str>,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(key_id, pgrx::Uuid),
+            name!(read_key, String),
+            name!(write_key, String),
+            name!(master_key, String),
+        ),
+    >,
+    ErrorReport,
+> {
+    let keys = new_keys(not_null(project, "project")?)?;
+    Ok(TableIterator::once((
+        keys.id, keys.read, keys.write, keys.master,
+    )))
+}
+
+fn new_keys(project: &str) -> Result<KeySet> {
+    xact::ensure_writable("create keys")?;
+    let project = catalog::authorize(project, Right::Admin)?;
+    let _owner = ActAs::owner();
+    keys::create(project.id)
+}
+
+/// Revokes a key set, at once and for every session. SQL: `rakam.revoke_keys(project text, key_id uuid)`.
+/// Errors: 42501 no such project or not its admin, 42704 no such key set in it.
+#[pg_extern(volatile, parallel_unsafe)]
+fn revoke_keys(
+    project: Option<&str>,
+    key_id: Option<pgrx::Uuid>,
+) -> std::result::Result<(), ErrorReport> {
+    Ok(revoke(
+        not_null(project, "project")?,
+        not_null(key_id, "key_id")?,
+    )?)
+}
+
+fn revoke(project: &str, key_id: pgrx::Uuid) -> Result<()> {
+    xact::ensure_writable("revoke keys")?;
+    let project = catalog::authorize(project, Right::Admin)?;
+    let _owner = ActAs::owner();
+    if catalog::revoke_keys(project.id, key_id)? == 0 {
+        return Err(PgError::new(
+            "42704",
+            format!("key \"{key_id}\" does not exist"),
+        )
+        .hint("The view rakam.keys lists a project's keys."));
+    }
+    Ok(())
+}
+
+/// Becomes the role that the key stands for, as SET LOCAL ROLE does (SET ROLE with `local => false`).
+/// SQL: `rakam.authenticate(key text, local boolean DEFAULT true)`.
+/// Errors: 28000 unknown or revoked key, 42501 inside a security-definer function.
+#[pg_extern(volatile, parallel_unsafe)]
+fn authenticate(
+    key: Option<&str>,
+    local: default!(Option<bool>, "true"),
+) -> std::result::Result<(), ErrorReport> {
+    Ok(become_role_of(
+        not_null(key, "key")?,
+        not_null(local, "local")?,
+    )?)
+}
+
+fn become_role_of(key: &str, local: bool) -> Result<()> {
+    activity::hide(key);
+    let key = catalog::key(key)?;
+    let role = match key.kind {
+        KeyKind::Read => key.project.read_role,
+        KeyKind::Write => key.project.write_role,
+        KeyKind::Master => key.project.admin_role,
+    };
+    let name = roles::name(role).ok_or_else(|| {
+        PgError::new(
+            "42704",
+            format!(
+                "role of project \"{}\" for {} keys does not exist",
+                key.project.name,
+                key.kind.name()
+            ),
+        )
+    })?;
+    roles::set(&name, local)
+}
+
+fn ensure_server_admin(what: &str) -> Result<()> {
+    if security::is_server_admin(security::current_user()) {
+        return Ok(());
+    }
+    Err(
+        PgError::new("42501", format!("permission denied to {what}"))
+            .hint("Superusers and members of rakam_admin may do it."),
+    )
+}

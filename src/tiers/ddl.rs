@@ -1,0 +1,156 @@
+//! Foreign tables and columns for what the registry already knows.
+//!
+//! Never in the way of anybody: a table that is being read is tried again later; the attempt gives up after 100 ms,
+//! so that new readers queue behind it no longer than that.
+
+use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::pg::spi::{self, View, arg, quote_ident, quote_literal};
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result};
+
+/// What is left to do.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Synced {
+    pub done: u64,
+    /// Tables whose lock was not to be had: try again.
+    pub busy: u64,
+}
+
+/// Makes all pending tables and columns, each table in a transaction of its own.
+pub fn run() -> std::result::Result<Synced, Failure> {
+    let mut synced = Synced::default();
+    for id in xact::worker(pending)? {
+        match xact::worker(|| sync(id)) {
+            Ok(()) => synced.done += 1,
+            Err(Failure::Error(error)) if error.sqlstate == "55P03" => synced.busy += 1,
+            Err(Failure::Error(error)) => {
+                // Somebody's relation of that name, or a trigger that refuses: others go on.
+                synced.busy += 1;
+                error.log();
+            }
+            Err(gone) => return Err(gone),
+        }
+    }
+    Ok(synced)
+}
+
+/// Collections without a table or with fields that are no columns yet.
+fn pending() -> Result<Vec<i32>> {
+    spi::query(
+        View::Current,
+        "SELECT collection_id FROM rakam_internal.collection WHERE ft IS NULL
+         UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready ORDER BY 1 LIMIT 1000",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// Brings one collection's table up to its registered fields.
+pub fn sync(collection_id: i32) -> Result<()> {
+    let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
+        return Ok(());
+    };
+    let Some(project) = registry::projects(View::Current)?.remove(&collection.project_id) else {
+        return Ok(());
+    };
+    spi::execute_text("SET LOCAL lock_timeout = '100ms'")?;
+    match collection.ft {
+        None => create(&project, &collection),
+        Some(_) => add_columns(&project, &collection),
+    }
+}
+
+fn table_name(project: &ProjectRow, collection: &Collection) -> String {
+    format!("{}.{}", quote_ident(&project.name), quote_ident(&collection.name))
+}
+
+fn column(name: &str, ty: rakam_event::types::FieldType) -> String {
+    use rakam_event::types::FieldType;
+    let collate = match ty {
+        FieldType::Text | FieldType::TextArray => " COLLATE pg_catalog.\"C\"",
+        _ => "",
+    };
+    format!("{} {ty}{collate}", quote_ident(name))
+}
+
+fn create(project: &ProjectRow, collection: &Collection) -> Result<()> {
+    let schema = registry::schema(View::Current, collection)?;
+    let columns: Vec<String> = schema.fields.iter().map(|f| column(&f.name, f.ty)).collect();
+    let table = table_name(project, collection);
+    spi::execute_text(&format!(
+        "CREATE FOREIGN TABLE {table} ({}) SERVER rakam OPTIONS (project {}, collection {})",
+        columns.join(", "),
+        quote_literal(&project.name),
+        quote_literal(&collection.name),
+    ))?;
+    for (role, rights) in [
+        (project.read_role, "SELECT"),
+        (project.write_role, "INSERT"),
+        (project.admin_role, "SELECT, INSERT"),
+    ] {
+        if let Some(name) = role_name(role)? {
+            spi::execute_text(&format!("GRANT {rights} ON {table} TO {}", quote_ident(&name)))?;
+        }
+    }
+    spi::execute(
+        "UPDATE rakam_internal.collection SET ft = (
+           SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+           WHERE n.nspname = $2 AND c.relname = $3)
+         WHERE collection_id = $1",
+        &[
+            arg(collection.id),
+            arg(project.name.as_str()),
+            arg(collection.name.as_str()),
+        ],
+    )?;
+    mark_ready(collection, &schema)
+}
+
+fn add_columns(project: &ProjectRow, collection: &Collection) -> Result<()> {
+    let schema = registry::schema(View::Current, collection)?;
+    let columns: Vec<String> = schema
+        .fields
+        .iter()
+        .filter(|f| !f.column_ready)
+        .map(|f| format!("ADD COLUMN IF NOT EXISTS {}", column(&f.name, f.ty)))
+        .collect();
+    if columns.is_empty() {
+        return Ok(());
+    }
+    let table = table_name(project, collection);
+    spi::execute_text(&format!("ALTER FOREIGN TABLE {table} {}", columns.join(", ")))?;
+    mark_ready(collection, &schema)
+}
+
+/// The fields of `schema` are columns now; others may have been registered meanwhile.
+fn mark_ready(collection: &Collection, schema: &rakam_event::schema::Schema) -> Result<()> {
+    let ids: Vec<i32> = schema
+        .fields
+        .iter()
+        .filter(|f| !f.column_ready)
+        .map(|f| f.id)
+        .collect();
+    spi::execute(
+        "UPDATE rakam_internal.field SET column_ready = true WHERE collection_id = $1 AND field_id = ANY ($2)",
+        &[arg(collection.id), arg(ids)],
+    )?;
+    Ok(())
+}
+
+/// The name of a role; None if it was dropped by hand.
+fn role_name(role: pgrx::pg_sys::Oid) -> Result<Option<String>> {
+    spi::first(
+        View::Current,
+        "SELECT rolname::text FROM pg_catalog.pg_roles WHERE oid = $1",
+        &[arg(role)],
+        |row| row.must(1),
+    )
+}
+
+/// Makes a collection's table now, for a caller who waits for it. Nothing happens if it is there.
+pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
+    registry::add_collection(project_id, name)?;
+    let collection = registry::collection_named(View::Current, project_id, name)?
+        .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
+    sync(collection.id)
+}

@@ -1,0 +1,64 @@
+//! Objects that nobody needs: those announced by a crashed flush, and those out of use for long enough.
+//! The object goes first, then its row: a crash between them repeats a deletion, which is harmless.
+
+use crate::catalog::manifest;
+use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{Result, failpoint, guc, relation, wait};
+use crate::tiers::flush;
+use crate::ingest::append::lake_error;
+
+/// Collects garbage; returns the number of objects deleted.
+pub fn run() -> std::result::Result<u64, Failure> {
+    let Some(_job) = SessionLock::try_take(LockOn::Gc) else {
+        return Ok(0);
+    };
+    let mut deleted = 0;
+    for (storage_id, path, collection_id) in xact::worker(|| manifest::intents(View::Current))? {
+        wait::check_interrupts();
+        // A running flush holds its collection: what it announced is not garbage.
+        let Some(_idle) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
+            continue;
+        };
+        // Read again under the lock: the flush may have committed since.
+        if xact::worker(|| manifest::has_intent(storage_id, &path))? {
+            delete_object(storage_id, &path)?;
+            xact::worker(|| manifest::delete_intent(storage_id, &path))?;
+            deleted += 1;
+        }
+    }
+    let due = xact::worker(|| {
+        manifest::deferred_due(
+            View::Current,
+            xact::horizon(relation::oid("rakam_internal", "file_deferred")),
+            guc::file_retention().as_secs_f64(),
+        )
+    })?;
+    for (storage_id, path) in due {
+        wait::check_interrupts();
+        delete_object(storage_id, &path)?;
+        failpoint::hit("gc.after_object");
+        xact::worker(|| manifest::delete_deferred(storage_id, &path))?;
+        deleted += 1;
+    }
+    Ok(deleted)
+}
+
+fn delete_object(storage_id: i32, path: &str) -> std::result::Result<(), Failure> {
+    let storage = xact::worker(|| manifest::storage(View::Current, storage_id))?;
+    let Some(storage) = storage else {
+        return Ok(());
+    };
+    match flush::directory(&storage).map_err(Failure::Error)? {
+        Some(directory) => {
+            directory
+                .delete(path)
+                .map_err(|e| Failure::Error(lake_error(e)))?;
+        }
+        None => {
+            xact::worker(|| -> Result<bool> { manifest::delete_object(path) })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! What moves events between the tiers after the digest, and keeps the tables behind them small. Each file is one
+//! periodic step of a worker, in transactions of its own: a crash anywhere repeats it or leaves nothing.
+
+pub mod ddl;
+pub mod flush;
+pub mod gc;
+pub mod merge;
+pub mod rotate;

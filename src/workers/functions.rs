@@ -1,0 +1,278 @@
+//! The SQL functions that work in a task worker, and what the worker does for them.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use rakam_event::names::{self, CollectionName};
+use rakam_event::types::FieldType;
+use serde_json::json;
+
+use super::task::{self, Scope, Task};
+use crate::catalog::projects::{self, Right};
+use crate::catalog::{manifest, registry};
+use crate::ingest::append::event_error;
+use crate::ingest::digest::{self, When};
+use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
+use crate::tiers::{ddl, flush, gc, merge, rotate};
+
+/// One round of all background work, covering everything committed before the call.
+/// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
+#[pg_extern(volatile, parallel_unsafe)]
+fn tick() -> std::result::Result<(), ErrorReport> {
+    if !security::is_server_admin(security::current_user()) && projects::scope()?.member.is_empty() {
+        return Err(PgError::new("42501", "permission denied for function tick")
+            .hint("The current role needs membership in a role of some project.")
+            .into());
+    }
+    task::run(&Task::Tick)?;
+    Ok(())
+}
+
+/// Digests, then writes everything committed before the call to data files, however small.
+/// SQL: `rakam.flush(project text, collection text)`; NULL = all that the caller may.
+/// Errors: 42501 no right, 42704 no such collection, 58030 storage unreachable.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
+fn flush(
+    project: default!(Option<&str>, "NULL"),
+    collection: default!(Option<&str>, "NULL"),
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(collection, String),
+            name!(events, i64),
+            name!(files, i64),
+            name!(bytes, i64),
+        ),
+    >,
+    ErrorReport,
+> {
+    let scope = scope(project, collection)?;
+    let rows = task::run(&Task::Flush { scope })?;
+    let rows: Vec<(String, i64, i64, i64)> = serde_json::from_value(rows)
+        .map_err(|e| PgError::internal(format!("malformed reply of a flush: {e}")))?;
+    Ok(TableIterator::new(rows))
+}
+
+/// What the caller may flush of what it asked for.
+fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
+    let projects = match project {
+        Some(name) => Some(vec![projects::authorize(name, Right::Admin)?.id]),
+        None if security::is_server_admin(security::current_user()) => None,
+        None => Some(projects::administered()?),
+    };
+    let collection = collection
+        .map(CollectionName::parse)
+        .transpose()
+        .map_err(event_error)?
+        .map(|name| name.as_str().to_owned());
+    if let (Some(name), Some([project_id])) = (&collection, projects.as_deref())
+        && projects::collection_id(*project_id, name)? == 0
+    {
+        // Perhaps it was collected a moment ago: the task digests first, and says so if it is not there then.
+        return Ok(Scope {
+            projects: Some(vec![*project_id]),
+            collection,
+        });
+    }
+    Ok(Scope {
+        projects,
+        collection,
+    })
+}
+
+/// Creates a collection ahead of its first event; nothing happens if it exists.
+/// SQL: `rakam.create_collection(project text, collection text)`.
+/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable.
+#[pg_extern(volatile, parallel_unsafe)]
+fn create_collection(
+    project: Option<&str>,
+    collection: Option<&str>,
+) -> std::result::Result<(), ErrorReport> {
+    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let name = CollectionName::parse(not_null(collection, "collection")?).map_err(event_error)?;
+    task::run(&Task::CreateCollection {
+        project_id: project.id,
+        name: name.as_str().to_owned(),
+    })?;
+    Ok(())
+}
+
+/// Declares a field ahead of use; nothing happens if it exists with this type.
+/// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
+/// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
+/// 22023 no such type for a field.
+#[pg_extern(volatile, parallel_unsafe)]
+fn add_field(
+    project: Option<&str>,
+    collection: Option<&str>,
+    field: Option<&str>,
+    type_name: Option<&str>,
+) -> std::result::Result<(), ErrorReport> {
+    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let name = CollectionName::parse(not_null(collection, "collection")?).map_err(event_error)?;
+    let field = names::field_name(not_null(field, "field")?).into_owned();
+    if !names::can_be_column(&field) {
+        return Err(PgError::new("42602", format!("field name \"{field}\" cannot be a column"))
+            .hint("Names of system columns and names over 63 bytes stay in \"_extra\".")
+            .into());
+    }
+    let ty = field_type(not_null(type_name, "type")?)?;
+    task::run(&Task::AddField {
+        project_id: project.id,
+        collection: name.as_str().to_owned(),
+        field,
+        ty: ty.to_string(),
+    })?;
+    Ok(())
+}
+
+/// A type as in CREATE TABLE that a field may have.
+fn field_type(text: &str) -> Result<FieldType> {
+    let name = types::canonical_name(text)?;
+    FieldType::parse(&name).ok_or_else(|| {
+        PgError::new("22023", format!("type \"{text}\" cannot be the type of a field")).hint(
+            "Types are boolean, integer, bigint, real, double precision, numeric(p,s) with p up to 38, text, date, \
+             timestamptz, uuid, inet, jsonb, boolean[], double precision[] and text[].",
+        )
+    })
+}
+
+/// In the task worker: does it, and gives the value the caller waits for.
+pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
+    match task {
+        Task::Tick => perform_tick().map(|()| json!(null)),
+        Task::Flush { scope } => perform_flush(scope),
+        Task::CreateCollection { project_id, name } => {
+            xact::worker(|| registry::add_collection(*project_id, name))?;
+            sync_until(Duration::from_secs(5), || {
+                ddl::ensure_table(*project_id, name)
+            })?;
+            Ok(json!(null))
+        }
+        Task::AddField {
+            project_id,
+            collection,
+            field,
+            ty,
+        } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
+    }
+}
+
+/// Digests until everything that was committed at the start is digested.
+fn digest_all() -> std::result::Result<(), Failure> {
+    let _lock = SessionLock::take(LockOn::Digest);
+    while digest::look(When::Now)?.round.more {}
+    Ok(())
+}
+
+fn perform_tick() -> std::result::Result<(), Failure> {
+    digest_all()?;
+    sync_for(Duration::from_secs(1))?;
+    {
+        let _lock = SessionLock::take(LockOn::Digest);
+        digest::retry_parked()?;
+        rotate::run()?;
+    }
+    for state in xact::worker(|| manifest::hot_state(View::Current, merge::SMALL_ROWS))? {
+        let id = state.collection_id;
+        if state.oldest_age_s >= guc::flush_interval().as_secs_f64()
+            || state.bytes >= guc::flush_size_bytes()
+        {
+            flush::try_collection(id)?;
+        } else if state.small_chunks >= merge::FAN_IN as i64 {
+            merge::collection(id)?;
+        }
+    }
+    gc::run()?;
+    Ok(())
+}
+
+fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
+    digest_all()?;
+    sync_for(Duration::from_millis(500))?;
+    let targets = xact::worker(|| {
+        registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())
+    })?;
+    if targets.is_empty()
+        && let Some(name) = &scope.collection
+    {
+        return Err(Failure::Error(PgError::new(
+            "42704",
+            format!("collection \"{name}\" does not exist"),
+        )));
+    }
+    let mut rows = Vec::new();
+    for collection in targets {
+        let flushed = flush::collection(collection.id)?;
+        rows.push((
+            collection.name,
+            flushed.events as i64,
+            flushed.files as i64,
+            flushed.bytes as i64,
+        ));
+    }
+    Ok(json!(rows))
+}
+
+fn perform_add_field(
+    project_id: i32,
+    collection: &str,
+    field: &str,
+    ty: &str,
+) -> std::result::Result<(), Failure> {
+    let parsed = FieldType::parse(ty)
+        .ok_or_else(|| Failure::Error(PgError::internal("a task has an unknown type")))?;
+    let id = xact::worker(|| {
+        let found = registry::collection_named(View::Current, project_id, collection)?
+            .ok_or_else(|| {
+                PgError::new("42704", format!("collection \"{collection}\" does not exist"))
+                    .hint("rakam.create_collection makes it ahead of its first event.")
+            })?;
+        registry::add_fields(found.id, &[(field.to_owned(), parsed)], true)?;
+        let schema = registry::schema(View::Current, &found)?;
+        match schema.field(field) {
+            Some(existing) if existing.ty == parsed => Ok(found.id),
+            Some(existing) => Err(PgError::new(
+                "42710",
+                format!("field \"{field}\" of collection \"{collection}\" exists with type {}", existing.ty),
+            )
+            .hint("A field never changes its type: values that do not fit are kept in \"_extra\".")),
+            None => Err(PgError::internal("a field just registered is not there")),
+        }
+    })?;
+    sync_until(Duration::from_secs(5), || ddl::sync(id))
+}
+
+/// Makes pending tables and columns for a while: a table that is being read may come free.
+fn sync_for(patience: Duration) -> std::result::Result<(), Failure> {
+    let deadline = Instant::now() + patience;
+    while ddl::run()?.busy > 0 && Instant::now() < deadline {
+        wait::wait(None, Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Tries one step again while its lock is not to be had. What is still pending then is made in the background.
+fn sync_until(
+    patience: Duration,
+    step: impl Fn() -> Result<()>,
+) -> std::result::Result<(), Failure> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match xact::worker(&step) {
+            Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
+                if Instant::now() >= deadline {
+                    return Ok(());
+                }
+                wait::wait(None, Duration::from_millis(100));
+            }
+            outcome => return outcome,
+        }
+    }
+}

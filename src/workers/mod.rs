@@ -1,0 +1,23 @@
+//! Background workers: each runs steps of `ingest` and `tiers`, none has logic of its own about events.
+//!
+//! A launcher (with shared_preload_libraries) keeps one resident worker per database that has the extension. A
+//! called function that needs several transactions runs in a task worker, preload or not. State machine of a
+//! resident: start → extension there? → lock taken? → cycles → extension gone: exit 0, error: back-off and go on,
+//! crash: the launcher starts it again, later each time.
+
+pub mod cycle;
+pub mod functions;
+pub mod launcher;
+pub mod resident;
+pub mod stop;
+pub mod task;
+
+use crate::pg::shared;
+
+/// In the postmaster: registers what starts with the server.
+pub fn init() {
+    shared::set_preloaded();
+    shared::init();
+    launcher::init();
+    stop::init();
+}
