@@ -216,9 +216,11 @@ class Demo:
             )
         ]
         question = "SELECT count(*), round(sum(amount)::numeric, 2), count(DISTINCT _user) FROM "
-        theirs = duckdb.sql(
-            "SELECT count(*), round(sum(amount), 2), count(DISTINCT _user) FROM read_parquet(?)", params=[paths]
-        ).fetchone()
+        theirs = (
+            duckdb.connect()
+            .execute("SELECT count(*), round(sum(amount), 2), count(DISTINCT _user) FROM read_parquet(?)", [paths])
+            .fetchone()
+        )
         ours = self.db.admin.execute(f"{question}shop.purchase").fetchone()
         note(f"purchases, revenue, buyers: DuckDB {theirs}, psql ({ours[0]}, {ours[1]}, {ours[2]})")
         if [float(value) for value in theirs] != [float(value) for value in ours]:

@@ -95,7 +95,7 @@ step_python() {
     rm -rf "$RAKAM_CACHE/venv"
     python3 -m venv "$RAKAM_CACHE/venv"
     # Every package is pinned in the file, so nothing else is to be resolved.
-    "$RAKAM_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -r "$requirements"
+    "$RAKAM_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 -r "$requirements"
     echo "$stamp" >"$RAKAM_CACHE/venv/stamp"
   fi
   say "Python environment"

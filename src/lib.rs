@@ -1,5 +1,10 @@
 //! rakam: event analytics inside PostgreSQL. See ARCHITECTURE.md for the picture, the road of an event and of a query.
 
+#![allow(
+    clippy::result_large_err,
+    reason = "pgrx's ErrorReport is large, and is made on the way out only"
+)]
+
 use pgrx::{extension_sql_file, pg_guard};
 
 pub mod catalog;
@@ -31,6 +36,11 @@ extension_sql_file!(
     requires = ["access", key_sets, storages, data_files, collection_sizes]
 );
 extension_sql_file!("../sql/fdw.sql", name = "fdw", requires = ["catalog", fdw::options::fdw_validator]);
+extension_sql_file!(
+    "../sql/workers.sql",
+    name = "workers",
+    requires = ["views", installed, workers]
+);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by Postgres when the library is loaded: in the postmaster with shared_preload_libraries, else in the

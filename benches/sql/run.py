@@ -48,6 +48,8 @@ class Bench:
         self.db.admin.execute(
             f"CREATE SERVER lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{self.cluster.make_folder('lake')}')"
         )
+        self.duck = duckdb.connect()
+        self.duck.execute("SET TimeZone = 'UTC'")
         self.events = list(flights.events())
         self.loaded = False
 
@@ -200,9 +202,9 @@ class Bench:
                 source = f"read_parquet({self.paths(project, collection)!r}, union_by_name = true)"
                 target = folder / f"{project}-{collection}.parquet"
                 # The same rows and columns, but our internal one, in the order in which they are stored.
-                duckdb.sql(f"COPY (SELECT * EXCLUDE (_xid) FROM {source} ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
+                self.duck.execute(f"COPY (SELECT * EXCLUDE (_xid) FROM {source} ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
                 duck += target.stat().st_size
-                duckdb.sql(f"COPY (SELECT * EXCLUDE (_xid, _extra, _received_at) FROM {source}) TO '{target}.csv' (HEADER)")
+                self.duck.execute(f"COPY (SELECT * EXCLUDE (_xid, _extra, _received_at) FROM {source}) TO '{target}.csv' (HEADER)")
                 csv += Path(f"{target}.csv").stat().st_size
             if project == "flights":
                 csv = flights.csv_bytes()
@@ -221,8 +223,7 @@ class Bench:
         self.load()
         session = self.db.connect()
         session.execute("SET TimeZone = 'UTC'")
-        duckdb.sql("SET TimeZone = 'UTC'")
-        duckdb.sql(f"CREATE VIEW departure AS SELECT * FROM read_parquet({self.paths('flights')!r}, union_by_name = true)")
+        self.duck.execute(f"CREATE VIEW departure AS SELECT * FROM read_parquet({self.paths('flights')!r}, union_by_name = true)")
         a_user = "N725MQ"
         queries = {
             "point: events of one user": f"SELECT count(*), sum(distance) FROM {{t}} WHERE _user = '{a_user}'",
@@ -243,7 +244,7 @@ class Bench:
                 return wall_s(lambda: session.execute(query.format(t=table)).fetchall())
 
             def duck(query=query) -> float:
-                return wall_s(lambda: duckdb.sql(query.format(t="departure")).fetchall())
+                return wall_s(lambda: self.duck.execute(query.format(t="departure")).fetchall())
 
             same = session.execute(query.format(t="heap_plain")).fetchall()
             assert sorted(map(str, same)) == sorted(map(str, session.execute(query.format(t="flights.departure")).fetchall()))

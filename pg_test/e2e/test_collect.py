@@ -387,12 +387,12 @@ def test_a_hostile_item_is_rejected_alone(db, writer, collection):
 )
 def test_events_cannot_be_changed(db, keys, collection, statement):
     collect(db.admin, PROJECT, collection, {"n": 1})
+    before = rows(db.admin, collection, "count(*), count(_user)", "1")
     with pytest.raises(psycopg.Error) as caught:
         db.admin.execute(statement.format(collection))
     assert caught.value.sqlstate == "0A000"
     assert caught.value.diag.message_hint
-    assert one(db.admin, f"SELECT count(*) FROM acme.{collection}") == 1
-    db.admin.execute("SELECT rakam.tick()")
+    assert rows(db.admin, collection, "count(*), count(_user)", "1") == before
 
 
 # -- fields --------------------------------------------------------------------------------------------------------------
@@ -536,8 +536,9 @@ def typed(db, collection):
     return collection
 
 
-def test_insert_returning(db, writer, typed):
-    found = writer.execute(
+def test_insert_returning(db, typed):
+    # RETURNING reads, which the write role may not.
+    found = db.admin.execute(
         f"INSERT INTO acme.{typed} (_user, n, price, tags) VALUES ('u1', 1, 2.345, '{{a,b}}'), ('u2', NULL, 7, NULL)"
         " RETURNING n, price::text, _time IS NOT NULL, _received_at IS NOT NULL"
     ).fetchall()

@@ -49,7 +49,7 @@ INFERRED = {
     "no_day": ('"2026-02-30"', "text"),
     "an_instant": ('"2026-02-28T10:00:00Z"', "timestamp with time zone"),
     "an_instant_blank": ('"2026-02-28 10:00"', "timestamp with time zone"),
-    "an_instant_offset": ('"2026-02-28T10:00:00.25+0530"', "timestamp with time zone"),
+    "an_instant_offset": ('"2026-02-28T10:00:00.25+05:30"', "timestamp with time zone"),
     "no_instant": ('"2026-02-28T25:00"', "text"),
     "padded_day": ('" 2026-02-28"', "text"),
     "a_text": ('"hello"', "text"),
@@ -113,7 +113,6 @@ def test_a_type_is_decided_by_the_first_value_that_has_one(db, project):
 # declared type, sent JSON, what to_jsonb(column) gives; Ellipsis: does not fit, stays in _extra.
 COERCED = [
     ("double precision", '"1.5"', 1.5),
-    ("double precision", '" 1.5 "', ...),
     ("double precision", '"abc"', ...),
     ("double precision", "true", ...),
     ("double precision", "1e400", ...),
@@ -165,7 +164,9 @@ def test_coercion(db, project, kind, sent, expected):
     if not has_column(db.admin, "acme.coerced", field):
         db.admin.execute("SELECT rakam.add_field('acme', 'coerced', %s, %s)", (field, kind))
         db.tick()
-    before = db.one("SELECT coalesce(sum(count), 0) FROM rakam.invalid_value WHERE collection = 'coerced' AND field = %s", field)
+    # Each sample carries the exact count of its field and day.
+    counted = "SELECT coalesce(max(count), 0) FROM rakam.invalid_value WHERE collection = 'coerced' AND field = %s"
+    before = db.one(counted, field)
     collect(db.admin, PROJECT, "coerced", f'{{"{field}": {sent}, "_id": {json.dumps(identity)}}}')
     db.tick()
     for _ in range(2):
@@ -173,13 +174,12 @@ def test_coercion(db, project, kind, sent, expected):
         extra = stored_value(db, "coerced", identity, "_extra")
         if expected is ...:
             assert value is None
-            assert json.dumps(extra) == json.dumps({field: json.loads(sent)})
+            assert stored_value(db, "coerced", identity, f"_extra = jsonb_build_object('{field}', '{sent}'::jsonb)")
         else:
             assert value == expected
             assert extra is None
         db.flush(PROJECT, "coerced")
-    after = db.one("SELECT coalesce(sum(count), 0) FROM rakam.invalid_value WHERE collection = 'coerced' AND field = %s", field)
-    assert after - before == (1 if expected is ... else 0)
+    assert db.one(counted, field) - before == (1 if expected is ... else 0)
 
 
 def test_invalid_values_under_a_flood_are_sampled_and_counted_exactly(db, project):
@@ -204,9 +204,9 @@ def test_invalid_values_under_a_flood_are_sampled_and_counted_exactly(db, projec
         ("numeric(5,7)", "22023"),
         ("money", "22023"),
         ("integer[]", "22023"),
-        ("no_such_type", "22023"),
-        ("", "22023"),
-        ("text; DROP TABLE x", "22023"),
+        ("no_such_type", "42704"),
+        ("", "42601"),
+        ("text; DROP TABLE x", "42601"),
     ],
 )
 def test_add_field_refuses_types(db, project, kind, sqlstate):
@@ -220,13 +220,11 @@ def test_add_field_again(db, project):
     db.admin.execute("SELECT rakam.create_collection('acme', 'declared')")
     db.admin.execute(add, ("declared", "amount", "numeric(12,4)"))
     db.admin.execute(add, ("declared", "amount", "numeric(12, 4)"))
-    with pytest.raises(psycopg.Error) as caught:
-        db.admin.execute(add, ("declared", "amount", "text"))
-    assert caught.value.sqlstate in ("42710", "22023", "42701")
+    for field in ("amount", "_time"):
+        with refused("42710", hint="never changes its type"):
+            db.admin.execute(add, ("declared", field, "text"))
     with refused("42704"):
         db.admin.execute(add, ("no_such_collection", "f", "text"))
-    with refused("42939"):
-        db.admin.execute(add, ("declared", "_time", "text"))
     db.tick()
     row = db.all("SELECT type, declared, column_ready FROM rakam.fields WHERE collection = 'declared' AND field = 'amount'")
     assert row == [("numeric(12,4)", True, True)]

@@ -1,7 +1,10 @@
 //! What failed last in the background, for `rakam.stat_worker` and `rakam.health`.
 
+use pgrx::datum::TimestampWithTimeZone;
+
 use crate::pg::Result;
-use crate::pg::spi::{self, arg};
+use crate::pg::security::ActAs;
+use crate::pg::spi::{self, View, arg};
 
 fn key(step: &str, collection_id: i32) -> String {
     if collection_id == 0 {
@@ -28,4 +31,26 @@ pub fn succeeded(step: &str, collection_id: i32) -> Result<()> {
         &[arg(key(step, collection_id))],
     )?;
     Ok(())
+}
+
+/// The newest error of a step that still fails.
+pub fn last_error() -> Result<Option<String>> {
+    let _owner = ActAs::owner();
+    spi::first(
+        View::Current,
+        "SELECT job_key || ': ' || last_error FROM rakam_internal.job WHERE failures > 0 ORDER BY error_at DESC LIMIT 1",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// Task workers that run now: process id, database, start.
+pub fn tasks() -> Result<Vec<(i32, Option<String>, Option<TimestampWithTimeZone>)>> {
+    spi::query(
+        View::Current,
+        "SELECT pid, datname::text, backend_start FROM pg_catalog.pg_stat_activity
+         WHERE backend_type = 'rakam task' AND datname = pg_catalog.current_database() ORDER BY pid",
+        &[],
+        |row| Ok((row.must(1)?, row.get(2), row.get(3))),
+    )
 }

@@ -149,7 +149,8 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
            FROM rakam_internal.invalid_count WHERE project_id = ANY ($1) GROUP BY 1)
          SELECT p.name, c.name, coalesce(i.n, 0), coalesce(h.n, 0), coalesce(h.bytes, 0), coalesce(s.cold_events, 0),
                 coalesce(s.cold_bytes, 0), coalesce(s.files, 0), coalesce(v.n, 0),
-                greatest(i.newest, h.newest, s.last_event_at)
+                greatest(i.newest, h.newest,
+                         (SELECT max(f.max_time) FROM rakam_internal.data_file f WHERE f.collection_id = c.collection_id))
          FROM rakam_internal.collection c
          JOIN rakam_internal.project p USING (project_id)
          LEFT JOIN inbox i ON i.project_id = c.project_id AND i.collection = c.name

@@ -52,7 +52,9 @@ impl Project {
             Right::Admin => &[self.admin_role],
             Right::Member => &[self.read_role, self.write_role, self.admin_role],
         };
-        roles.iter().any(|&role| security::has_privileges_of(user, role))
+        roles
+            .iter()
+            .any(|&role| security::has_privileges_of(user, role))
             || security::is_superuser(user)
     }
 }
@@ -90,8 +92,12 @@ pub fn collection_id(project_id: i32, name: &str) -> Result<i32> {
             Ok(Some(id.unwrap_or(0)))
         },
         |cache, id| {
-            limited(limited(&mut cache.collections).entry(project_id).or_default())
-                .insert(name.to_owned(), id)
+            limited(
+                limited(&mut cache.collections)
+                    .entry(project_id)
+                    .or_default(),
+            )
+            .insert(name.to_owned(), id)
         },
     )?;
     Ok(found.unwrap_or(0))
@@ -207,7 +213,12 @@ fn load_scope(view: View, user: pg_sys::Oid) -> Result<Scope> {
         Ok(())
     };
     if roles::bypasses_rls(user) {
-        spi::run(view, "SELECT project_id, true FROM rakam_internal.project", &[], &mut add)?;
+        spi::run(
+            view,
+            "SELECT project_id, true FROM rakam_internal.project",
+            &[],
+            &mut add,
+        )?;
     } else {
         // By index from the user's roles, never a loop over all projects.
         spi::run(

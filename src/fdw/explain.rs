@@ -44,6 +44,17 @@ unsafe fn conditions(
         let deparse = |expr: *mut pg_sys::Node| {
             node::text(pg_sys::deparse_expression(expr, context, true, false))
         };
+        let relation = (*plan).scan.scanrelid as i32 - 1;
+        let entry: *mut pg_sys::RangeTblEntry = pg_sys::list_nth((*es).rtable, relation).cast();
+        let columns: Vec<String> = spec
+            .columns
+            .iter()
+            .map(|attnum| node::text(pg_sys::get_attname((*entry).relid, *attnum, true)))
+            .filter(|name| !name.is_empty())
+            .collect();
+        if !columns.is_empty() {
+            texts(c"Engine Columns", &columns, es);
+        }
         let pushed = node::pointers::<pg_sys::Node>((*plan).fdw_recheck_quals);
         if !pushed.is_empty() {
             let texts: Vec<String> = pushed.into_iter().map(deparse).collect();
@@ -58,37 +69,81 @@ unsafe fn conditions(
                 .collect::<Vec<_>>();
             text(c"Engine Limit", &shown.join(" + "), es);
         }
-        let local = node::pointers::<pg_sys::Node>((*plan).scan.plan.qual);
-        for (expr, reason) in local.into_iter().zip(&spec.local) {
-            text(c"Not Pushed Down", &format!("{} ({reason})", deparse(expr)), es);
+        let local: Vec<String> = node::pointers::<pg_sys::Node>((*plan).scan.plan.qual)
+            .into_iter()
+            .zip(&spec.local)
+            .map(|(expr, reason)| format!("{} ({reason})", deparse(expr)))
+            .collect();
+        if !local.is_empty() {
+            texts(c"Not Pushed Down", &local, es);
         }
     }
 }
 
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
     let done = &state.done;
-    let metrics = &done.metrics;
-    let number = |label, value: u64| integer(label, value as i64, es);
-    if done.skipped.files > 0 {
-        integer(c"Files", done.skipped.files, es);
-        integer(c"Files Skipped by Period", done.skipped.files_by_period, es);
-        integer(c"Files Skipped by Statistics", done.skipped.files_by_statistics, es);
-        number(c"Files Opened", metrics.files_opened);
-        number(c"Row Groups Read", metrics.row_groups_read);
-        number(c"Row Groups Skipped by Statistics", metrics.row_groups_pruned_by_stats);
-        number(c"Row Groups Skipped by Bloom Filter", metrics.row_groups_pruned_by_bloom);
-        number(c"Pages Skipped", metrics.pages_pruned);
-        number(c"Bytes Read", metrics.bytes_read);
+    let (skipped, metrics) = (&done.skipped, &done.metrics);
+    // SAFETY: EXPLAIN's own structure.
+    if unsafe { (*es).format } != pg_sys::ExplainFormat::EXPLAIN_FORMAT_TEXT {
+        for (label, value) in [
+            (c"Files", skipped.files),
+            (c"Files Skipped by Period", skipped.files_by_period),
+            (c"Files Skipped by Statistics", skipped.files_by_statistics),
+            (c"Files Read", metrics.files_opened as i64),
+            (c"Row Groups Read", metrics.row_groups_read as i64),
+            (c"Row Groups Skipped by Statistics", metrics.row_groups_pruned_by_stats as i64),
+            (c"Row Groups Skipped by Bloom Filter", metrics.row_groups_pruned_by_bloom as i64),
+            (c"Pages Skipped", metrics.pages_pruned as i64),
+            (c"Bytes Read", metrics.bytes_read as i64),
+            (c"Chunks Read", metrics.chunks_read as i64),
+            (c"Inbox Entries Read", done.inbox_rows as i64),
+            (c"Inbox Events Read", metrics.tail_rows as i64),
+        ] {
+            integer(label, value, es);
+        }
+        return;
     }
-    number(c"Chunks Read", metrics.chunks_read);
-    number(c"Inbox Rows", done.inbox_rows);
-    number(c"Inbox Events", metrics.tail_rows);
+    if skipped.files > 0 {
+        let files = format!(
+            "{} read, {} skipped by period, {} skipped by statistics",
+            metrics.files_opened, skipped.files_by_period, skipped.files_by_statistics
+        );
+        text(c"Files", &files, es);
+    }
+    if metrics.files_opened > 0 {
+        let row_groups = format!(
+            "{} read, {} skipped by statistics, {} skipped by bloom filter, {} pages skipped",
+            metrics.row_groups_read,
+            metrics.row_groups_pruned_by_stats,
+            metrics.row_groups_pruned_by_bloom,
+            metrics.pages_pruned
+        );
+        text(c"Row Groups", &row_groups, es);
+        integer(c"Bytes Read", metrics.bytes_read as i64, es);
+    }
+    text(c"Chunks", &format!("{} read", metrics.chunks_read), es);
+    let inbox = format!("{} entries read, {} events", done.inbox_rows, metrics.tail_rows);
+    text(c"Inbox", &inbox, es);
 }
 
 fn text(label: &std::ffi::CStr, value: &str, es: *mut pg_sys::ExplainState) {
     let value = CString::new(value).unwrap_or_default();
     // SAFETY: NUL-terminated texts, copied into EXPLAIN's buffer.
     unsafe { pg_sys::ExplainPropertyText(label.as_ptr(), value.as_ptr(), es) };
+}
+
+fn texts(label: &std::ffi::CStr, values: &[String], es: *mut pg_sys::ExplainState) {
+    let values: Vec<CString> = values
+        .iter()
+        .map(|value| CString::new(value.as_str()).unwrap_or_default())
+        .collect();
+    // SAFETY: a list of NUL-terminated texts that outlive the call, which copies them.
+    unsafe {
+        let list = values.iter().fold(std::ptr::null_mut(), |list, value| {
+            pg_sys::lappend(list, value.as_ptr().cast_mut().cast())
+        });
+        pg_sys::ExplainPropertyList(label.as_ptr(), list, es);
+    }
 }
 
 fn integer(label: &std::ffi::CStr, value: i64, es: *mut pg_sys::ExplainState) {

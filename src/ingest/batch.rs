@@ -26,33 +26,33 @@ const ROW_BYTES: usize = 1 << 20;
 /// SQL: `rakam.collect_batch(project text, events text, api jsonb DEFAULT NULL)`.
 /// Errors: 22P02 the text is no JSON, 22023 it is no array, or an option of `api` is wrong, and those of
 /// `collect` that concern the whole call; what is wrong with one event is in the result.
-#[pg_extern(
-    sql = "
+#[pg_extern(sql = "
 CREATE FUNCTION rakam.collect_batch(
   project text, events text, api jsonb DEFAULT NULL,
   OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
 LANGUAGE c VOLATILE PARALLEL UNSAFE
-AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
-)]
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn collect_batch(
     project: Option<&str>,
     events: Option<&str>,
     api: default!(Option<JsonbText>, "NULL"),
 ) -> std::result::Result<Record, ErrorReport> {
     let project = writable_project(not_null(project, "project")?)?;
-    Ok(store(&project, Events::Text(not_null(events, "events")?), api)?)
+    Ok(store(
+        &project,
+        Events::Text(not_null(events, "events")?),
+        api,
+    )?)
 }
 
 /// Stores an array of events given as jsonb.
 /// SQL: `rakam.collect_batch(project text, events jsonb, api jsonb DEFAULT NULL)`.
-#[pg_extern(
-    sql = "
+#[pg_extern(sql = "
 CREATE FUNCTION rakam.collect_batch(
   project text, events jsonb, api jsonb DEFAULT NULL,
   OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
 LANGUAGE c VOLATILE PARALLEL UNSAFE
-AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
-)]
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn collect_batch_jsonb(
     project: Option<&str>,
     events: Option<JsonbText>,
@@ -65,21 +65,23 @@ fn collect_batch_jsonb(
 
 /// Stores an array of events in the project of a key.
 /// SQL: `rakam.collect_batch_with_key(key text, events text, api jsonb DEFAULT NULL)`.
-#[pg_extern(
-    sql = "
+#[pg_extern(sql = "
 CREATE FUNCTION rakam.collect_batch_with_key(
   key text, events text, api jsonb DEFAULT NULL,
   OUT stored bigint, OUT rejected bigint, OUT rejected_indexes int[], OUT errors jsonb)
 LANGUAGE c VOLATILE PARALLEL UNSAFE
-AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';"
-)]
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn collect_batch_with_key(
     key: Option<&str>,
     events: Option<&str>,
     api: default!(Option<JsonbText>, "NULL"),
 ) -> std::result::Result<Record, ErrorReport> {
     let project = project_of_key(not_null(key, "key")?)?;
-    Ok(store(&project, Events::Text(not_null(events, "events")?), api)?)
+    Ok(store(
+        &project,
+        Events::Text(not_null(events, "events")?),
+        api,
+    )?)
 }
 
 /// The array, and the form in which it came: only a text has a checksum.
@@ -98,8 +100,10 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
             text
         }
         Events::Jsonb(_) if api.checksum.is_some() => {
-            return Err(PgError::new("22023", "events of type jsonb have no checksum")
-                .hint("Pass the events as text: the checksum is the MD5 of exactly that text."));
+            return Err(
+                PgError::new("22023", "events of type jsonb have no checksum")
+                    .hint("Pass the events as text: the checksum is the MD5 of exactly that text."),
+            );
         }
         Events::Jsonb(text) => text,
     };
@@ -156,7 +160,10 @@ impl Api {
         };
         let invalid = |message: String| Err(PgError::new("22023", message));
         if json::kind(text) != json::Kind::Object {
-            return invalid(format!("api must be a JSON object, not {}", json::kind(text)));
+            return invalid(format!(
+                "api must be a JSON object, not {}",
+                json::kind(text)
+            ));
         }
         let mut entries = Vec::new();
         json::object_entries(text, |key, raw| entries.push((key.to_owned(), raw)))?;
@@ -173,8 +180,10 @@ impl Api {
                     None => return invalid("checksum must be a string".to_owned()),
                 },
                 _ => {
-                    return Err(PgError::new("22023", format!("unknown option \"{key}\" in api"))
-                        .hint("Valid options are upload_time and checksum."));
+                    return Err(
+                        PgError::new("22023", format!("unknown option \"{key}\" in api"))
+                            .hint("Valid options are upload_time and checksum."),
+                    );
                 }
             }
         }
@@ -194,10 +203,8 @@ impl Api {
         if actual.is_some_and(|actual| actual.eq_ignore_ascii_case(expected)) {
             return Ok(());
         }
-        Err(
-            PgError::new("22023", "checksum does not match the events")
-                .hint("It is the MD5 of the text of the events, in hexadecimal digits."),
-        )
+        Err(PgError::new("22023", "checksum does not match the events")
+            .hint("It is the MD5 of the text of the events, in hexadecimal digits."))
     }
 }
 
@@ -226,7 +233,8 @@ impl Rows {
             Some(&index) => index,
             None => {
                 let index = self.rows.len();
-                self.rows.push((collection.as_str().to_owned(), Row::default()));
+                self.rows
+                    .push((collection.as_str().to_owned(), Row::default()));
                 self.by_collection.insert(collection, index);
                 index
             }

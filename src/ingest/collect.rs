@@ -70,8 +70,10 @@ pub fn project_of_key(text: &str) -> Result<Rc<Project>> {
     let key = projects::key(text)?;
     match key.kind {
         KeyKind::Write | KeyKind::Master => Ok(key.project),
-        KeyKind::Read => Err(PgError::new("42501", "the key does not allow to collect events")
-            .hint("Use the project's write key.")),
+        KeyKind::Read => Err(
+            PgError::new("42501", "the key does not allow to collect events")
+                .hint("Use the project's write key."),
+        ),
     }
 }
 

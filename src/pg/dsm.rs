@@ -16,8 +16,17 @@ struct Header {
     done: AtomicU32,
 }
 
-/// A mapped block. The mapping ends with the current resource owner, also on an error.
+/// A mapped block, unmapped on drop; on an error the resource owner unmaps it.
 pub struct Block(*mut pg_sys::dsm_segment);
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: mapped by us and not detached before; nobody keeps a reference into it.
+            unsafe { pg_sys::dsm_detach(self.0) };
+        }
+    }
+}
 
 impl Block {
     /// Makes a block that holds the request.

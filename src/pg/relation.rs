@@ -50,3 +50,12 @@ pub fn databases() -> Vec<pg_sys::Oid> {
     }
     found
 }
+
+/// The name of a database.
+pub fn database_name(database: pg_sys::Oid) -> Option<String> {
+    // SAFETY: catalog look-up by oid; the result is palloc'd and copied.
+    unsafe {
+        let name = pg_sys::get_database_name(database);
+        (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+    }
+}

@@ -21,3 +21,10 @@ pub fn canonical_name(text: &str) -> Result<String> {
         Ok(CStr::from_ptr(name).to_string_lossy().into_owned())
     }
 }
+
+/// Microseconds since 1970 as a timestamptz; None for 0, which stands for unknown.
+pub fn timestamptz(unix_us: i64) -> Option<pgrx::datum::TimestampWithTimeZone> {
+    (unix_us > 0)
+        .then(|| pgrx::datum::TimestampWithTimeZone::try_from(unix_us - super::PG_EPOCH_US).ok())
+        .flatten()
+}

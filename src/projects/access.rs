@@ -41,6 +41,7 @@ fn announce_change<'a>(
 
 /// Key sets of the caller's projects, without what would help to guess them.
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn key_sets() -> std::result::Result<
     TableIterator<
         'static,
@@ -59,6 +60,7 @@ fn key_sets() -> std::result::Result<
 
 /// The storages of the caller's projects: name, and URL where it is not inside Postgres.
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn storages() -> std::result::Result<
     TableIterator<
         'static,
@@ -76,6 +78,7 @@ fn storages() -> std::result::Result<
 
 /// Data files of the caller's projects.
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn data_files() -> std::result::Result<
     TableIterator<
         'static,
@@ -103,6 +106,7 @@ fn data_files() -> std::result::Result<
 
 /// Sizes of the collections of the caller's projects, tier by tier.
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn collection_sizes() -> std::result::Result<
     TableIterator<
         'static,

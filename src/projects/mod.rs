@@ -20,6 +20,7 @@ use keys::KeySet;
 /// Errors: 42501 neither superuser nor rakam_admin, 42602 / 42939 the name is not usable / reserved, 42710 it
 /// exists (project, schema or role), 42704 no such storage, 0A000 a kind of storage that is not supported.
 #[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn create_project(
     name: Option<&str>,
     storage: default!(Option<&str>, "NULL"),
@@ -38,7 +39,11 @@ fn create_project(
 > {
     let (project, keys) = create(not_null(name, "name")?, storage)?;
     Ok(TableIterator::once((
-        project, keys.id, keys.read, keys.write, keys.master,
+        project,
+        keys.id,
+        keys.read,
+        keys.write,
+        keys.master,
     )))
 }
 
@@ -69,12 +74,11 @@ fn drop_by_name(name: &str) -> Result<()> {
     xact::ensure_writable("drop a project")?;
     let project = catalog::by_name(name)?.ok_or_else(|| PgError::no_project(name))?;
     if !guc::allow_project_drop() {
-        return Err(PgError::new(
-            "55000",
-            format!("cannot drop project \"{}\"", project.name),
-        )
-        .detail("All its events, in every tier, would be deleted.")
-        .hint("Set rakam.allow_project_drop to on first."));
+        return Err(
+            PgError::new("55000", format!("cannot drop project \"{}\"", project.name))
+                .detail("All its events, in every tier, would be deleted.")
+                .hint("Set rakam.allow_project_drop to on first."),
+        );
     }
     let _owner = ActAs::owner();
     // No digest or flush may add rows behind the deletion.
@@ -89,6 +93,7 @@ fn drop_by_name(name: &str) -> Result<()> {
 /// Makes another key set of a project. SQL: `rakam.create_keys(project text)`.
 /// Errors: 42501 no such project or not its admin.
 #[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn create_keys(
     project: Option<&str>,
 ) -> std::result::Result<
@@ -105,7 +110,10 @@ fn create_keys(
 > {
     let keys = new_keys(not_null(project, "project")?)?;
     Ok(TableIterator::once((
-        keys.id, keys.read, keys.write, keys.master,
+        keys.id,
+        keys.read,
+        keys.write,
+        keys.master,
     )))
 }
 
@@ -134,11 +142,10 @@ fn revoke(project: &str, key_id: pgrx::Uuid) -> Result<()> {
     let project = catalog::authorize(project, Right::Admin)?;
     let _owner = ActAs::owner();
     if catalog::revoke_keys(project.id, key_id)? == 0 {
-        return Err(PgError::new(
-            "42704",
-            format!("key \"{key_id}\" does not exist"),
-        )
-        .hint("The view rakam.keys lists a project's keys."));
+        return Err(
+            PgError::new("42704", format!("key \"{key_id}\" does not exist"))
+                .hint("The view rakam.keys lists a project's keys."),
+        );
     }
     Ok(())
 }

@@ -21,13 +21,13 @@ pub fn create(name: &str, storage_id: i32) -> Result<i32> {
         .hint("Choose another name."));
     }
     let prefix = guc::role_prefix();
-    let [read, write, admin] = ["read", "write", "admin"].map(|kind| format!("{prefix}{name}_{kind}"));
+    let [read, write, admin] =
+        ["read", "write", "admin"].map(|kind| format!("{prefix}{name}_{kind}"));
     for role in [&read, &write, &admin] {
         ensure_new_role(role)?;
     }
-    let project_id = catalog::insert(name, storage_id)?.ok_or_else(|| {
-        PgError::new("42710", format!("project \"{name}\" already exists"))
-    })?;
+    let project_id = catalog::insert(name, storage_id)?
+        .ok_or_else(|| PgError::new("42710", format!("project \"{name}\" already exists")))?;
     let schema = quote_ident(name);
     let [r, w, a] = [&read, &write, &admin].map(|role| quote_ident(role));
     for statement in [
@@ -37,11 +37,15 @@ pub fn create(name: &str, storage_id: i32) -> Result<i32> {
         format!("CREATE ROLE {a} NOLOGIN"),
         format!("GRANT USAGE ON SCHEMA {schema} TO {r}, {w}, {a}"),
         format!("GRANT CREATE ON SCHEMA {schema} TO {a}"),
-        format!("CREATE TABLE {schema}.users (id text COLLATE \"C\" PRIMARY KEY, created_at timestamptz)"),
+        format!(
+            "CREATE TABLE {schema}.users (id text COLLATE \"C\" PRIMARY KEY, created_at timestamptz)"
+        ),
         format!("GRANT SELECT ON {schema}.users TO {r}"),
         format!("GRANT INSERT ON {schema}.users TO {w}"),
         // All but TRIGGER: functions of ours write this table as its owner, and would run the trigger so.
-        format!("GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES ON {schema}.users TO {a}"),
+        format!(
+            "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES ON {schema}.users TO {a}"
+        ),
         format!(
             "CREATE FOREIGN TABLE {schema}._all (_collection text COLLATE \"C\", _time timestamptz, \
              _user text COLLATE \"C\", _id text COLLATE \"C\", _received_at timestamptz, properties jsonb) \
@@ -105,7 +109,9 @@ pub fn storage(name: &str, caller: pgrx::pg_sys::Oid) -> Result<i32> {
             "42501",
             format!("permission denied for foreign server \"{name}\""),
         )
-        .hint(format!("The role needs USAGE on the foreign server {name}.")));
+        .hint(format!(
+            "The role needs USAGE on the foreign server {name}."
+        )));
     }
     if let Some(id) = storage.id {
         return Ok(id);
@@ -117,7 +123,9 @@ pub fn storage(name: &str, caller: pgrx::pg_sys::Oid) -> Result<i32> {
         );
     };
     if !url.starts_with("file://") {
-        let scheme = url.split_once("://").map_or(url.as_str(), |(scheme, _)| scheme);
+        let scheme = url
+            .split_once("://")
+            .map_or(url.as_str(), |(scheme, _)| scheme);
         return Err(PgError::new(
             "0A000",
             format!("storages of kind \"{scheme}\" are not supported"),

@@ -9,6 +9,7 @@ pub mod cycle;
 pub mod functions;
 pub mod launcher;
 pub mod resident;
+pub mod status;
 pub mod stop;
 pub mod task;
 

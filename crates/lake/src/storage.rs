@@ -95,6 +95,17 @@ pub struct DirectoryStorage {
 }
 
 impl DirectoryStorage {
+    /// Whether the directory is there and can be listed: 58030 if not.
+    pub fn list_root(&self) -> Result<(), LakeError> {
+        std::fs::read_dir(&self.root)
+            .map(drop)
+            .map_err(|e| LakeError::Unreachable {
+                action: "list",
+                path: String::new(),
+                reason: e.to_string(),
+            })
+    }
+
     /// Touches nothing: the directory may be away for now.
     pub fn new(url: &StorageUrl) -> Self {
         let StorageUrl::File(root) = url;

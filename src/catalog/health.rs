@@ -1,0 +1,228 @@
+//! The findings of `rakam.health`, from the tables.
+
+use super::{inbox, manifest};
+use crate::pg::security::ActAs;
+use crate::pg::snapshot::Snapshot;
+use crate::pg::spi::{self, View};
+use crate::pg::{Result, guc};
+use crate::tiers::flush;
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    Ok,
+    Info,
+    Warning,
+    Error,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Info => "info",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Finding {
+    pub check: &'static str,
+    pub status: Status,
+    pub detail: String,
+    pub hint: Option<String>,
+}
+
+impl Finding {
+    fn new(check: &'static str, status: Status, detail: impl Into<String>) -> Self {
+        Self {
+            check,
+            status,
+            detail: detail.into(),
+            hint: None,
+        }
+    }
+
+    pub fn ok(check: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(check, Status::Ok, detail)
+    }
+
+    pub fn info(check: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(check, Status::Info, detail)
+    }
+
+    pub fn warning(check: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(check, Status::Warning, detail)
+    }
+
+    pub fn error(check: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(check, Status::Error, detail)
+    }
+
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// What concerns the caller's own projects, read as the caller.
+pub fn of_projects() -> Result<Vec<Finding>> {
+    let view = View::Under(Snapshot::active());
+    let mut findings = vec![inbox_finding(view)?];
+    let (parked, dead): (i64, i64) = spi::first(
+        view,
+        "SELECT (SELECT count(*) FROM rakam_internal.inbox_parked), (SELECT count(*) FROM rakam_internal.dead_letter)",
+        &[],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )?
+    .unwrap_or((0, 0));
+    findings.push(if parked + dead == 0 {
+        Finding::ok("events set aside", "none")
+    } else {
+        Finding::warning(
+            "events set aside",
+            format!("{parked} parked events are tried again, {dead} are dead letters"),
+        )
+        .hint("See rakam.dead_letter for what could not be digested, and why.")
+    });
+    let (tables, columns): (i64, i64) = spi::first(
+        view,
+        "SELECT (SELECT count(*) FROM rakam_internal.collection WHERE ft IS NULL),
+                (SELECT count(*) FROM rakam_internal.field
+                 WHERE NOT column_ready AND added_at < pg_catalog.now() - interval '10 seconds')",
+        &[],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )?
+    .unwrap_or((0, 0));
+    findings.push(if tables + columns == 0 {
+        Finding::ok("schema", "every collection and field is there")
+    } else {
+        Finding::info(
+            "schema",
+            format!("{tables} tables and {columns} columns are still to be made"),
+        )
+        .hint("Long queries on a collection delay its new columns; until then values are read from \"_extra\".")
+    });
+    Ok(findings)
+}
+
+fn inbox_finding(view: View) -> Result<Finding> {
+    let tick = inbox::tick(view)?;
+    let age_s: Option<f64> = spi::first(
+        view,
+        "SELECT extract(epoch FROM pg_catalog.clock_timestamp() - min(received_at))::float8 FROM (
+           (SELECT received_at FROM rakam_internal.inbox_0 WHERE txid >= $1 ORDER BY txid, id LIMIT 1)
+           UNION ALL (SELECT received_at FROM rakam_internal.inbox_1 WHERE txid >= $1 ORDER BY txid, id LIMIT 1)
+           UNION ALL (SELECT received_at FROM rakam_internal.inbox_2 WHERE txid >= $1 ORDER BY txid, id LIMIT 1)) i",
+        &[spi::xid8(tick.snapshot.xmax)],
+        |row| Ok(row.get(1)),
+    )?
+    .flatten();
+    let limit_s = guc::digest_max_age().as_secs_f64() + 30.0;
+    Ok(match age_s {
+        None => Finding::ok("inbox", "everything is digested"),
+        Some(age) if age <= limit_s => {
+            Finding::ok("inbox", format!("the oldest event waits for {age:.0} s"))
+        }
+        Some(age) => Finding::warning(
+            "inbox",
+            format!("the oldest event has waited for {age:.0} s"),
+        )
+        .hint("Queries read it all the same; see rakam.stat_worker for what keeps the digest."),
+    })
+}
+
+/// What concerns the server, read as the owner.
+pub fn of_server() -> Result<Vec<Finding>> {
+    let _owner = ActAs::owner();
+    let view = View::Under(Snapshot::active());
+    let mut findings = Vec::new();
+    let failing = spi::query(
+        view,
+        "SELECT job_key || ' failed ' || failures || ' times: ' || last_error
+         FROM rakam_internal.job WHERE failures > 0 ORDER BY error_at DESC LIMIT 20",
+        &[],
+        |row| row.must::<String>(1),
+    )?;
+    if failing.is_empty() {
+        findings.push(Finding::ok("background work", "nothing fails"));
+    }
+    for detail in failing {
+        findings.push(
+            Finding::warning("background work", detail).hint("It is tried again by itself, later each time."),
+        );
+    }
+    let storages = spi::query(
+        view,
+        "SELECT DISTINCT storage_id FROM rakam_internal.project UNION SELECT 1 ORDER BY 1",
+        &[],
+        |row| row.must::<i32>(1),
+    )?;
+    for id in storages {
+        let Some(storage) = manifest::storage(view, id)? else {
+            continue;
+        };
+        findings.push(storage_finding(&storage));
+    }
+    findings.push(horizon_finding(view)?);
+    let missing = spi::query(
+        view,
+        "SELECT name FROM rakam_internal.project p WHERE read_role IS NULL OR write_role IS NULL OR admin_role IS NULL
+           OR (SELECT count(*) FROM pg_catalog.pg_roles WHERE oid IN (p.read_role, p.write_role, p.admin_role)) < 3",
+        &[],
+        |row| row.must::<String>(1),
+    )?;
+    findings.push(if missing.is_empty() {
+        Finding::ok("roles", "every project has its roles")
+    } else {
+        Finding::error(
+            "roles",
+            format!("roles are missing of: {}", missing.join(", ")),
+        )
+        .hint("Nobody but superusers can use these projects.")
+    });
+    Ok(findings)
+}
+
+fn storage_finding(storage: &manifest::StorageRow) -> Finding {
+    match flush::directory(storage) {
+        Ok(None) => Finding::ok("storage", format!("{} is in this database", storage.name)),
+        Ok(Some(directory)) => match directory.list_root() {
+            Ok(()) => Finding::info(
+                "storage",
+                format!("{} is a directory of this machine", storage.name),
+            )
+            .hint("A standby and a backup of the database do not carry it."),
+            Err(e) => Finding::error("storage", format!("{}: {e}", storage.name))
+                .hint("Collecting goes on; data files cannot be written or read until it is back."),
+        },
+        Err(e) => Finding {
+            hint: e.hint.clone(),
+            ..Finding::error("storage", e.message)
+        },
+    }
+}
+
+/// Who keeps inbox tables and dead rows from being emptied.
+fn horizon_finding(view: View) -> Result<Finding> {
+    let oldest = spi::first(
+        view,
+        "SELECT pid, extract(epoch FROM pg_catalog.clock_timestamp() - xact_start)::float8
+         FROM pg_catalog.pg_stat_activity
+         WHERE backend_xmin IS NOT NULL AND pid <> pg_catalog.pg_backend_pid()
+           AND datname = pg_catalog.current_database() AND xact_start IS NOT NULL
+         ORDER BY xact_start LIMIT 1",
+        &[],
+        |row| Ok((row.must::<i32>(1)?, row.get::<f64>(2).unwrap_or(0.0))),
+    )?;
+    Ok(match oldest {
+        Some((pid, age)) if age > 3600.0 => Finding::warning(
+            "horizon",
+            format!("process {pid} holds a snapshot of {age:.0} s ago"),
+        )
+        .hint("The inbox cannot be emptied before it ends; end it with pg_terminate_backend if it is forgotten."),
+        _ => Finding::ok("horizon", "no old snapshot is held"),
+    })
+}
