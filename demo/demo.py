@@ -55,8 +55,11 @@ class Demo:
             capture_output=True,
             text=True,
         )
-        print((done.stdout + done.stderr).rstrip(), flush=True)
-        return done.stdout + done.stderr
+        # With SQLSTATEs, without the server's source lines.
+        told = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("LOCATION:")]
+        text = "\n".join(told).replace("NOTICE:  00000: ", "NOTICE:  ")
+        print(text.rstrip(), flush=True)
+        return text
 
     def run(self) -> None:
         began = time.monotonic()

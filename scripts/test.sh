@@ -71,6 +71,7 @@ phase_e2e() { "$RAKAM_PYTHON" -m pytest -c pg_test/pytest.ini --rootdir pg_test 
 closing() {
   case $1 in
     crates | rules) grep -E '^test result' "$logs/$1.log" ;;
+    regress | isolation) grep -E '^ .*tests? (passed|failed)' "$logs/$1.log" ;;
     *) grep -v '^[[:space:]]*$' "$logs/$1.log" | tail -n 1 ;;
   esac
 }

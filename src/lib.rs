@@ -12,8 +12,13 @@ pub mod fdw;
 pub mod ingest;
 pub mod pg;
 pub mod projects;
+#[cfg(any(test, feature = "pg_test"))]
+mod tests;
 pub mod tiers;
 pub mod workers;
+
+#[cfg(test)]
+pub use tests::pg_test;
 
 ::pgrx::pg_module_magic!(name, version);
 

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module of `src/` → the other modules it may name.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("pg", &[]),
     ("catalog", &["pg"]),
     ("views", &["catalog", "pg"]),
@@ -28,6 +28,8 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "product", "query", "fdw", "tiers", "ingest", "projects", "views", "catalog", "pg",
         ],
     ),
+    // The tests inside a server: like workers, they run steps of every module.
+    ("tests", &["projects", "ingest", "tiers", "fdw", "workers", "catalog", "pg"]),
 ];
 
 /// Crate → the crates of this workspace it may depend on.

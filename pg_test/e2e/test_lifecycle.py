@@ -120,10 +120,11 @@ def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
     with refused("53000"):
         served.tick()
     starved = next(database for database in databases if database.worker_pid() is None)
-    # It can still collect and query, and it shows in rakam.stat_worker, once and not in a loop in the log.
-    starved.admin.execute(f"SELECT rakam.create_collection('p_{starved.name}', 'c')")
+    # It can still collect, and it shows in rakam.stat_worker, once and not in a loop in the log.
+    with refused("53000"):
+        starved.admin.execute(f"SELECT rakam.create_collection('p_{starved.name}', 'c')")
     collect(starved.admin, f"p_{starved.name}", "c", {"n": 1})
-    assert starved.one(f"SELECT count(*) FROM p_{starved.name}.c") == 1
+    assert starved.one(f"SELECT count(*) FROM p_{starved.name}._all") == 1
     assert starved.all("SELECT state, last_error FROM rakam.stat_worker WHERE database = current_database() AND pid IS NULL")
     time.sleep(5)
     warnings = [line for line in cluster.log_since().splitlines() if "WARNING" in line]
@@ -136,10 +137,10 @@ def test_without_preload(private_cluster):
     cluster = private_cluster("nopreload", {"shared_preload_libraries": ""})
     db = Database(cluster, "nopreload").create(extension=False)
     told = notices_of(db.admin, "CREATE EXTENSION rakam")
-    about = [notice for notice in told if "shared_preload_libraries" in f"{notice.message_primary} {notice.message_hint}"]
+    about = [notice for notice in told if "shared_preload_libraries" in f"{notice.message} {notice.hint}"]
     assert len(about) == 1
     assert about[0].severity == "NOTICE"
-    assert about[0].message_hint
+    assert about[0].hint
     db.project("acme")
     assert db.worker_pid() is None
     for n in range(10):

@@ -18,7 +18,7 @@ def blocks() -> list[tuple[str, str]]:
     """(heading, SQL) of each block."""
     found = []
     heading = ""
-    for match in re.finditer(r"^#+ (.+)$|^```sql\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(r"^#+ ([^\n]+)$|^```sql\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
         if match[1]:
             heading = match[1]
         else:
@@ -32,12 +32,9 @@ def fresh(cluster):
     database.drop()
     database.create(extension=False)
     yield database
-    with cluster.connect("readme") as session:
-        session.execute("DROP OWNED BY metabase")
-        session.execute("REVOKE rakam_acme_read FROM metabase")
-    with cluster.connect() as postgres:
-        postgres.execute("DROP ROLE metabase")
     database.drop()
+    with cluster.connect() as postgres:
+        postgres.execute("DROP ROLE IF EXISTS metabase")
 
 
 def test_every_block_runs(fresh, cluster):

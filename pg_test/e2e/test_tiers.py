@@ -256,10 +256,8 @@ def test_explain_names_tiers_and_files(db, project):
     explain = "EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'"
     plan = "\n".join(line for (line,) in db.all(explain))
     told = dict(re.findall(r"^ *([A-Z][A-Za-z ]+): (.+)$", plan, re.MULTILINE))
-    assert told["Files"] == "2", plan
-    assert told["Files Opened"] == "1", plan
-    assert told["Files Skipped by Period"] == "1", plan
-    assert told["Inbox Events"] == "1", plan
+    assert told["Files"].startswith("1 read, 1 skipped by period"), plan
+    assert told["Inbox"].endswith("1 events"), plan
     assert int(told["Bytes Read"]) > 0, plan
     assert "_time" in told["Engine Filter"], plan
     # The case-insensitive pattern stays in Postgres, and the plan says so, with the reason.

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -163,21 +163,35 @@ def has_column(connection: psycopg.Connection, table: str, column: str) -> bool:
 
 
 def drop_project_roles(postgres: psycopg.Connection) -> None:
+    """Drops the roles of projects and the tests' logins that no database needs any more."""
     roles = postgres.execute(
-        "SELECT rolname FROM pg_roles WHERE rolname ~ %s OR rolname ~ '^login_'", (PROJECT_ROLES,)
+        "SELECT rolname FROM pg_authid r WHERE (rolname ~ %s OR rolname ~ '^login_') AND NOT EXISTS"
+        " (SELECT FROM pg_shdepend WHERE refclassid = 'pg_authid'::regclass AND refobjid = r.oid AND dbid <> 0)",
+        (PROJECT_ROLES,),
     ).fetchall()
     for (role,) in roles:
         postgres.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
-def notices_of(connection: psycopg.Connection, statement: str) -> list[psycopg.errors.Diagnostic]:
+class Notice(NamedTuple):
+    severity: str | None
+    message: str
+    hint: str
+
+
+def notices_of(connection: psycopg.Connection, statement: str) -> list[Notice]:
     """Runs a statement and returns what the server told besides its result."""
-    told: list[psycopg.errors.Diagnostic] = []
-    connection.add_notice_handler(told.append)
+    told: list[Notice] = []
+
+    def note(diagnostics: psycopg.errors.Diagnostic) -> None:
+        # Valid during this call only.
+        told.append(Notice(diagnostics.severity, diagnostics.message_primary or "", diagnostics.message_hint or ""))
+
+    connection.add_notice_handler(note)
     try:
         connection.execute(statement)
     finally:
-        connection.remove_notice_handler(told.append)
+        connection.remove_notice_handler(note)
     return told
 
 

@@ -1,5 +1,7 @@
 -- The road of events as a user sees it: collect, query, new fields, tiers, the view over all collections.
 SET client_min_messages = warning;
+SET timezone = 'UTC';
+SET datestyle = 'ISO';
 SELECT project FROM rakam.create_project('events');
 SELECT rakam.create_collection('events', 'pageview');
 
@@ -16,7 +18,6 @@ SELECT rakam.tick();
 SELECT field, type, declared, column_ready FROM rakam.fields WHERE project = 'events' ORDER BY collection, field_id;
 SELECT attname, format_type(atttypid, atttypmod), collname FROM pg_attribute LEFT JOIN pg_collation c ON c.oid = attcollation
   WHERE attrelid = 'events.pageview'::regclass AND attnum > 0 ORDER BY attnum;
-SET timezone = 'UTC';
 SELECT _id, _time, _user, page, load_ms, tags, ok, at, _extra FROM events.pageview ORDER BY _id;
 SELECT _collection, _time, _user, _id, properties FROM events._all ORDER BY _id;
 

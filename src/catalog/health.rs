@@ -4,7 +4,7 @@ use super::{inbox, manifest};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
-use crate::pg::{Result, guc};
+use crate::pg::{Result, guc, memory, shared};
 use crate::tiers::flush;
 
 /// How bad it is.
@@ -167,6 +167,7 @@ pub fn of_server() -> Result<Vec<Finding>> {
         findings.push(storage_finding(&storage));
     }
     findings.push(horizon_finding(view)?);
+    findings.push(memory_finding());
     let missing = spi::query(
         view,
         "SELECT name FROM rakam_internal.project p WHERE read_role IS NULL OR write_role IS NULL OR admin_role IS NULL
@@ -202,6 +203,28 @@ fn storage_finding(storage: &manifest::StorageRow) -> Finding {
             hint: e.hint.clone(),
             ..Finding::error("storage", e.message)
         },
+    }
+}
+
+/// What queries hold at this moment.
+fn memory_finding() -> Finding {
+    let (used, limit) = (memory::bytes_in_use(), guc::memory_limit_bytes());
+    let whose = if shared::preloaded() {
+        "the server"
+    } else {
+        "this session"
+    };
+    // Rounded up: 0 is nothing at all.
+    let detail = format!(
+        "{} of {} MB in use by {whose}",
+        used.div_ceil(1 << 20),
+        limit >> 20
+    );
+    if used <= limit / 10 * 9 {
+        Finding::ok("engine memory", detail)
+    } else {
+        Finding::warning("engine memory", detail)
+            .hint("Queries beyond it fail; raise rakam.memory_limit or run fewer at a time.")
     }
 }
 

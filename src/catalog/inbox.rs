@@ -4,14 +4,16 @@
 //! transaction is not finished in the tick: `txid >= xmax(tick) OR txid = ANY(xip(tick))`, never a range
 //! from the snapshot's xmin, which one old transaction anywhere in the cluster drags down.
 
-use std::collections::VecDeque;
+use std::cell::Cell;
+use std::collections::{BTreeSet, VecDeque};
 
+use pgrx::datum::IntoDatum;
 use pgrx::pg_sys;
 
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
 use crate::pg::spi::{self, View, arg, xid8, xid8_array};
-use crate::pg::{PgError, Result, locks, wake};
+use crate::pg::{PG_EPOCH_US, PgError, Result, heap, locks, relation, wake, xact};
 
 /// What one collect call stores.
 pub struct Entry<'a> {
@@ -31,19 +33,21 @@ pub struct Entry<'a> {
 /// Which of the three tables takes new rows, as of now (not of the caller's snapshot).
 fn current_table() -> Result<usize> {
     let latest = Registered::latest();
-    spi::first(
-        View::Under(latest.get()),
-        "SELECT current_table FROM rakam_internal.inbox_state",
-        &[],
-        |row| Ok(row.must::<i32>(1)? as usize),
-    )?
-    .filter(|&k| k < 3)
-    .ok_or_else(|| PgError::internal("the inbox has no state"))
+    let state = relation::oid("rakam_internal", "inbox_state");
+    heap::only_int4(state, 2, latest.get())
+        .and_then(|k| usize::try_from(k).ok())
+        .filter(|&k| k < 3)
+        .ok_or_else(|| PgError::internal("the inbox has no state"))
+}
+
+thread_local! {
+    /// Where the last row of this session went: most often the next one goes there too.
+    static LAST_TABLE: Cell<usize> = const { Cell::new(0) };
 }
 
 /// The oid of an inbox table.
 pub fn table_oid(k: usize) -> pg_sys::Oid {
-    crate::pg::relation::oid("rakam_internal", ["inbox_0", "inbox_1", "inbox_2"][k])
+    relation::oid("rakam_internal", ["inbox_0", "inbox_1", "inbox_2"][k])
 }
 
 /// Stores events in the caller's transaction and wakes the worker at its commit.
@@ -52,37 +56,39 @@ pub fn table_oid(k: usize) -> pg_sys::Oid {
 /// readers before this transaction ends.
 pub fn append(entry: &Entry<'_>) -> Result<()> {
     let _owner = ActAs::owner();
-    let mut k = current_table()?;
-    loop {
-        locks::relation(table_oid(k), pg_sys::RowExclusiveLock);
+    let mut k = LAST_TABLE.get();
+    let table = loop {
+        let table = table_oid(k);
+        locks::relation(table, pg_sys::RowExclusiveLock);
         let now = current_table()?;
         if now == k {
-            break;
+            break table;
         }
         k = now;
-    }
-    const INSERT: [&str; 3] = [
-        "INSERT INTO rakam_internal.inbox_0 (project_id, collection_id, collection, n, received_at, shift_us, payload)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
-        "INSERT INTO rakam_internal.inbox_1 (project_id, collection_id, collection, n, received_at, shift_us, payload)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
-        "INSERT INTO rakam_internal.inbox_2 (project_id, collection_id, collection, n, received_at, shift_us, payload)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
-    ];
-    spi::execute(
-        INSERT[k],
+    };
+    LAST_TABLE.set(k);
+    let id = heap::nextval(relation::oid("rakam_internal", "inbox_id"));
+    heap::insert(
+        table,
         &[
-            arg(entry.project_id),
-            arg(entry.collection_id),
-            arg(entry.collection),
-            arg(entry.n),
-            spi::timestamptz(entry.received_at_us),
-            arg(entry.shift_us),
-            arg(entry.payload),
+            pg_sys::Datum::from(id),
+            pg_sys::Datum::from(entry.project_id),
+            pg_sys::Datum::from(entry.collection_id),
+            datum(entry.collection),
+            pg_sys::Datum::from(xact::top_xid()),
+            pg_sys::Datum::from(entry.n),
+            pg_sys::Datum::from(entry.received_at_us - PG_EPOCH_US),
+            pg_sys::Datum::from(entry.shift_us),
+            datum(entry.payload),
         ],
-    )?;
+    );
     wake::at_commit(entry.n as u32);
     Ok(())
+}
+
+/// A value that is not NULL, in the current memory context.
+fn datum(value: impl IntoDatum) -> pg_sys::Datum {
+    value.into_datum().unwrap_or(pg_sys::Datum::null())
 }
 
 /// The point up to which the inbox is digested, and what a reader with this view has to open.
@@ -337,6 +343,35 @@ impl Tail {
             tail_row,
         )
     }
+}
+
+/// The names in a project under which events wait that know their collection by its name only.
+pub fn unregistered(view: View, tick: &Tick, project_id: i32) -> Result<Vec<String>> {
+    const NAMES: [&str; 3] = [
+        "SELECT DISTINCT collection FROM rakam_internal.inbox_0
+         WHERE collection_id = 0 AND project_id = $1 AND (txid >= $2 OR txid = ANY ($3))",
+        "SELECT DISTINCT collection FROM rakam_internal.inbox_1
+         WHERE collection_id = 0 AND project_id = $1 AND (txid >= $2 OR txid = ANY ($3))",
+        "SELECT DISTINCT collection FROM rakam_internal.inbox_2
+         WHERE collection_id = 0 AND project_id = $1 AND (txid >= $2 OR txid = ANY ($3))",
+    ];
+    let mut names = BTreeSet::new();
+    for &table in &tick.tables {
+        spi::run(
+            view,
+            NAMES[table],
+            &[
+                arg(project_id),
+                xid8(tick.snapshot.xmax),
+                xid8_array(&tick.snapshot.xip),
+            ],
+            |row| {
+                names.insert(row.must(1)?);
+                Ok(())
+            },
+        )?;
+    }
+    Ok(names.into_iter().collect())
 }
 
 /// The rows between two ticks in the order of their origin transactions, for the digester: first those whose

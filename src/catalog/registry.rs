@@ -1,13 +1,11 @@
 //! Projects, collections and fields.
 
-use std::collections::HashMap;
-
 use pgrx::pg_sys;
 use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
 
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{PgError, Result, invalidation, relation};
+use crate::pg::{PgError, Result};
 
 /// A project, as far as moving its events needs it.
 #[derive(Debug, Clone)]
@@ -58,17 +56,16 @@ pub fn project(view: View, name: &str) -> Result<Option<ProjectRow>> {
     )
 }
 
-/// All projects by id. Workers only.
-pub fn projects(view: View) -> Result<HashMap<i32, ProjectRow>> {
-    let rows = spi::query(
+/// The project of this id. Workers only.
+pub fn project_by_id(view: View, id: i32) -> Result<Option<ProjectRow>> {
+    spi::first(
         view,
         "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
                 (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
-         FROM rakam_internal.project",
-        &[],
+         FROM rakam_internal.project WHERE project_id = $1",
+        &[arg(id)],
         project_row,
-    )?;
-    Ok(rows.into_iter().map(|p| (p.id, p)).collect())
+    )
 }
 
 fn collection_row(row: &spi::Row) -> Result<Collection> {
@@ -167,8 +164,6 @@ pub fn add_collection(project_id: i32, name: &str) -> Result<()> {
          ON CONFLICT (project_id, name) DO NOTHING",
         &[arg(project_id), arg(name)],
     )?;
-    // Backends remember that there was no such collection.
-    invalidation::announce(relation::oid("rakam_internal", "collection"));
     Ok(())
 }
 

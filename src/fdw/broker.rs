@@ -113,7 +113,9 @@ impl CollectionBroker {
                 received_at_us: row.received_at_us,
                 shift_us: row.shift_us,
                 time_min_us: row.received_at_us.saturating_sub(self.format.time_past_us),
-                time_max_us: row.received_at_us.saturating_add(self.format.time_future_us),
+                time_max_us: row
+                    .received_at_us
+                    .saturating_add(self.format.time_future_us),
                 xid: row.txid as i64,
             };
             for event in row.payload.split(|&byte| byte == b'\n') {
@@ -210,8 +212,11 @@ impl PartSource for ObjectSource {
     }
 
     async fn size(&self, path: &str) -> Result<u64, LakeError> {
-        self.sizes.get(path).copied().ok_or_else(|| LakeError::Missing {
-            path: path.to_owned(),
-        })
+        self.sizes
+            .get(path)
+            .copied()
+            .ok_or_else(|| LakeError::Missing {
+                path: path.to_owned(),
+            })
     }
 }

@@ -36,11 +36,8 @@ unsafe fn conditions(
 ) {
     // SAFETY: the deparse context is EXPLAIN's; the expressions are the plan's.
     unsafe {
-        let context = pg_sys::set_deparse_context_plan(
-            (*es).deparse_cxt,
-            plan.cast(),
-            std::ptr::null_mut(),
-        );
+        let context =
+            pg_sys::set_deparse_context_plan((*es).deparse_cxt, plan.cast(), std::ptr::null_mut());
         let deparse = |expr: *mut pg_sys::Node| {
             node::text(pg_sys::deparse_expression(expr, context, true, false))
         };
@@ -83,47 +80,28 @@ unsafe fn conditions(
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
     let done = &state.done;
     let (skipped, metrics) = (&done.skipped, &done.metrics);
-    // SAFETY: EXPLAIN's own structure.
-    if unsafe { (*es).format } != pg_sys::ExplainFormat::EXPLAIN_FORMAT_TEXT {
-        for (label, value) in [
-            (c"Files", skipped.files),
-            (c"Files Skipped by Period", skipped.files_by_period),
-            (c"Files Skipped by Statistics", skipped.files_by_statistics),
-            (c"Files Read", metrics.files_opened as i64),
-            (c"Row Groups Read", metrics.row_groups_read as i64),
-            (c"Row Groups Skipped by Statistics", metrics.row_groups_pruned_by_stats as i64),
-            (c"Row Groups Skipped by Bloom Filter", metrics.row_groups_pruned_by_bloom as i64),
-            (c"Pages Skipped", metrics.pages_pruned as i64),
-            (c"Bytes Read", metrics.bytes_read as i64),
-            (c"Chunks Read", metrics.chunks_read as i64),
-            (c"Inbox Entries Read", done.inbox_rows as i64),
-            (c"Inbox Events Read", metrics.tail_rows as i64),
-        ] {
-            integer(label, value, es);
-        }
-        return;
+    for (label, value) in [
+        (c"Files", skipped.files),
+        (c"Files Skipped by Period", skipped.files_by_period),
+        (c"Files Skipped by Statistics", skipped.files_by_statistics),
+        (c"Files Opened", metrics.files_opened as i64),
+        (c"Row Groups Read", metrics.row_groups_read as i64),
+        (
+            c"Row Groups Skipped by Statistics",
+            metrics.row_groups_pruned_by_stats as i64,
+        ),
+        (
+            c"Row Groups Skipped by Bloom Filter",
+            metrics.row_groups_pruned_by_bloom as i64,
+        ),
+        (c"Pages Skipped", metrics.pages_pruned as i64),
+        (c"Bytes Read", metrics.bytes_read as i64),
+        (c"Chunks Read", metrics.chunks_read as i64),
+        (c"Inbox Rows", done.inbox_rows as i64),
+        (c"Inbox Events", metrics.tail_rows as i64),
+    ] {
+        integer(label, value, es);
     }
-    if skipped.files > 0 {
-        let files = format!(
-            "{} read, {} skipped by period, {} skipped by statistics",
-            metrics.files_opened, skipped.files_by_period, skipped.files_by_statistics
-        );
-        text(c"Files", &files, es);
-    }
-    if metrics.files_opened > 0 {
-        let row_groups = format!(
-            "{} read, {} skipped by statistics, {} skipped by bloom filter, {} pages skipped",
-            metrics.row_groups_read,
-            metrics.row_groups_pruned_by_stats,
-            metrics.row_groups_pruned_by_bloom,
-            metrics.pages_pruned
-        );
-        text(c"Row Groups", &row_groups, es);
-        integer(c"Bytes Read", metrics.bytes_read as i64, es);
-    }
-    text(c"Chunks", &format!("{} read", metrics.chunks_read), es);
-    let inbox = format!("{} entries read, {} events", done.inbox_rows, metrics.tail_rows);
-    text(c"Inbox", &inbox, es);
 }
 
 fn text(label: &std::ffi::CStr, value: &str, es: *mut pg_sys::ExplainState) {

@@ -4,7 +4,8 @@
 //! - [`shippable`]: which conditions mean the same in the engine as in Postgres
 //! - [`translate`]: a Postgres expression as the engine's; [`values`] its constants
 //! - [`plan`], [`cost`]: the planner's callbacks
-//! - [`scan`]: the executor's; [`tiers`] is what it reads, [`broker`] how engine threads get at it
+//! - [`scan`]: the executor's; [`execution`] is one run of it, [`tiers`] what it reads, [`broker`] how engine threads get
+//!   at that
 //! - [`tuples`]: Arrow columns as datums
 //! - [`modify`]: INSERT and COPY; [`row`] is a row as an event's JSON
 //! - [`explain`]: what EXPLAIN says
@@ -18,6 +19,7 @@ pub mod options;
 mod broker;
 mod columns;
 mod cost;
+mod execution;
 mod explain;
 mod handler;
 mod modify;

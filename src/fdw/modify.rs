@@ -8,21 +8,22 @@ use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
 use rakam_event::entry::{self, Limits};
 
 use super::columns::Column;
+use super::node;
 use super::options;
 use super::row::{self, Event, Target};
-use super::node;
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::error::OrRaise;
 use crate::pg::{PG_EPOCH_US, PgError, Result, guc, xact};
 
 /// An inbox row takes events up to this size.
 const ENTRY_BYTES: usize = 1 << 20;
 
-const DELETE_HINT: &str = "Events cannot be changed; rakam.delete_events, to come in a later version, will remove them.";
+const DELETE_HINT: &str =
+    "Events cannot be changed; rakam.delete_events, to come in a later version, will remove them.";
 
 /// What an INSERT or COPY into one collection needs.
 struct Insert {
@@ -107,9 +108,12 @@ pub unsafe extern "C-unwind" fn plan(
             refuse_all().raise();
         }
         if (*plan).onConflictAction == pg_sys::OnConflictAction::ONCONFLICT_UPDATE {
-            PgError::new("0A000", "ON CONFLICT DO UPDATE is not supported for collections")
-                .hint(DELETE_HINT)
-                .raise();
+            PgError::new(
+                "0A000",
+                "ON CONFLICT DO UPDATE is not supported for collections",
+            )
+            .hint(DELETE_HINT)
+            .raise();
         }
     }
     std::ptr::null_mut()
@@ -258,11 +262,21 @@ impl Insert {
         let no_project = || PgError::no_project(&options.project);
         let (project, collection) =
             registered(&options.project, &options.collection)?.ok_or_else(no_project)?;
-        let is_admin = security::is_superuser(user)
-            || security::has_privileges_of(user, project.admin_role);
+        let is_admin =
+            security::is_superuser(user) || security::has_privileges_of(user, project.admin_role);
         let is_writer = is_admin || security::has_privileges_of(user, project.write_role);
-        if !is_writer || collection.ft != Some(relation) {
+        if !is_writer {
             return Err(no_project());
+        }
+        if collection.ft != Some(relation) {
+            return Err(PgError::new(
+                "42501",
+                format!(
+                    "foreign table is not the table of collection \"{}\"",
+                    collection.name
+                ),
+            )
+            .hint("Insert into the table that rakam has made in the project's schema."));
         }
         let now_us = xact::now_us();
         Ok(Self {
@@ -354,7 +368,8 @@ impl Insert {
                 } else {
                     continue;
                 };
-                *(*slot).tts_values.add(target.attribute) = pg_sys::Datum::from(micros - PG_EPOCH_US);
+                *(*slot).tts_values.add(target.attribute) =
+                    pg_sys::Datum::from(micros - PG_EPOCH_US);
                 *(*slot).tts_isnull.add(target.attribute) = false;
             }
             let relation = (*slot).tts_tableOid;

@@ -51,7 +51,9 @@ pub unsafe fn text(chars: *const std::ffi::c_char) -> String {
         return String::new();
     }
     // SAFETY: as promised by the caller.
-    unsafe { CStr::from_ptr(chars) }.to_string_lossy().into_owned()
+    unsafe { CStr::from_ptr(chars) }
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// A list of one String node, the form in which a plan carries text.

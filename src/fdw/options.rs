@@ -1,7 +1,7 @@
 //! Which options exist: `project` and `collection` of a foreign table, `url` of a storage server.
 
-use pgrx::{pg_extern, pg_sys};
 use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{pg_extern, pg_sys};
 use rakam_lake::LakeError;
 use rakam_lake::storage::StorageUrl;
 
@@ -49,7 +49,10 @@ pub fn of_table(relation: pg_sys::Oid) -> TableOptions {
 
 /// Checks the options of a foreign table, server, user mapping, column or of the wrapper itself.
 #[pg_extern(schema = "rakam_internal")]
-fn fdw_validator(options: Vec<String>, catalog: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
+fn fdw_validator(
+    options: Vec<String>,
+    catalog: pg_sys::Oid,
+) -> std::result::Result<(), ErrorReport> {
     let options: Vec<(&str, &str)> = options
         .iter()
         .map(|option| option.split_once('=').unwrap_or((option, "")))
@@ -66,16 +69,23 @@ fn validate(options: &[(&str, &str)], catalog: pg_sys::Oid) -> Result<()> {
         }
         for (name, value) in options {
             if value.is_empty() {
-                return Err(PgError::new("22023", format!("option \"{name}\" must not be empty")));
+                return Err(PgError::new(
+                    "22023",
+                    format!("option \"{name}\" must not be empty"),
+                ));
             }
         }
         Ok(())
     } else if catalog == pg_sys::ForeignServerRelationId {
-        if let Some((name, _)) = options.iter().find(|(name, _)| BUCKET_OPTIONS.contains(name)) {
-            return Err(
-                PgError::new("0A000", format!("option \"{name}\" is not supported in this version"))
-                    .hint("A storage is a directory so far: OPTIONS (url 'file:///path')."),
-            );
+        if let Some((name, _)) = options
+            .iter()
+            .find(|(name, _)| BUCKET_OPTIONS.contains(name))
+        {
+            return Err(PgError::new(
+                "0A000",
+                format!("option \"{name}\" is not supported in this version"),
+            )
+            .hint("A storage is a directory so far: OPTIONS (url 'file:///path')."));
         }
         known(options, &SERVER_OPTIONS)?;
         options.iter().try_for_each(|(_, url)| storage_url(url))
@@ -89,9 +99,10 @@ fn storage_url(url: &str) -> Result<()> {
     let url = StorageUrl::parse(url).map_err(lake_error)?;
     let user = security::current_user();
     if !security::is_server_admin(user) {
-        return Err(PgError::new("42501", "permission denied to set the address of a storage").hint(
-            "Only superusers and members of rakam_admin may do that.",
-        ));
+        return Err(
+            PgError::new("42501", "permission denied to set the address of a storage")
+                .hint("Only superusers and members of rakam_admin may do that."),
+        );
     }
     match url {
         StorageUrl::File(_) => PgError::new(

@@ -182,7 +182,9 @@ unsafe fn classify(
             let clause = (*info).clause;
             let shipped = if !guc::enable_pushdown() {
                 Err(Local::PushdownOff)
-            } else if (*info).security_level > (*rel).baserestrict_min_security && !(*info).leakproof {
+            } else if (*info).security_level > (*rel).baserestrict_min_security
+                && !(*info).leakproof
+            {
                 Err(Local::SecurityBarrier)
             } else {
                 translator.top_condition(clause.cast())
@@ -237,7 +239,8 @@ unsafe fn limit(
         let query = (*root).parse;
         let plain = (*query).commandType == pg_sys::CmdType::CMD_SELECT
             && (*rel).reloptkind == pg_sys::RelOptKind::RELOPT_BASEREL
-            && pg_sys::bms_membership((*root).all_baserels) == pg_sys::BMS_Membership::BMS_SINGLETON
+            && pg_sys::bms_membership((*root).all_baserels)
+                == pg_sys::BMS_Membership::BMS_SINGLETON
             && (*query).limitOption == pg_sys::LimitOption::LIMIT_OPTION_COUNT
             && (*query).sortClause.is_null()
             && (*query).distinctClause.is_null()

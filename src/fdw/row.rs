@@ -248,7 +248,10 @@ unsafe fn array(target: &Target, datum: pg_sys::Datum, out: &mut String) -> Resu
         if dimensions > 1 || dimensions == 1 && lower() != 1 {
             return Err(PgError::new(
                 "0A000",
-                format!("column \"{}\" takes arrays of one dimension that start at 1 only", target.name),
+                format!(
+                    "column \"{}\" takes arrays of one dimension that start at 1 only",
+                    target.name
+                ),
             ));
         }
         let (mut datums, mut nulls, mut count) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
@@ -337,9 +340,15 @@ mod tests {
             object.key("a").push('1');
             merge_extra(extra, |name| name == "a", &mut object).map(|()| object.finish())
         };
-        assert_eq!(merge(r#"{"b": [1, 2]}"#).as_deref(), Ok(r#"{"a":1,"b":[1, 2]}"#));
+        assert_eq!(
+            merge(r#"{"b": [1, 2]}"#).as_deref(),
+            Ok(r#"{"a":1,"b":[1, 2]}"#)
+        );
         assert_eq!(merge("{}").as_deref(), Ok(r#"{"a":1}"#));
-        assert_eq!(merge(r#"{"A": 2}"#).map_err(|e| e.sqlstate), Err("22023".to_owned()));
+        assert_eq!(
+            merge(r#"{"A": 2}"#).map_err(|e| e.sqlstate),
+            Err("22023".to_owned())
+        );
         assert_eq!(merge("[]").map_err(|e| e.sqlstate), Err("22023".to_owned()));
     }
 
@@ -348,7 +357,11 @@ mod tests {
         for value in [0.1, -0.0, 1e300, 5e-324, 123456789.125, f64::MAX] {
             let mut text = String::new();
             write_debug(value, &mut text);
-            assert_eq!(text.parse::<f64>().map(f64::to_bits), Ok(value.to_bits()), "{text}");
+            assert_eq!(
+                text.parse::<f64>().map(f64::to_bits),
+                Ok(value.to_bits()),
+                "{text}"
+            );
             assert!(serde_json::from_str::<f64>(&text).is_ok(), "{text}");
         }
     }

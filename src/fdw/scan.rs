@@ -1,59 +1,30 @@
 //! The executor's callbacks: from a plan to tuples.
 //!
 //! A scan starts at its first row: parameters are evaluated, the collection is looked up as the effective user under
-//! the query's snapshot, and a task on the engine's threads begins to send batches. Meanwhile this thread waits on
-//! the port, answers the engine's questions by reading Postgres, and serves interrupts.
-//!
-//! The state is freed with the query's memory context, since an error ends a query without `EndForeignScan`.
+//! the query's snapshot, and an [`execution`] begins. Its state is freed with the query's memory context, since an
+//! error ends a query without `EndForeignScan`.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::collections::{BTreeSet, HashMap};
 
-use bytes::Bytes;
-use futures::StreamExt;
+use arrow::array::RecordBatch;
 use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
-use rakam_engine::{
-    EngineContext, EngineError, Expr, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all,
-    execute, execute_all,
-};
-use rakam_event::entry::Limits;
-use tokio::sync::Semaphore;
+use rakam_engine::{Expr, ScanPlan};
+use rakam_event::types::FieldType;
 
-use super::broker::{CollectionBroker, Message, TailFormat};
 use super::columns::Column;
+use super::execution::{self, Done, Running};
+use super::node;
 use super::options::{self, TableOptions};
 use super::plan::ScanSpec;
-use super::tiers::{self, Skipped, Stores, Visible};
+use super::tiers::{self, Stores, Visible};
 use super::translate;
 use super::tuples::{Output, WINDOW_ROWS, Window};
 use super::values::{self, Value};
-use super::node;
-use crate::catalog::inbox::{self, Tail, TailRow};
-use crate::catalog::manifest;
-use crate::pg::runtime::{Port, Runtime, Sender, port};
-use crate::pg::security::{self, ActAs};
-use crate::pg::snapshot::{Registered, Snapshot};
-use crate::pg::spi::View;
 use crate::pg::error::OrRaise;
-use crate::pg::{PgError, Result, guc, xact};
-
-/// Messages that may wait in a scan's port.
-const PORT_MESSAGES: usize = 64;
-/// Batches that may wait for this thread.
-const WAITING_BATCHES: usize = 2;
-/// How long the end of a scan waits for its task before it takes the engine's threads out of use.
-const END_GRACE: Duration = Duration::from_millis(20);
-
-/// What EXPLAIN ANALYZE tells of a scan, over all its executions.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Done {
-    pub executions: u64,
-    pub skipped: Skipped,
-    pub inbox_rows: u64,
-    pub metrics: ScanMetrics,
-}
+use crate::pg::security::{self, ActAs};
+use crate::pg::snapshot::Snapshot;
+use crate::pg::spi::View;
+use crate::pg::{PgError, Result};
 
 pub struct ForeignScan {
     spec: ScanSpec,
@@ -75,7 +46,7 @@ pub struct ForeignScan {
     running: Option<Running>,
     ended: bool,
     outputs: Vec<Output>,
-    batch: Option<(arrow::array::RecordBatch, usize)>,
+    batch: Option<(RecordBatch, usize)>,
     window: Option<Window>,
     pub done: Done,
 }
@@ -83,41 +54,9 @@ pub struct ForeignScan {
 /// What a parameter of the plan is.
 #[derive(Debug, Clone, Copy)]
 enum ParamKind {
-    One(rakam_event::types::FieldType),
-    Many(rakam_event::types::FieldType),
+    One(FieldType),
+    Many(FieldType),
     Count,
-}
-
-/// An execution in progress.
-struct Running {
-    runtime: Arc<Runtime>,
-    task: tokio::task::JoinHandle<()>,
-    port: Port<Message>,
-    tick: inbox::Tick,
-    tails: Vec<Tail>,
-    /// The first inbox rows of the only collection, read before the engine asked.
-    first_page: Option<Vec<TailRow>>,
-    /// The task has said that it is done.
-    finished: bool,
-    metrics: Arc<Mutex<ScanMetrics>>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        self.task.abort();
-        let end = Instant::now() + END_GRACE;
-        while !self.task.is_finished() {
-            if Instant::now() >= end {
-                // Stopping is cooperative: the next query gets threads of its own.
-                self.runtime.retire();
-                return;
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
-    }
 }
 
 #[pg_guard]
@@ -274,69 +213,41 @@ impl ForeignScan {
             self.start()?;
         }
         loop {
-            if let Some((batch, offset)) = self.batch.take() {
-                if offset < batch.num_rows() {
-                    // SAFETY: the last window's rows are out of use: the slot was cleared.
-                    unsafe { pg_sys::MemoryContextReset(self.memory) };
-                    let outputs = &self.outputs;
-                    // SAFETY: the context is ours and lives as long as the scan.
-                    let window = unsafe {
-                        PgMemoryContexts::For(self.memory)
-                            .switch_to(|_| Window::convert(&batch, offset, outputs))?
-                    };
-                    self.window = Some(window);
-                    self.batch = Some((batch, offset + WINDOW_ROWS));
-                    return Ok(true);
-                }
+            if let Some((batch, offset)) = self.batch.take()
+                && offset < batch.num_rows()
+            {
+                // SAFETY: the last window's rows are out of use: the slot was cleared.
+                unsafe { pg_sys::MemoryContextReset(self.memory) };
+                let outputs = &self.outputs;
+                // SAFETY: the context is ours and lives as long as the scan.
+                let window = unsafe {
+                    PgMemoryContexts::For(self.memory)
+                        .switch_to(|_| Window::convert(&batch, offset, outputs))?
+                };
+                self.window = Some(window);
+                self.batch = Some((batch, offset + WINDOW_ROWS));
+                return Ok(true);
             }
-            match self.receive()? {
-                Some(batch) => self.batch = Some((batch, 0)),
-                None => {
-                    self.ended = true;
-                    self.note_metrics();
-                    self.running = None;
-                    return Ok(false);
-                }
-            }
+            let view = self.view();
+            let next = match &mut self.running {
+                Some(running) => running.next_batch(self.user, view, &mut self.done)?,
+                None => None,
+            };
+            let Some(batch) = next else {
+                self.finish();
+                self.ended = true;
+                return Ok(false);
+            };
+            self.batch = Some((batch, 0));
         }
     }
 
-    /// The next batch of the running execution, answering the engine's questions meanwhile.
-    fn receive(&mut self) -> Result<Option<arrow::array::RecordBatch>> {
-        let Some(running) = &mut self.running else {
-            return Ok(None);
-        };
-        // SAFETY: the executor keeps its snapshot registered while it runs.
-        let view = View::Under(unsafe { Snapshot::from_ptr(self.snapshot) });
-        loop {
-            match running.port.receive() {
-                Some(Message::Batch(batch, permit)) => {
-                    drop(permit);
-                    return Ok(Some(batch));
-                }
-                Some(Message::Done(result)) => {
-                    running.finished = true;
-                    return result.map(|()| None).map_err(engine_error);
-                }
-                None => {
-                    running.finished = true;
-                    return Err(PgError::internal("the query engine ended without a result"));
-                }
-                Some(question) => {
-                    let _user = ActAs::user(self.user);
-                    answer(question, running, view, &mut self.done)?;
-                }
-            }
-        }
-    }
-
-    /// Begins an execution.
+    /// Begins an execution; without one there are no rows.
     fn start(&mut self) -> Result<()> {
+        // As the current user, as whom Postgres would evaluate them.
         let values = self.param_values()?;
-        self.done.executions += 1;
         let _user = ActAs::user(self.user);
-        // SAFETY: the executor keeps its snapshot registered while it runs.
-        let view = View::Under(unsafe { Snapshot::from_ptr(self.snapshot) });
+        let view = self.view();
         if self.visible.is_none() {
             self.visible = Some(tiers::look_up(view, &self.options, &self.columns)?);
         }
@@ -344,41 +255,23 @@ impl ForeignScan {
             // Nothing that this user may see: no rows, and no word about it.
             return Ok(());
         };
-        let (plan, outputs) = bound_plan(&self.spec, &self.options, visible, &self.columns, &values)?;
+        let (plan, outputs) =
+            bound_plan(&self.spec, &self.options, visible, &self.columns, &values)?;
         self.outputs = outputs;
-        let (sender, port) = port(PORT_MESSAGES)?;
-        let mut job = Job {
+        self.running = execution::start(
             view,
             visible,
-            stores: &mut self.stores,
-            skipped: &mut self.done.skipped,
-            sender: &sender,
-            tails: Vec::new(),
-            first_page: None,
-        };
-        let open: Open = if self.options.is_all() {
-            let parts = job.all(&plan)?;
-            Box::new(move |ctx| execute_all(plan, parts, ctx))
-        } else {
-            let (input, broker) = job.one(plan)?;
-            Box::new(move |ctx| execute(input, broker, ctx))
-        };
-        let (tails, first_page) = (job.tails, job.first_page);
-        let runtime = Runtime::current()?;
-        let ctx = engine_context(&runtime)?;
-        let metrics = Arc::new(Mutex::new(ScanMetrics::default()));
-        let task = runtime.spawn(run(open, ctx, sender, Arc::clone(&metrics)));
-        self.running = Some(Running {
-            runtime,
-            task,
-            port,
-            tick: visible.tick.clone(),
-            tails,
-            first_page,
-            finished: false,
-            metrics,
-        });
+            plan,
+            self.options.is_all(),
+            &mut self.stores,
+            &mut self.done,
+        )?;
         Ok(())
+    }
+
+    fn view(&self) -> View {
+        // SAFETY: the executor keeps its snapshot registered while it runs.
+        View::Under(unsafe { Snapshot::from_ptr(self.snapshot) })
     }
 
     /// Evaluates the parameters, in the order of the plan.
@@ -405,26 +298,15 @@ impl ForeignScan {
             .collect()
     }
 
-    fn note_metrics(&mut self) {
-        if let Some(running) = &self.running {
-            let last = *running.metrics.lock().unwrap_or_else(PoisonError::into_inner);
-            let sum = &mut self.done.metrics;
-            sum.files_opened += last.files_opened;
-            sum.bytes_read += last.bytes_read;
-            sum.row_groups_read += last.row_groups_read;
-            sum.row_groups_pruned_by_stats += last.row_groups_pruned_by_stats;
-            sum.row_groups_pruned_by_bloom += last.row_groups_pruned_by_bloom;
-            sum.pages_pruned += last.pages_pruned;
-            sum.chunks_read += last.chunks_read;
-            sum.tail_rows += last.tail_rows;
-            sum.rows_out += last.rows_out;
+    fn finish(&mut self) {
+        if let Some(running) = self.running.take() {
+            self.done.add(&running.metrics());
         }
     }
 
     /// Ends the execution in progress; the next row starts another one.
     fn stop(&mut self) {
-        self.note_metrics();
-        self.running = None;
+        self.finish();
         self.batch = None;
         self.window = None;
         self.ended = false;
@@ -464,7 +346,7 @@ fn bound_plan(
     columns: &[Column],
     values: &[Value],
 ) -> Result<(ScanPlan, Vec<Output>)> {
-    let mut in_filter = std::collections::BTreeSet::new();
+    let mut in_filter = BTreeSet::new();
     if let Some(filter) = &spec.filter {
         filter.columns(&mut in_filter);
     }
@@ -514,216 +396,4 @@ fn bound_plan(
         limit,
     };
     Ok((plan, outputs))
-}
-
-/// What an execution is made of, while it is put together.
-struct Job<'a> {
-    view: View,
-    visible: &'a Visible,
-    stores: &'a mut Stores,
-    skipped: &'a mut Skipped,
-    sender: &'a Sender<Message>,
-    tails: Vec<Tail>,
-    first_page: Option<Vec<TailRow>>,
-}
-
-impl Job<'_> {
-    /// A scan of one collection.
-    fn one(&mut self, plan: ScanPlan) -> Result<(ScanInput, Arc<CollectionBroker>)> {
-        let part = self
-            .visible
-            .parts
-            .first()
-            .ok_or_else(|| PgError::internal("a visible table has a collection"))?;
-        let mut stored = tiers::stored(self.view, part, plan.filter.as_ref(), self.skipped)?;
-        let files = stored.open(self.view, self.stores, self.sender)?;
-        let mut tail = self.tail(part);
-        // Most often there is none: asking here saves the engine a question.
-        self.first_page = tail.next_page(self.view)?;
-        if self.first_page.is_none() {
-            check_truncation(&self.visible.tick)?;
-        }
-        self.tails.push(tail);
-        let broker = self.broker(0, part, plan.needed());
-        let input = ScanInput {
-            schema: part.schema.clone(),
-            plan,
-            files,
-            chunks: stored.chunks,
-            has_tail: self.first_page.is_some(),
-        };
-        Ok((input, broker))
-    }
-
-    /// A scan of all collections of the project.
-    fn all(&mut self, plan: &ScanPlan) -> Result<Vec<Part>> {
-        let visible = self.visible;
-        let mut parts = Vec::new();
-        for part in &visible.parts {
-            let name = &part.collection.name;
-            if !tiers::name_may_match(plan.filter.as_ref(), name) {
-                continue;
-            }
-            let own = all::part_plan(plan, name, &part.schema).map_err(engine_error)?;
-            let mut stored = tiers::stored(self.view, part, own.filter.as_ref(), self.skipped)?;
-            let files = stored.open(self.view, self.stores, self.sender)?;
-            let broker = self.broker(self.tails.len(), part, own.needed());
-            let tail = self.tail(part);
-            self.tails.push(tail);
-            parts.push(Part {
-                collection: name.clone(),
-                schema: part.schema.clone(),
-                files,
-                chunks: stored.chunks,
-                has_tail: true,
-                broker,
-            });
-        }
-        Ok(parts)
-    }
-
-    fn tail(&self, part: &tiers::Seen) -> Tail {
-        let collection = &part.collection;
-        Tail::new(
-            &self.visible.tick,
-            collection.project_id,
-            collection.id,
-            &collection.name,
-        )
-    }
-
-    fn broker(&self, index: usize, part: &tiers::Seen, needed: Vec<i32>) -> Arc<CollectionBroker> {
-        let format = TailFormat {
-            schema: part.schema.clone(),
-            limits: Limits {
-                max_event_bytes: guc::max_event_bytes(),
-                max_string_bytes: guc::max_string_bytes(),
-                max_fields: guc::max_fields(),
-            },
-            time_past_us: self.visible.time_past_us,
-            time_future_us: self.visible.time_future_us,
-        };
-        Arc::new(CollectionBroker::new(
-            self.sender.clone(),
-            index,
-            format,
-            needed,
-        ))
-    }
-}
-
-/// Reads for the engine what it asked for. An answer that nobody waits for any more is dropped.
-fn answer(question: Message, running: &mut Running, view: View, done: &mut Done) -> Result<()> {
-    match question {
-        Message::Chunk { id, reply } => {
-            let data = manifest::chunk_data(view, id)?.ok_or_else(|| {
-                PgError::internal("a chunk that was listed is not visible any more")
-            })?;
-            let _ = reply.send(Bytes::from(data));
-        }
-        Message::Page { part, reply } => {
-            let page = match running.first_page.take() {
-                Some(page) => Some(page),
-                None => match running.tails.get_mut(part) {
-                    Some(tail) => tail.next_page(view)?,
-                    None => None,
-                },
-            };
-            match &page {
-                Some(rows) => done.inbox_rows += rows.len() as u64,
-                None => check_truncation(&running.tick)?,
-            }
-            let _ = reply.send(page);
-        }
-        Message::Object { path, range, reply } => {
-            let bytes = manifest::object_range(view, &path, range.start, range.end - range.start)?;
-            let _ = reply.send(Bytes::from(bytes));
-        }
-        Message::Batch(..) | Message::Done(_) => {}
-    }
-    Ok(())
-}
-
-/// On a standby the truncation of an inbox table is replayed without regard to snapshots that have not locked it:
-/// rows that this one should see may be gone.
-fn check_truncation(tick: &inbox::Tick) -> Result<()> {
-    if !xact::in_recovery() {
-        return Ok(());
-    }
-    let latest = Registered::latest();
-    if inbox::truncated_to(View::Under(latest.get()))? > tick.id {
-        return Err(
-            PgError::new("40001", "could not read recent events: the snapshot is too old for this standby")
-                .hint("Run the transaction again."),
-        );
-    }
-    Ok(())
-}
-
-/// Starts the engine's stream, on an engine thread.
-type Open = Box<dyn FnOnce(&EngineContext) -> std::result::Result<ScanStream, EngineError> + Send>;
-
-/// The engine's side of an execution.
-async fn run(
-    open: Open,
-    ctx: EngineContext,
-    sender: Sender<Message>,
-    metrics: Arc<Mutex<ScanMetrics>>,
-) {
-    let mut stream = match open(&ctx) {
-        Ok(stream) => stream,
-        Err(error) => {
-            sender.send(Message::Done(Err(error))).await;
-            return;
-        }
-    };
-    let window = Arc::new(Semaphore::new(WAITING_BATCHES));
-    while let Some(next) = stream.next().await {
-        let now = stream.metrics();
-        *metrics.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        let message = match next {
-            Ok(batch) => match Arc::clone(&window).acquire_owned().await {
-                Ok(permit) => Message::Batch(batch, permit),
-                Err(_) => return,
-            },
-            Err(error) => {
-                sender.send(Message::Done(Err(error))).await;
-                return;
-            }
-        };
-        if !sender.send(message).await {
-            return;
-        }
-    }
-    *metrics.lock().unwrap_or_else(PoisonError::into_inner) = stream.metrics();
-    drop(stream);
-    sender.send(Message::Done(Ok(()))).await;
-}
-
-thread_local! {
-    static CONTEXT: RefCell<Option<(usize, usize, EngineContext)>> = const { RefCell::new(None) };
-}
-
-/// The engine of this process, whose memory its queries share; made anew when a setting changes.
-fn engine_context(runtime: &Runtime) -> Result<EngineContext> {
-    let (threads, memory) = (runtime.threads(), guc::memory_limit_bytes());
-    let cached = CONTEXT.with_borrow(|cached| match cached {
-        Some((t, m, ctx)) if (*t, *m) == (threads, memory) => Some(ctx.clone()),
-        _ => None,
-    });
-    if let Some(ctx) = cached {
-        return Ok(ctx);
-    }
-    let ctx = EngineContext::new(threads, memory).map_err(engine_error)?;
-    CONTEXT.set(Some((threads, memory, ctx.clone())));
-    Ok(ctx)
-}
-
-/// An error of the engine as it leaves to the client.
-fn engine_error(error: EngineError) -> PgError {
-    let answer = PgError::new(error.sqlstate(), error.message());
-    match error.hint() {
-        Some(hint) => answer.hint(hint),
-        None => answer,
-    }
 }

@@ -97,8 +97,7 @@ pub fn collation_fits(op: CmpOp, collation: pg_sys::Oid) -> bool {
         CmpOp::Eq | CmpOp::Ne => is_deterministic(collation),
         // By bytes.
         CmpOp::Lt | CmpOp::Le | CmpOp::Gt | CmpOp::Ge => {
-            collation == pg_sys::C_COLLATION_OID
-                || collation == pg_sys::POSIX_COLLATION_OID
+            collation == pg_sys::C_COLLATION_OID || collation == pg_sys::POSIX_COLLATION_OID
         }
     }
 }

@@ -53,8 +53,22 @@ pub fn look_up(view: View, options: &TableOptions, columns: &[Column]) -> Result
     let Some(project) = registry::project(view, &options.project)? else {
         return Ok(None);
     };
+    let tick = inbox::tick(view)?;
     let collections = if options.is_all() {
-        registry::collections(view, &options.project)?
+        let mut all = registry::collections(view, &options.project)?;
+        for name in inbox::unregistered(view, &tick, project.id)? {
+            if !all.iter().any(|collection| collection.name == name) {
+                // Its events are there already, its table will be within a second.
+                all.push(Collection {
+                    id: 0,
+                    project_id: project.id,
+                    name,
+                    ft: None,
+                    schema_version: 1,
+                });
+            }
+        }
+        all
     } else {
         registry::collection(view, &options.project, &options.collection)?
             .into_iter()
@@ -78,7 +92,7 @@ pub fn look_up(view: View, options: &TableOptions, columns: &[Column]) -> Result
     }
     Ok(Some(Visible {
         parts,
-        tick: inbox::tick(view)?,
+        tick,
         time_past_us: project.time_past_us,
         time_future_us: project.time_future_us,
     }))
@@ -105,11 +119,14 @@ pub fn fields(
         };
         let Some((id, ty)) = field else { continue };
         if column.field_type() != Some(ty) {
-            return Err(
-                PgError::new("42804", format!("type mismatch for field \"{}\"", column.name))
-                    .detail(format!("The field is of type {ty}, the column of the foreign table is not."))
-                    .hint("Declare the column with the type of the field."),
-            );
+            return Err(PgError::new(
+                "42804",
+                format!("type mismatch for field \"{}\"", column.name),
+            )
+            .detail(format!(
+                "The field is of type {ty}, the column of the foreign table is not."
+            ))
+            .hint("Declare the column with the type of the field."));
         }
         fields.insert(column.attnum, (id, ty));
     }
@@ -200,7 +217,12 @@ pub fn stored(
 
 impl Stored {
     /// The files with the stores they are read from, as the engine wants them.
-    pub fn open(&mut self, view: View, stores: &mut Stores, sender: &Sender<Message>) -> Result<Vec<FileRef>> {
+    pub fn open(
+        &mut self,
+        view: View,
+        stores: &mut Stores,
+        sender: &Sender<Message>,
+    ) -> Result<Vec<FileRef>> {
         let sizes = self
             .files
             .iter()
@@ -212,7 +234,9 @@ impl Stored {
             .into_iter()
             .map(|file| {
                 Ok(FileRef {
-                    store: stores.get(view, file.storage_id)?.unwrap_or_else(|| Arc::clone(&local)),
+                    store: stores
+                        .get(view, file.storage_id)?
+                        .unwrap_or_else(|| Arc::clone(&local)),
                     path: file.path,
                     bytes: file.bytes as u64,
                     n: file.n as u64,
@@ -234,7 +258,12 @@ impl Stores {
             return Ok(store.clone());
         }
         let _owner = ActAs::owner();
-        let missing = || PgError::new("58030", "the storage of a data file is not defined any more");
+        let missing = || {
+            PgError::new(
+                "58030",
+                "the storage of a data file is not defined any more",
+            )
+        };
         let storage = manifest::storage(view, storage_id)?.ok_or_else(missing)?;
         let store = match storage.kind.as_str() {
             "local" => None,
@@ -243,8 +272,11 @@ impl Stores {
                 let url = StorageUrl::parse(url).map_err(lake_error)?;
                 let reader = DirectoryStorage::new(&url).reader().map_err(|_| {
                     // The cause names the directory, which a tenant need not know.
-                    PgError::new("58030", format!("storage \"{}\" cannot be read", storage.name))
-                        .hint("Check that the storage is mounted and that the server may read it.")
+                    PgError::new(
+                        "58030",
+                        format!("storage \"{}\" cannot be read", storage.name),
+                    )
+                    .hint("Check that the storage is mounted and that the server may read it.")
                 })?;
                 Some(reader)
             }
@@ -316,12 +348,7 @@ fn time_range(conditions: &[&Expr]) -> Option<(i64, i64)> {
 }
 
 /// Drops the files whose statistics exclude a condition.
-fn prune(
-    view: View,
-    part: &Seen,
-    conditions: &[&Expr],
-    files: &mut Vec<FileRow>,
-) -> Result<()> {
+fn prune(view: View, part: &Seen, conditions: &[&Expr], files: &mut Vec<FileRow>) -> Result<()> {
     let predicates: Vec<(i32, FieldType, Predicate)> = conditions
         .iter()
         .filter_map(|condition| predicate(condition))
@@ -339,7 +366,10 @@ fn prune(
     let known = manifest::stats(view, &ids)?;
     files.retain(|file| {
         // Statistics only ever skip work: a file whose statistics cannot be read is read itself.
-        let Some(stats) = known.get(&file.file_id).and_then(|bytes| stats::decode(bytes).ok()) else {
+        let Some(stats) = known
+            .get(&file.file_id)
+            .and_then(|bytes| stats::decode(bytes).ok())
+        else {
             return true;
         };
         predicates.iter().all(|(id, ty, predicate)| {
@@ -381,7 +411,9 @@ fn predicate(condition: &Expr) -> Option<(i32, Predicate)> {
             column(expr).map(|id| (id, Predicate::In(scalars)))
         }
         Expr::Column(id) => Some((*id, Predicate::Cmp(prune::CmpOp::Eq, Scalar::Bool(true)))),
-        Expr::Not(e) => column(e).map(|id| (id, Predicate::Cmp(prune::CmpOp::Eq, Scalar::Bool(false)))),
+        Expr::Not(e) => {
+            column(e).map(|id| (id, Predicate::Cmp(prune::CmpOp::Eq, Scalar::Bool(false))))
+        }
         _ => None,
     }
 }

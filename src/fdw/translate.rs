@@ -95,10 +95,10 @@ impl Translator {
 
     unsafe fn condition(&mut self, node: *mut pg_sys::Node) -> Ship<Expr> {
         self.depth += 1;
-        // SAFETY: as promised by the caller.
         let result = if self.depth > MAX_DEPTH {
             Err(Local::Nested)
         } else {
+            // SAFETY: as promised by the caller.
             unsafe { self.any_condition(node) }
         };
         self.depth -= 1;
@@ -267,7 +267,11 @@ impl Translator {
                 return Err(Local::Pattern);
             }
             let constant: *mut pg_sys::Const = right.cast();
-            let pattern = match values::scalar((*constant).constvalue, (*constant).constisnull, FieldType::Text) {
+            let pattern = match values::scalar(
+                (*constant).constvalue,
+                (*constant).constisnull,
+                FieldType::Text,
+            ) {
                 Some(Value::One(Some(Scalar::Text(pattern)))) => pattern,
                 _ => return Err(Local::Pattern),
             };
@@ -448,16 +452,16 @@ fn plain_escapes(pattern: &str) -> Option<String> {
 
 /// Puts fields in the place of columns (NULL where the collection has no such field) and values in the place of
 /// parameters. `values` has one entry per parameter of the plan.
-pub fn bind(
-    expr: Expr,
-    fields: &HashMap<i32, Expr>,
-    values: &[Value],
-) -> Expr {
+pub fn bind(expr: Expr, fields: &HashMap<i32, Expr>, values: &[Value]) -> Expr {
     let bind_box = |e: Box<Expr>| Box::new(bind(*e, fields, values));
-    let bind_all =
-        |list: Vec<Expr>| -> Vec<Expr> { list.into_iter().map(|e| bind(e, fields, values)).collect() };
+    let bind_all = |list: Vec<Expr>| -> Vec<Expr> {
+        list.into_iter().map(|e| bind(e, fields, values)).collect()
+    };
     match expr {
-        Expr::Column(attnum) => fields.get(&attnum).cloned().unwrap_or(Expr::Null(FieldType::Bool)),
+        Expr::Column(attnum) => fields
+            .get(&attnum)
+            .cloned()
+            .unwrap_or(Expr::Null(FieldType::Bool)),
         Expr::Param { index, ty } => match values.get(index) {
             Some(Value::One(Some(scalar))) => Expr::Literal(scalar.clone()),
             _ => Expr::Null(ty),

@@ -98,12 +98,16 @@ fn datums(column: &ArrayRef, ty: FieldType) -> Result<Column> {
         F::Int8 => column
             .as_primitive_opt::<Int64Type>()
             .map(|a| a.iter().map(|v| v.map(pg_sys::Datum::from)).collect()),
-        F::Float4 => column
-            .as_primitive_opt::<Float32Type>()
-            .map(|a| a.iter().map(|v| v.map(|v| pg_sys::Datum::from(v.to_bits()))).collect()),
-        F::Float8 => column
-            .as_primitive_opt::<Float64Type>()
-            .map(|a| a.iter().map(|v| v.map(|v| pg_sys::Datum::from(v.to_bits()))).collect()),
+        F::Float4 => column.as_primitive_opt::<Float32Type>().map(|a| {
+            a.iter()
+                .map(|v| v.map(|v| pg_sys::Datum::from(v.to_bits())))
+                .collect()
+        }),
+        F::Float8 => column.as_primitive_opt::<Float64Type>().map(|a| {
+            a.iter()
+                .map(|v| v.map(|v| pg_sys::Datum::from(v.to_bits())))
+                .collect()
+        }),
         F::Numeric { scale, .. } => column
             .as_primitive_opt::<Decimal128Type>()
             .map(|a| numerics(a, scale)),
@@ -113,11 +117,13 @@ fn datums(column: &ArrayRef, ty: FieldType) -> Result<Column> {
                 .map(|v| v.map(|days| pg_sys::Datum::from(days - PG_EPOCH_DAYS)))
                 .collect()
         }),
-        F::Timestamptz => column.as_primitive_opt::<TimestampMicrosecondType>().map(|a| {
-            a.iter()
-                .map(|v| v.map(|micros| pg_sys::Datum::from(micros - PG_EPOCH_US)))
-                .collect()
-        }),
+        F::Timestamptz => column
+            .as_primitive_opt::<TimestampMicrosecondType>()
+            .map(|a| {
+                a.iter()
+                    .map(|v| v.map(|micros| pg_sys::Datum::from(micros - PG_EPOCH_US)))
+                    .collect()
+            }),
         F::Uuid => column.as_fixed_size_binary_opt().and_then(uuids),
         F::Inet => column
             .as_string_opt::<i32>()
@@ -128,7 +134,10 @@ fn datums(column: &ArrayRef, ty: FieldType) -> Result<Column> {
         F::BoolArray | F::Float8Array | F::TextArray => arrays(column, ty),
     };
     converted.ok_or_else(|| {
-        PgError::internal(format!("the engine gave {} for a column of type {ty}", column.data_type()))
+        PgError::internal(format!(
+            "the engine gave {} for a column of type {ty}",
+            column.data_type()
+        ))
     })
 }
 
@@ -249,7 +258,10 @@ impl Input {
 
 fn parsed(column: &StringArray, type_oid: pg_sys::Oid) -> Column {
     let mut input = Input::new(type_oid);
-    column.iter().map(|v| v.map(|text| input.parse(text))).collect()
+    column
+        .iter()
+        .map(|v| v.map(|text| input.parse(text)))
+        .collect()
 }
 
 fn numerics(column: &Decimal128Array, scale: u8) -> Column {
@@ -344,7 +356,11 @@ mod tests {
             (-5, 2, "-0.05"),
             (12345, 2, "123.45"),
             (i128::from(i64::MAX) + 1, 0, "9223372036854775808"),
-            (-(10_i128.pow(38) - 1), 38, "-0.99999999999999999999999999999999999999"),
+            (
+                -(10_i128.pow(38) - 1),
+                38,
+                "-0.99999999999999999999999999999999999999",
+            ),
         ] {
             assert_eq!(decimal_text(unscaled, scale), text);
         }

@@ -116,8 +116,14 @@ fn unix_micros(pg: i64) -> i64 {
 /// The text form of a numeric as a scalar that compares with every value of numeric(`precision`,`scale`) as the
 /// numeric itself does.
 fn numeric(text: &str, precision: u8, scale: u8) -> Option<Scalar> {
-    const ABOVE: Scalar = Scalar::Numeric { unscaled: i128::MAX, scale: 0 };
-    const BELOW: Scalar = Scalar::Numeric { unscaled: i128::MIN, scale: 0 };
+    const ABOVE: Scalar = Scalar::Numeric {
+        unscaled: i128::MAX,
+        scale: 0,
+    };
+    const BELOW: Scalar = Scalar::Numeric {
+        unscaled: i128::MIN,
+        scale: 0,
+    };
     let (negative, digits) = match text.strip_prefix('-') {
         Some(digits) => (true, digits),
         None => (false, text),
@@ -154,7 +160,7 @@ mod tests {
 
     #[test]
     fn numerics_keep_their_place_among_the_values_of_a_column() {
-        let get = |text, precision, scale| numeric(text, precision, scale);
+        let get = |text: &str, precision, scale| numeric(text, precision, scale);
         let exact = |unscaled, scale| Some(Scalar::Numeric { unscaled, scale });
         assert_eq!(get("12.5", 10, 2), exact(125, 1));
         assert_eq!(get("-0.25", 10, 2), exact(-25, 2));

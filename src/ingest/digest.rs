@@ -115,19 +115,29 @@ pub fn limits() -> Limits {
 /// The registry as one transaction sees it, looked up once per collection.
 struct Registry {
     view: View,
-    projects: HashMap<i32, ProjectRow>,
+    projects: HashMap<i32, Option<ProjectRow>>,
     by_id: HashMap<i32, Option<Collection>>,
     by_name: HashMap<(i32, String), Option<Collection>>,
 }
 
 impl Registry {
-    fn new(view: View) -> Result<Self> {
-        Ok(Self {
+    fn new(view: View) -> Self {
+        Self {
             view,
-            projects: registry::projects(view)?,
+            projects: HashMap::new(),
             by_id: HashMap::new(),
             by_name: HashMap::new(),
-        })
+        }
+    }
+
+    /// The project of a row. None: it was dropped.
+    fn project(&mut self, id: i32) -> Result<Option<&ProjectRow>> {
+        use std::collections::hash_map::Entry;
+        let found = match self.projects.entry(id) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(entry) => entry.insert(registry::project_by_id(self.view, id)?),
+        };
+        Ok(found.as_ref())
     }
 
     /// The collection of a row, by id or by name. None: not registered (any more).
@@ -185,7 +195,7 @@ fn plan() -> Result<Plan> {
         new_collections: BTreeMap::new(),
         new_fields: BTreeMap::new(),
     };
-    let mut registry = Registry::new(view)?;
+    let mut registry = Registry::new(view);
     let mut learners: HashMap<i32, Discovery> = HashMap::new();
     let mut strangers: BTreeMap<(i32, String), Discovery> = BTreeMap::new();
     let max_fields = guc::max_fields();
@@ -205,7 +215,7 @@ fn plan() -> Result<Plan> {
             last_txid = row.txid;
             plan.events += row.n as u64;
             plan.oldest_us = plan.oldest_us.min(row.received_at_us);
-            if !registry.projects.contains_key(&row.project_id) {
+            if registry.project(row.project_id)?.is_none() {
                 continue;
             }
             let learner = match registry.collection(row)? {
@@ -343,7 +353,7 @@ pub fn stamp(project: &ProjectRow, row: &TailRow) -> EventStamp {
 
 /// Third transaction: chunks and the tick. Returns the number of events.
 fn write(plan: &Plan) -> Result<u64> {
-    let mut registry = Registry::new(View::Current)?;
+    let mut registry = Registry::new(View::Current);
     let mut making: BTreeMap<i32, Making> = BTreeMap::new();
     let mut count = 0;
     // The rows are those that the plan saw: the tick's snapshot decides, and this one is newer.
@@ -352,7 +362,7 @@ fn write(plan: &Plan) -> Result<u64> {
     while let Some(page) = backlog.next_page(view)? {
         wait::check_interrupts();
         for row in &page {
-            let Some(project) = registry.projects.get(&row.project_id).cloned() else {
+            let Some(project) = registry.project(row.project_id)?.cloned() else {
                 // The project was dropped: its events go with it.
                 continue;
             };
@@ -442,8 +452,8 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
 
 fn retry(parked: &inbox::Parked) -> Result<bool> {
     let row = &parked.row;
-    let mut registry = Registry::new(View::Current)?;
-    let project = registry.projects.get(&row.project_id).cloned();
+    let mut registry = Registry::new(View::Current);
+    let project = registry.project(row.project_id)?.cloned();
     let (Some(project), Some(collection)) = (project, registry.collection(row)?) else {
         inbox::unpark(row.id)?;
         return Ok(true);

@@ -1,9 +1,12 @@
-//! Shared memory (with shared_preload_libraries only): one slot per database that has a resident worker.
+//! Shared memory (with shared_preload_libraries only): one slot per database that has a resident worker, and the count
+//! of the engines' memory.
 //!
-//! Atomics only, no locks: a reader sees each value as of some moment, which is all that waking and
-//! showing need. Correctness never depends on it.
+//! Atomics only, no locks: a reader sees each value as of some moment, which is all that waking, showing and bounding
+//! need. Correctness never depends on it.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 
 use pgrx::{PGRXSharedMemory, PgAtomic, pg_guard, pg_shmem_init, pg_sys};
 
@@ -29,6 +32,8 @@ pub struct Slot {
     pub state: AtomicU32,
     /// The database has no extension (any more): the launcher leaves it alone.
     pub absent: AtomicBool,
+    /// Its worker could not be started for want of a worker slot.
+    pub starved: AtomicBool,
     /// Milliseconds since 1970 before which the launcher does not start it again.
     pub not_before_ms: AtomicI64,
 }
@@ -36,6 +41,8 @@ pub struct Slot {
 pub struct Shared {
     /// The launcher's process id.
     pub launcher: AtomicI32,
+    /// Bytes that the engines of all processes have taken: see `pg::memory`.
+    pub engine_bytes: AtomicUsize,
     slots: [Slot; SLOTS],
 }
 
@@ -43,6 +50,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             launcher: AtomicI32::new(0),
+            engine_bytes: AtomicUsize::new(0),
             slots: std::array::from_fn(|_| Slot::default()),
         }
     }
@@ -95,12 +103,7 @@ impl Shared {
         self.find(database).or_else(|| {
             self.slots.iter().find(|slot| {
                 slot.database
-                    .compare_exchange(
-                        0,
-                        u32::from(database),
-                        Ordering::AcqRel,
-                        Ordering::Acquire,
-                    )
+                    .compare_exchange(0, u32::from(database), Ordering::AcqRel, Ordering::Acquire)
                     .is_ok()
             })
         })
@@ -135,6 +138,8 @@ impl Slot {
         self.restarts.store(0, Ordering::Relaxed);
         self.state.store(0, Ordering::Relaxed);
         self.absent.store(false, Ordering::Relaxed);
+        self.starved.store(false, Ordering::Relaxed);
+        self.since_us.store(0, Ordering::Relaxed);
         self.not_before_ms.store(0, Ordering::Relaxed);
     }
 

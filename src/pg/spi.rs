@@ -284,12 +284,15 @@ impl Drop for Connection {
 const PINNED: &CStr = c"pg_catalog, pg_temp";
 
 /// `search_path = pg_catalog, pg_temp` for a while, restored also when an error unwinds.
-struct PinnedPath {
+///
+/// [`run`] pins it for itself; who runs several statements pins it once around them, since changing it makes
+/// Postgres look its schemas up again.
+pub struct PinnedPath {
     nest_level: Option<i32>,
 }
 
 impl PinnedPath {
-    fn enter() -> Self {
+    pub fn enter() -> Self {
         // SAFETY: the variable is a NUL-terminated string owned by the GUC machinery.
         let pinned = unsafe {
             !pg_sys::namespace_search_path.is_null()

@@ -121,6 +121,12 @@ pub fn has_xid() -> bool {
     unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
 }
 
+/// The 64-bit id of the top-level transaction, assigned now if it has none.
+pub fn top_xid() -> u64 {
+    // SAFETY: assigns the current transaction's id; an error in a read-only one.
+    unsafe { pg_sys::GetTopFullTransactionId().value }
+}
+
 /// Whether this server is a standby.
 pub fn in_recovery() -> bool {
     // SAFETY: reads shared state.

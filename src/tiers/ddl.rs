@@ -50,7 +50,7 @@ pub fn sync(collection_id: i32) -> Result<()> {
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(());
     };
-    let Some(project) = registry::projects(View::Current)?.remove(&collection.project_id) else {
+    let Some(project) = registry::project_by_id(View::Current, collection.project_id)? else {
         return Ok(());
     };
     spi::execute_text("SET LOCAL lock_timeout = '100ms'")?;

@@ -122,7 +122,7 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
     let Some(collection) = registry::collection_by_id(view, collection_id)? else {
         return Ok(None);
     };
-    let Some(project) = registry::projects(view)?.remove(&collection.project_id) else {
+    let Some(project) = registry::project_by_id(view, collection.project_id)? else {
         return Ok(None);
     };
     let storage = manifest::storage(view, project.storage_id)?

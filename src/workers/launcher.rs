@@ -11,12 +11,14 @@ use pgrx::{pg_guard, pg_sys};
 
 use crate::pg::bgworker::{self, Worker};
 use crate::pg::shared::{self, Shared, Slot};
-use crate::pg::{relation, wait, xact};
+use crate::pg::{PgError, relation, wait, xact};
 
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a resident that ended by itself is started again: the wait doubles up to the maximum.
 const RESTART_MIN_MS: i64 = 1_000;
 const RESTART_MAX_MS: i64 = 600_000;
+/// One that lived so long starts the count anew.
+const HEALTHY_MS: i64 = 300_000;
 
 pub fn init() {
     bgworker::register_static(&Worker {
@@ -66,23 +68,29 @@ fn look(shared: &Shared) {
         if !idle || !wanted || now_ms < slot.not_before_ms.load(Ordering::Acquire) {
             continue;
         }
-        let since_s = (xact::now_us() - slot.since_us.load(Ordering::Acquire)) / 1_000_000;
-        if since_s > 300 {
-            slot.restarts.store(0, Ordering::Release);
-        }
         back_off(slot, now_ms);
-        start(database);
+        start(database, slot);
     }
 }
 
+/// Counts a start after the first, and says when the next may be.
 fn back_off(slot: &Slot, now_ms: i64) {
+    let since_us = slot.since_us.load(Ordering::Acquire);
+    if since_us <= 0 {
+        slot.not_before_ms.store(now_ms + RESTART_MIN_MS, Ordering::Release);
+        return;
+    }
+    if now_ms - since_us / 1000 > HEALTHY_MS {
+        slot.restarts.store(0, Ordering::Release);
+    }
     let restarts = slot.restarts.fetch_add(1, Ordering::AcqRel).min(20);
     let wait_ms = (RESTART_MIN_MS << restarts).min(RESTART_MAX_MS);
     slot.not_before_ms.store(now_ms + wait_ms, Ordering::Release);
 }
 
-/// Starts a resident for a database; one that finds another there ends at once.
-pub fn start(database: pg_sys::Oid) {
+/// Starts a resident for a database; one that finds another there ends at once. Without a free worker slot it is
+/// tried again at the next look; the log says so once.
+pub fn start(database: pg_sys::Oid, slot: &Slot) {
     let started = bgworker::start_detached(&Worker {
         kind: "rakam resident",
         name: "rakam resident",
@@ -92,8 +100,16 @@ pub fn start(database: pg_sys::Oid) {
         notify: false,
         restart_s: None,
     });
-    if let Err(error) = started {
-        error.warn();
+    match started {
+        Ok(()) => {}
+        Err(error) if !slot.starved.swap(true, Ordering::AcqRel) => {
+            PgError {
+                message: format!("{}: a database with rakam has no worker", error.message),
+                ..error
+            }
+            .warn();
+        }
+        Err(_) => {}
     }
 }
 

@@ -30,6 +30,7 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
         return;
     };
     slot.absent.store(false, Ordering::Release);
+    slot.starved.store(false, Ordering::Release);
     slot.since_us.store(xact::now_us(), Ordering::Release);
     slot.pid.store(bgworker::my_pid(), Ordering::Release);
     exit::on_exit(leave);
@@ -92,7 +93,7 @@ pub fn start_with_extension() {
         if slot.pid.load(Ordering::Acquire) == 0 {
             // Marks that the extension is expected: see `extension_comes`.
             slot.since_us.store(-1, Ordering::Release);
-            super::launcher::start(database);
+            super::launcher::start(database, slot);
         }
     }
 }

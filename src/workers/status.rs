@@ -31,7 +31,7 @@ fn installed() {
 }
 
 type WorkerRow = (
-    i32,
+    Option<i32>,
     Option<String>,
     String,
     Option<String>,
@@ -49,7 +49,7 @@ fn workers() -> std::result::Result<
     TableIterator<
         'static,
         (
-            name!(pid, i32),
+            name!(pid, Option<i32>),
             name!(database, Option<String>),
             name!(kind, String),
             name!(target, Option<String>),
@@ -67,7 +67,7 @@ fn workers() -> std::result::Result<
         let launcher = shared.launcher.load(Ordering::Acquire);
         if launcher != 0 {
             rows.push((
-                launcher,
+                Some(launcher),
                 None,
                 "launcher".to_owned(),
                 None,
@@ -80,7 +80,21 @@ fn workers() -> std::result::Result<
         let here = bgworker::my_database();
         for (database, slot) in shared.taken() {
             let pid = slot.pid.load(Ordering::Acquire);
-            if pid == 0 || (database != here && !admin) {
+            let starved = slot.starved.load(Ordering::Acquire);
+            if (pid == 0 && !starved) || (database != here && !admin) {
+                continue;
+            }
+            if pid == 0 {
+                rows.push((
+                    None,
+                    relation::database_name(database),
+                    "resident".to_owned(),
+                    None,
+                    "waiting".to_owned(),
+                    None,
+                    slot.restarts.load(Ordering::Acquire) as i32,
+                    Some("no free slot for a background worker".to_owned()),
+                ));
                 continue;
             }
             let state = slot.state.load(Ordering::Relaxed) as usize;
@@ -90,7 +104,7 @@ fn workers() -> std::result::Result<
                 None
             };
             rows.push((
-                pid,
+                Some(pid),
                 relation::database_name(database),
                 "resident".to_owned(),
                 None,
@@ -103,7 +117,7 @@ fn workers() -> std::result::Result<
     }
     rows.extend(job::tasks()?.into_iter().map(|(pid, database, since)| {
         (
-            pid,
+            Some(pid),
             database,
             "task".to_owned(),
             None,

@@ -54,9 +54,9 @@ impl EngineError {
 
     pub fn hint(&self) -> Option<&str> {
         match self {
-            Self::OutOfMemory => {
-                Some("Raise rakam.memory_limit, or read fewer columns or a shorter time range.")
-            }
+            Self::OutOfMemory => Some(
+                "Raise rakam.memory_limit, read fewer columns or a shorter time range, or run fewer queries at a time.",
+            ),
             Self::FileMissing => Some("Run rakam.check_storage() to see which files are missing."),
             Self::Storage { .. } => Some("Check that the storage can be reached and try again."),
             Self::Host { hint, .. } => hint.as_deref(),

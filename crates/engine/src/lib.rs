@@ -12,6 +12,7 @@ pub mod all;
 pub mod context;
 pub mod error;
 pub mod ir;
+pub mod memory;
 pub mod metrics;
 pub mod scan;
 
@@ -24,5 +25,6 @@ pub use all::{Part, execute_all};
 pub use context::EngineContext;
 pub use error::EngineError;
 pub use ir::{CmpOp, Expr, ScanPlan};
+pub use memory::{Budget, BudgetPool};
 pub use metrics::ScanMetrics;
 pub use scan::{Broker, ChunkRef, FileRef, ScanInput, ScanStream, execute};
