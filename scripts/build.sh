@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$RAKAM_ROOT"
 
 major=$(pg_major)
-package=$RAKAM_CACHE/package/$RAKAM_PROFILE-pg$major
+package=$(mktemp -d "$RAKAM_CACHE/package.XXXXXX")
+trap 'rm -rf "$package"' EXIT
 prefix=$(server_prefix "$RAKAM_PROFILE")/usr
 
 # place FILE FOLDER: by way of a new file and a rename, because the old one may be mapped by a running server; left alone
@@ -24,7 +25,6 @@ flags=()
 [ "$RAKAM_PROFILE" = release ] || flags+=(--debug)
 say "building rakam for PostgreSQL $major ($RAKAM_PROFILE; the first time compiles for about $([ "$RAKAM_PROFILE" = release ] && echo 20 || echo 6) minutes on two cores)"
 make_server_prefix "$RAKAM_PROFILE"
-rm -rf "$package"
 cargo pgrx package --pg-config "$(pg_config_system "$major")" --out-dir "$package" "${flags[@]}"
 
 while IFS= read -r file; do
@@ -33,5 +33,4 @@ while IFS= read -r file; do
     *.sql | *.control) place "$file" "$prefix/share/postgresql/$major/extension" ;;
   esac
 done < <(find "$package" -type f)
-rm -rf "$package"
 say "installed into $prefix"

@@ -30,12 +30,15 @@ BEGIN
   FOREACH t IN ARRAY '{project,api_key}'::text[] LOOP
     EXECUTE pg_catalog.format('CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE
       ON rakam_internal.%I FOR EACH STATEMENT EXECUTE FUNCTION rakam_internal.announce_change()', t);
+    -- Also under session_replication_role = replica, as set by restores and replication.
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ENABLE ALWAYS TRIGGER announce_change', t);
   END LOOP;
 END $$;
 
 -- Schema versions change more often than names, and are not cached.
 CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OF collection_id, project_id, name OR DELETE OR TRUNCATE
   ON rakam_internal.collection FOR EACH STATEMENT EXECUTE FUNCTION rakam_internal.announce_change();
+ALTER TABLE rakam_internal.collection ENABLE ALWAYS TRIGGER announce_change;
 
 -- Where the inbox is digested up to: transaction ids, nothing of a project.
 GRANT SELECT ON rakam_internal.inbox_tick, rakam_internal.inbox_state TO PUBLIC;

@@ -18,6 +18,12 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def reaped_cpu_s(pid: int) -> float:
+    """The same of the children of a process that have ended: of a postmaster, its finished workers and sessions."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[13]) + int(fields[14])) / TICKS
+
+
 def wakeups(pid: int) -> int:
     """Voluntary context switches of all threads: how often something slept and was woken."""
     total = 0

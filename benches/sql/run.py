@@ -22,7 +22,7 @@ import duckdb  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
-from measure import Table, cpu_s, interleaved, wakeups, wall_s  # noqa: E402
+from measure import Table, cpu_s, interleaved, reaped_cpu_s, wakeups, wall_s  # noqa: E402
 
 CHAPTERS = ["collect", "batch", "size", "scan", "floor", "idle"]
 CLICKS = 120_000
@@ -136,23 +136,22 @@ class Bench:
         events_before = self.db.one("SELECT count(*) FROM batched.departure")
         cost = interleaved(self.repetitions, text=lambda: send("text"), jsonb=lambda: send("jsonb"), copy=copy)
         self.db.tick()
-        digested = self.workers_cpu() - workers_before
+        digest = self.workers_cpu() - workers_before
         events = self.db.one("SELECT count(*) FROM batched.departure") - events_before
-        session_cpu = cpu_s(self.db.admin.info.backend_pid)
-        began = self.workers_cpu()
+        workers_before = self.workers_cpu()
         self.db.flush("batched")
-        flushed = self.workers_cpu() - began + cpu_s(self.db.admin.info.backend_pid) - session_cpu
+        flush = self.workers_cpu() - workers_before
         for kind, goal in (("text", "≥ 1"), ("jsonb", "≥ 0.6")):
             self.table.add(
                 f"collect_batch {kind}, {BATCH} events a call, backend CPU per event (speed ratio)",
                 f"{cost[kind]:.1f} µs", f"COPY typed {cost['copy']:.1f} µs", cost["copy"] / cost[kind], goal,
             )  # fmt: skip
-        self.table.add("digest and merge, worker CPU per event", f"{digested / events * 1e6:.1f} µs", "", None, "")
-        if flushed > 0:
-            self.table.add("called flush, resident worker CPU per event", f"{flushed / events * 1e6:.1f} µs", "", None, "")
+        for what, cpu in (("digest and merge", digest), ("flush", flush)):
+            self.table.add(f"{what}, worker CPU per event", f"{cpu / events * 1e6:.1f} µs", "", None, "")
 
     def workers_cpu(self) -> float:
-        return sum(cpu_s(pid) for pid in self.workers())
+        """CPU of the resident worker, and of the task workers that have ended since the server started."""
+        return sum(cpu_s(pid) for pid in self.workers()) + reaped_cpu_s(self.cluster.pid)
 
     def workers(self) -> list[int]:
         return [pid for pid, title in self.cluster.processes().items() if "rakam" in title]

@@ -20,6 +20,7 @@ from harness.database import Database, collect, wait_until
 RUNS = int(os.environ.get("RAKAM_CRASH_RUNS", "3"))
 CLIENTS = 8
 SECONDS = 3.0
+KILLS = 3
 
 
 class Client(threading.Thread):
@@ -120,7 +121,7 @@ def test_kill_under_load(private_cluster, seed, run):
         client.start()
     deadline = time.monotonic() + SECONDS
     killed = Counter()
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or killed.total() < KILLS:
         time.sleep(rng.uniform(0.2, 1.0))
         killed[kill_something(cluster, db, clients, rng)] += 1
         if rng.random() < 0.5:

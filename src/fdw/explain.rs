@@ -80,11 +80,39 @@ unsafe fn conditions(
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
     let done = &state.done;
     let (skipped, metrics) = (&done.skipped, &done.metrics);
+    // SAFETY: EXPLAIN's own structure.
+    if unsafe { (*es).format } == pg_sys::ExplainFormat::EXPLAIN_FORMAT_TEXT {
+        let files = format!(
+            "{} read, {} skipped by period, {} skipped by statistics",
+            metrics.files_opened, skipped.files_by_period, skipped.files_by_statistics
+        );
+        let row_groups = format!(
+            "{} read, {} skipped by statistics, {} skipped by bloom filter; {} pages skipped",
+            metrics.row_groups_read,
+            metrics.row_groups_pruned_by_stats,
+            metrics.row_groups_pruned_by_bloom,
+            metrics.pages_pruned
+        );
+        let inbox = format!(
+            "{} entries read, {} events",
+            done.inbox_rows, metrics.tail_rows
+        );
+        if skipped.files > 0 {
+            text(c"Files", &files, es);
+        }
+        if metrics.files_opened > 0 {
+            text(c"Row Groups", &row_groups, es);
+            integer(c"Bytes Read", metrics.bytes_read as i64, es);
+        }
+        text(c"Chunks", &format!("{} read", metrics.chunks_read), es);
+        text(c"Inbox", &inbox, es);
+        return;
+    }
     for (label, value) in [
         (c"Files", skipped.files),
+        (c"Files Read", metrics.files_opened as i64),
         (c"Files Skipped by Period", skipped.files_by_period),
         (c"Files Skipped by Statistics", skipped.files_by_statistics),
-        (c"Files Opened", metrics.files_opened as i64),
         (c"Row Groups Read", metrics.row_groups_read as i64),
         (
             c"Row Groups Skipped by Statistics",
@@ -97,8 +125,8 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
         (c"Pages Skipped", metrics.pages_pruned as i64),
         (c"Bytes Read", metrics.bytes_read as i64),
         (c"Chunks Read", metrics.chunks_read as i64),
-        (c"Inbox Rows", done.inbox_rows as i64),
-        (c"Inbox Events", metrics.tail_rows as i64),
+        (c"Inbox Entries Read", done.inbox_rows as i64),
+        (c"Inbox Events Read", metrics.tail_rows as i64),
     ] {
         integer(label, value, es);
     }

@@ -2,7 +2,6 @@
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{pg_extern, pg_sys};
-use rakam_lake::LakeError;
 use rakam_lake::storage::StorageUrl;
 
 use super::node;
@@ -96,7 +95,7 @@ fn validate(options: &[(&str, &str)], catalog: pg_sys::Oid) -> Result<()> {
 
 /// The address of a storage server: what it may be, and who may name it.
 fn storage_url(url: &str) -> Result<()> {
-    let url = StorageUrl::parse(url).map_err(lake_error)?;
+    let url = StorageUrl::parse(url)?;
     let user = security::current_user();
     if !security::is_server_admin(user) {
         return Err(
@@ -125,13 +124,4 @@ fn known(options: &[(&str, &str)], valid: &[&str]) -> Result<()> {
         format!("Valid options in this context are: {}.", valid.join(", "))
     };
     Err(PgError::new("HV00D", format!("invalid option \"{name}\"")).hint(hint))
-}
-
-/// An error of the lake as it leaves to the client.
-pub(super) fn lake_error(error: LakeError) -> PgError {
-    let answer = PgError::new(error.sqlstate(), error.to_string());
-    match error.hint() {
-        Some(hint) => answer.hint(hint),
-        None => answer,
-    }
 }

@@ -4,7 +4,6 @@ use std::fmt::Write;
 
 use pgrx::{FromDatum, pg_sys};
 use rakam_event::json;
-use rakam_event::names;
 use rakam_event::schema::{EXTRA, RECEIVED_AT, TIME};
 use rakam_event::time::{self, MAX_TIME_US, MIN_TIME_US};
 use rakam_event::types::FieldType;
@@ -100,12 +99,10 @@ pub unsafe fn event(
         }
     }
     if let Some(extra) = extra {
-        let is_set = |name: &str| {
-            targets
-                .iter()
-                .any(|target| target.name == name && value(target).is_some())
-        };
-        merge_extra(&extra, is_set, &mut object)?;
+        if json::kind(&extra) != json::Kind::Object {
+            return Err(PgError::new("22023", "\"_extra\" must be an object"));
+        }
+        object.key(EXTRA).push_str(&extra);
     }
     event.json = object.finish();
     Ok(event)
@@ -132,30 +129,6 @@ impl Object {
     fn finish(mut self) -> String {
         self.0.push('}');
         self.0
-    }
-}
-
-/// The members of `_extra` become properties of the event; one that a column of the row has too cannot.
-fn merge_extra(extra: &str, is_set: impl Fn(&str) -> bool, object: &mut Object) -> Result<()> {
-    if json::kind(extra) != json::Kind::Object {
-        return Err(PgError::new("22023", "\"_extra\" must be an object"));
-    }
-    let mut clash = None;
-    json::object_entries(extra, |key, raw| {
-        let name = names::field_name(key);
-        if is_set(&name) {
-            clash = Some(name.into_owned());
-        } else {
-            object.key(key).push_str(raw);
-        }
-    })
-    .map_err(PgError::from)?;
-    match clash {
-        None => Ok(()),
-        Some(name) => Err(PgError::new(
-            "22023",
-            format!("\"_extra\" has a value for column \"{name}\", which has one already"),
-        )),
     }
 }
 

@@ -91,13 +91,16 @@ fn look_up(name: &CStr, left: pg_sys::Oid, right: pg_sys::Oid) -> pg_sys::Oid {
     }
 }
 
+/// Collation "POSIX"; the server has no name for it from 18 on.
+const POSIX_COLLATION: u32 = 951;
+
 /// Whether text compares under this collation as the engine compares it.
 pub fn collation_fits(op: CmpOp, collation: pg_sys::Oid) -> bool {
     match op {
         CmpOp::Eq | CmpOp::Ne => is_deterministic(collation),
         // By bytes.
         CmpOp::Lt | CmpOp::Le | CmpOp::Gt | CmpOp::Ge => {
-            collation == pg_sys::C_COLLATION_OID || collation == pg_sys::POSIX_COLLATION_OID
+            collation == pg_sys::C_COLLATION_OID || collation == pg_sys::Oid::from(POSIX_COLLATION)
         }
     }
 }

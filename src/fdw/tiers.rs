@@ -20,7 +20,7 @@ use rakam_lake::storage::{DirectoryStorage, StorageUrl};
 
 use super::broker::{Message, ObjectSource};
 use super::columns::Column;
-use super::options::{TableOptions, lake_error};
+use super::options::TableOptions;
 use crate::catalog::inbox::{self, Tick};
 use crate::catalog::manifest::{self, FileRow};
 use crate::catalog::registry::{self, Collection};
@@ -269,7 +269,7 @@ impl Stores {
             "local" => None,
             _ => {
                 let url = storage.url.as_deref().ok_or_else(missing)?;
-                let url = StorageUrl::parse(url).map_err(lake_error)?;
+                let url = StorageUrl::parse(url)?;
                 let reader = DirectoryStorage::new(&url).reader().map_err(|_| {
                     // The cause names the directory, which a tenant need not know.
                     PgError::new(

@@ -4,7 +4,7 @@ use arrow::array::RecordBatch;
 use rakam_lake::chunk;
 
 use crate::catalog::manifest::{self, NewChunk};
-use crate::pg::{PgError, Result, failpoint};
+use crate::pg::{Result, failpoint};
 
 /// Where a batch belongs.
 #[derive(Debug, Clone, Copy)]
@@ -21,8 +21,8 @@ pub fn append(target: Target, batch: &RecordBatch) -> Result<()> {
     if batch.num_rows() == 0 {
         return Ok(());
     }
-    let info = chunk::info(batch).map_err(lake_error)?;
-    let data = chunk::encode(batch, target.schema_version).map_err(lake_error)?;
+    let info = chunk::info(batch)?;
+    let data = chunk::encode(batch, target.schema_version)?;
     failpoint::hit("append.before_insert");
     manifest::add_chunk(&NewChunk {
         project_id: target.project_id,
@@ -32,18 +32,4 @@ pub fn append(target: Target, batch: &RecordBatch) -> Result<()> {
         info: &info,
         data: &data,
     })
-}
-
-/// An error of the lake crate in the form of this layer.
-pub fn lake_error(error: rakam_lake::error::LakeError) -> PgError {
-    let mut out = PgError::new(error.sqlstate(), error.to_string());
-    out.hint = error.hint();
-    out
-}
-
-/// An error of the event crate in the form of this layer.
-pub fn event_error(error: rakam_event::error::EventError) -> PgError {
-    let mut out = PgError::new(error.sqlstate(), error.to_string());
-    out.hint = error.hint().map(Into::into);
-    out
 }

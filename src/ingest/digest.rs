@@ -19,7 +19,7 @@ use rakam_event::error::EventError;
 use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
-use super::append::{Target, append, event_error};
+use super::append::{Target, append};
 use crate::catalog::inbox::{self, Backlog, TailRow, Tick};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::catalog::invalid;
@@ -277,7 +277,7 @@ struct Making {
 
 impl Making {
     fn builder(schema: &Schema) -> Result<BatchBuilder> {
-        BatchBuilder::new(schema, Layout::Stored, &limits()).map_err(event_error)
+        Ok(BatchBuilder::new(schema, Layout::Stored, &limits())?)
     }
 
     fn stamp(&self, row: &TailRow) -> EventStamp {
@@ -291,7 +291,7 @@ impl Making {
         if done.rows() == 0 {
             return Ok(());
         }
-        let built = done.finish().map_err(event_error)?;
+        let built = done.finish()?;
         append(
             Target {
                 project_id: self.project.id,

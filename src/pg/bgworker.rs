@@ -120,6 +120,22 @@ impl Handle {
     }
 }
 
+/// What ALTER DATABASE and ALTER ROLE may have set for everybody, and would change what a worker does, as autovacuum
+/// pins its own.
+const PINNED: [(&CStr, &CStr); 11] = [
+    (c"default_transaction_isolation", c"read committed"),
+    (c"default_transaction_read_only", c"off"),
+    (c"default_transaction_deferrable", c"off"),
+    (c"statement_timeout", c"0"),
+    (c"lock_timeout", c"0"),
+    (c"idle_in_transaction_session_timeout", c"0"),
+    (c"session_replication_role", c"origin"),
+    (c"row_security", c"on"),
+    (c"transform_null_equals", c"off"),
+    (c"TimeZone", c"UTC"),
+    (c"DateStyle", c"ISO"),
+];
+
 /// First thing in a worker's main function: signals, then the database (None: shared catalogs only), as the
 /// bootstrap superuser.
 pub fn begin(database: Option<pg_sys::Oid>) {
@@ -138,6 +154,14 @@ pub fn begin(database: Option<pg_sys::Oid>) {
                 std::ptr::null(),
                 0,
             ),
+        }
+        for (name, value) in PINNED {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
         }
     }
 }

@@ -45,7 +45,7 @@ impl Block {
     pub fn attach(number: u32) -> Option<Self> {
         // SAFETY: null for an unknown handle.
         let segment = unsafe { pg_sys::dsm_attach(number) };
-        (!segment.is_null()).then_some(Self(segment))
+        (!segment.is_null()).then(|| Self(segment))
     }
 
     /// Keeps the mapping to the end of the process.

@@ -2,7 +2,7 @@
 
 use pgrx::pg_sys::errcodes::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgLogLevel, function_name};
+use pgrx::{PgLogLevel, function_name, pg_sys};
 
 /// What a client sees of an error: SQLSTATE, message, detail, hint in the wording of Postgres.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +76,27 @@ impl PgError {
         self.report().report(PgLogLevel::NOTICE);
     }
 
+    /// As [`Self::notice`] from within the script of CREATE EXTENSION, which Postgres runs with
+    /// `client_min_messages` at `warning`.
+    pub fn notice_of_script(self) {
+        // SAFETY: a GUC nest level around one report, closed right after it.
+        unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            pg_sys::set_config_option(
+                c"client_min_messages".as_ptr(),
+                c"notice".as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+                pg_sys::GucAction::GUC_ACTION_SAVE,
+                true,
+                0,
+                false,
+            );
+            self.notice();
+            pg_sys::AtEOXact_GUC(true, level);
+        }
+    }
+
     /// Written to the server log only.
     pub fn log(self) {
         self.report().report(PgLogLevel::LOG);
@@ -92,6 +113,14 @@ impl From<rakam_event::error::EventError> for PgError {
     fn from(error: rakam_event::error::EventError) -> Self {
         let mut out = Self::new(error.sqlstate(), error.to_string());
         out.hint = error.hint().map(Into::into);
+        out
+    }
+}
+
+impl From<rakam_lake::error::LakeError> for PgError {
+    fn from(error: rakam_lake::error::LakeError) -> Self {
+        let mut out = Self::new(error.sqlstate(), error.to_string());
+        out.hint = error.hint();
         out
     }
 }
@@ -127,46 +156,42 @@ impl<T> OrRaise<T> for Result<T> {
     }
 }
 
-/// The SQLSTATEs that rakam raises (SPEC §20), as the enum that pgrx wants.
+/// A SQLSTATE as the enum that pgrx wants; one that Postgres does not know is XX000.
 fn code(sqlstate: &str) -> PgSqlErrorCode {
+    if sqlstate.len() != 5 {
+        return PgSqlErrorCode::ERRCODE_INTERNAL_ERROR;
+    }
+    // Postgres packs six bits of each character, the first one lowest.
+    let packed = sqlstate.bytes().rev().fold(0, |packed, byte| {
+        (packed << 6) | i32::from(byte.wrapping_sub(b'0') & 0x3f)
+    });
+    PgSqlErrorCode::from(packed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
     use PgSqlErrorCode as E;
-    match sqlstate {
-        "08000" => E::ERRCODE_CONNECTION_EXCEPTION,
-        "0A000" => E::ERRCODE_FEATURE_NOT_SUPPORTED,
-        "01000" => E::ERRCODE_WARNING,
-        "00000" => E::ERRCODE_SUCCESSFUL_COMPLETION,
-        "22003" => E::ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
-        "22004" => E::ERRCODE_NULL_VALUE_NOT_ALLOWED,
-        "22007" => E::ERRCODE_INVALID_DATETIME_FORMAT,
-        "22008" => E::ERRCODE_DATETIME_FIELD_OVERFLOW,
-        "22021" => E::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
-        "22023" => E::ERRCODE_INVALID_PARAMETER_VALUE,
-        "22P02" => E::ERRCODE_INVALID_TEXT_REPRESENTATION,
-        "22P05" => E::ERRCODE_UNTRANSLATABLE_CHARACTER,
-        "25006" => E::ERRCODE_READ_ONLY_SQL_TRANSACTION,
-        "28000" => E::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-        "40001" => E::ERRCODE_T_R_SERIALIZATION_FAILURE,
-        "42501" => E::ERRCODE_INSUFFICIENT_PRIVILEGE,
-        "42602" => E::ERRCODE_INVALID_NAME,
-        "42703" => E::ERRCODE_UNDEFINED_COLUMN,
-        "42704" => E::ERRCODE_UNDEFINED_OBJECT,
-        "42710" => E::ERRCODE_DUPLICATE_OBJECT,
-        "42804" => E::ERRCODE_DATATYPE_MISMATCH,
-        "42809" => E::ERRCODE_WRONG_OBJECT_TYPE,
-        "42939" => E::ERRCODE_RESERVED_NAME,
-        "53000" => E::ERRCODE_INSUFFICIENT_RESOURCES,
-        "53100" => E::ERRCODE_DISK_FULL,
-        "53200" => E::ERRCODE_OUT_OF_MEMORY,
-        "53400" => E::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
-        "54000" => E::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-        "55000" => E::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-        "55P03" => E::ERRCODE_LOCK_NOT_AVAILABLE,
-        "57014" => E::ERRCODE_QUERY_CANCELED,
-        "58030" => E::ERRCODE_IO_ERROR,
-        "58P01" => E::ERRCODE_UNDEFINED_FILE,
-        "HV000" => E::ERRCODE_FDW_ERROR,
-        "HV00D" => E::ERRCODE_FDW_INVALID_OPTION_NAME,
-        "HV00J" => E::ERRCODE_FDW_OPTION_NAME_NOT_FOUND,
-        _ => E::ERRCODE_INTERNAL_ERROR,
+
+    #[test]
+    fn every_sqlstate_keeps_its_code() {
+        for (sqlstate, expected) in [
+            ("00000", E::ERRCODE_SUCCESSFUL_COMPLETION),
+            ("22P02", E::ERRCODE_INVALID_TEXT_REPRESENTATION),
+            ("28000", E::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
+            ("40P01", E::ERRCODE_T_R_DEADLOCK_DETECTED),
+            ("42501", E::ERRCODE_INSUFFICIENT_PRIVILEGE),
+            ("42939", E::ERRCODE_RESERVED_NAME),
+            ("53200", E::ERRCODE_OUT_OF_MEMORY),
+            ("57P01", E::ERRCODE_ADMIN_SHUTDOWN),
+            ("58P01", E::ERRCODE_UNDEFINED_FILE),
+            ("HV00D", E::ERRCODE_FDW_INVALID_OPTION_NAME),
+            ("XX001", E::ERRCODE_DATA_CORRUPTED),
+            ("ZZ999", E::ERRCODE_INTERNAL_ERROR),
+            ("", E::ERRCODE_INTERNAL_ERROR),
+            ("42501x", E::ERRCODE_INTERNAL_ERROR),
+        ] {
+            assert_eq!(code(sqlstate) as isize, expected as isize, "{sqlstate}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::time::Duration;
 
-use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
 
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
 static THREADS: GucSetting<i32> = GucSetting::<i32>::new(0);
@@ -65,6 +65,9 @@ pub fn init() {
         &ROLE_PREFIX, GucContext::Suset, plain);
     GucRegistry::define_string_guc(c"rakam.failpoint", c"Makes named points of the code fail, for tests.", c"",
         &FAILPOINT, GucContext::Suset, GucFlags::SUPERUSER_ONLY | GucFlags::NO_SHOW_ALL);
+    // A misspelt setting is an error, not one more variable that nobody reads.
+    // SAFETY: NUL-terminated text, copied; on the main thread, while the library is loaded.
+    unsafe { pg_sys::MarkGUCPrefixReserved(c"rakam".as_ptr()) };
 }
 
 fn int(

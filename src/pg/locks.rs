@@ -59,7 +59,7 @@ pub struct SessionLock(LockOn);
 impl SessionLock {
     /// None: somebody else has it.
     pub fn try_take(on: LockOn) -> Option<Self> {
-        acquire(on, true, true).then_some(Self(on))
+        acquire(on, true, true).then(|| Self(on))
     }
 
     /// Waits for it (cancellable).

@@ -28,6 +28,9 @@ pub fn schema_exists(name: &str) -> bool {
     unsafe { pg_sys::get_namespace_oid(name.as_ptr(), true) != pg_sys::InvalidOid }
 }
 
+/// `datconnlimit` of a database whose DROP was interrupted: nobody can connect to it any more.
+const INVALID_DATABASE: i32 = -2;
+
 /// The databases that take connections, from the shared catalog: works without a database of one's own.
 pub fn databases() -> Vec<pg_sys::Oid> {
     let mut found = Vec::new();
@@ -41,7 +44,7 @@ pub fn databases() -> Vec<pg_sys::Oid> {
                 break;
             }
             let row = pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database;
-            if (*row).datallowconn {
+            if (*row).datallowconn && (*row).datconnlimit != INVALID_DATABASE {
                 found.push((*row).oid);
             }
         }
@@ -49,6 +52,23 @@ pub fn databases() -> Vec<pg_sys::Oid> {
         pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
     }
     found
+}
+
+/// Whether a database may be copied by everybody with CREATEDB.
+pub fn is_template(database: pg_sys::Oid) -> bool {
+    // SAFETY: syscache look-up by oid; the tuple is released before returning.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::DATABASEOID as i32,
+            pg_sys::Datum::from(database),
+        );
+        if tuple.is_null() {
+            return false;
+        }
+        let template = (*(pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database)).datistemplate;
+        pg_sys::ReleaseSysCache(tuple);
+        template
+    }
 }
 
 /// The name of a database.

@@ -57,6 +57,23 @@ pub fn is_superuser(user: pg_sys::Oid) -> bool {
     unsafe { pg_sys::superuser_arg(user) }
 }
 
+/// Whether `user` has the attribute CREATEDB.
+pub fn may_create_databases(user: pg_sys::Oid) -> bool {
+    // SAFETY: syscache look-up by oid; the tuple is released before returning.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::AUTHOID as i32,
+            pg_sys::Datum::from(user),
+        );
+        if tuple.is_null() {
+            return false;
+        }
+        let may = (*(pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_authid)).rolcreatedb;
+        pg_sys::ReleaseSysCache(tuple);
+        may
+    }
+}
+
 /// The role `rakam_admin`, if it exists.
 pub fn admin_role() -> pg_sys::Oid {
     role_named("rakam_admin").unwrap_or(pg_sys::InvalidOid)

@@ -2,6 +2,8 @@
 
 use pgrx::pg_sys;
 
+use super::error::PgError;
+
 /// A snapshot that stays valid while its owner (an executor state, or a [`Registered`]) lives.
 #[derive(Clone, Copy)]
 pub struct Snapshot(pg_sys::Snapshot);
@@ -13,14 +15,23 @@ impl Snapshot {
         Self(ptr)
     }
 
-    /// The active snapshot of the running statement.
+    /// The active snapshot of the running statement; an error where there is none.
     pub fn active() -> Self {
-        // SAFETY: inside a statement there is an active snapshot; without one Postgres raises an error.
-        Self(unsafe { pg_sys::GetActiveSnapshot() })
+        Self(active())
     }
 
     pub fn as_ptr(self) -> pg_sys::Snapshot {
         self.0
+    }
+}
+
+fn active() -> pg_sys::Snapshot {
+    // SAFETY: asked first, because GetActiveSnapshot follows a null pointer where there is none.
+    unsafe {
+        if !pg_sys::ActiveSnapshotSet() {
+            PgError::internal("no snapshot is active").raise();
+        }
+        pg_sys::GetActiveSnapshot()
     }
 }
 
@@ -43,7 +54,7 @@ impl Registered {
     /// The current statement's snapshot, kept beyond it.
     pub fn active() -> Self {
         // SAFETY: as above.
-        Self(unsafe { pg_sys::RegisterSnapshot(pg_sys::GetActiveSnapshot()) })
+        Self(unsafe { pg_sys::RegisterSnapshot(active()) })
     }
 
     pub fn get(&self) -> Snapshot {

@@ -118,8 +118,14 @@ impl Row {
     }
 }
 
+/// A saved plan, and the types its arguments were prepared with.
+struct Plan {
+    saved: pg_sys::SPIPlanPtr,
+    types: Vec<pg_sys::Oid>,
+}
+
 thread_local! {
-    static PLANS: RefCell<HashMap<&'static str, pg_sys::SPIPlanPtr>> = RefCell::new(HashMap::new());
+    static PLANS: RefCell<HashMap<&'static str, Plan>> = RefCell::new(HashMap::new());
 }
 
 /// Which snapshot a statement sees.
@@ -245,20 +251,30 @@ pub fn quote_literal(value: &str) -> String {
 }
 
 fn plan(sql: &'static str, args: &[Arg]) -> pg_sys::SPIPlanPtr {
-    if let Some(plan) = PLANS.with_borrow(|plans| plans.get(sql).copied()) {
+    let found = PLANS.with_borrow(|plans| {
+        plans.get(sql).map(|plan| {
+            // With another type a value would be taken for a pointer.
+            assert!(
+                plan.types.iter().copied().eq(args.iter().map(|a| a.0)),
+                "a SQL text of ours is run with one list of argument types"
+            );
+            plan.saved
+        })
+    });
+    if let Some(plan) = found {
         return plan;
     }
     let text = CString::new(sql).expect("SQL texts of ours have no NUL byte");
     let mut types: Vec<pg_sys::Oid> = args.iter().map(|a| a.0).collect();
     // SAFETY: connected to SPI; SPI_keepplan moves the plan to permanent memory.
-    let plan = unsafe {
+    let saved = unsafe {
         let plan = pg_sys::SPI_prepare(text.as_ptr(), types.len() as i32, types.as_mut_ptr());
         assert!(!plan.is_null(), "SPI_prepare accepts the SQL texts of ours");
         pg_sys::SPI_keepplan(plan);
         plan
     };
-    PLANS.with_borrow_mut(|plans| plans.insert(sql, plan));
-    plan
+    PLANS.with_borrow_mut(|plans| plans.insert(sql, Plan { saved, types }));
+    saved
 }
 
 /// SPI connection as a guard. While an error unwinds, the transaction's own cleanup closes it.

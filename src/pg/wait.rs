@@ -51,7 +51,8 @@ pub fn wait(waker: Option<&Waker>, timeout: Duration) {
             pg_sys::MyLatch,
             events as i32,
             socket,
-            timeout.as_millis().min(i64::MAX as u128) as std::ffi::c_long,
+            // More than fits an int would end at once.
+            timeout.as_millis().min(i32::MAX as u128) as std::ffi::c_long,
             pg_sys::PG_WAIT_EXTENSION,
         )
     };

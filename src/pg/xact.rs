@@ -52,11 +52,20 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
             }
         }
     };
-    catch(body).unwrap_or_else(|error| {
+    let outcome = catch(body).unwrap_or_else(|error| {
         // SAFETY: the error has been taken over as a value; the transaction is rolled back.
         unsafe { pg_sys::AbortCurrentTransaction() };
         Err(Failure::Error(error))
-    })
+    });
+    report_statistics();
+    outcome
+}
+
+/// Tells the statistics what the last transactions wrote and deleted, as a backend does when it becomes idle: else
+/// autovacuum would not learn of a worker's dead rows before the worker ends.
+fn report_statistics() {
+    // SAFETY: outside of any transaction; without force it does something once a second at most.
+    unsafe { pg_sys::pgstat_report_stat(false) };
 }
 
 /// Runs `work` in a transaction of a worker that has no database with the extension (the launcher). An error is

@@ -17,7 +17,6 @@ use uuid::Uuid;
 
 use crate::catalog::manifest::{self, NewFile, StorageRow};
 use crate::catalog::registry::{self, Collection, ProjectRow};
-use crate::ingest::append::lake_error;
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -93,7 +92,7 @@ fn step(collection_id: i32, last: i64) -> std::result::Result<Option<Flushed>, F
             wait::check_interrupts();
             directory
                 .put(&output.path, &output.file.sink)
-                .map_err(|e| Failure::Error(lake_error(e)))?;
+                .map_err(|e| Failure::Error(e.into()))?;
         }
     }
     failpoint::hit("flush.after_upload");
@@ -112,7 +111,7 @@ pub fn directory(storage: &StorageRow) -> Result<Option<DirectoryStorage>> {
         )
         .hint("Its foreign server must exist and have the option url.")
     })?;
-    let url = StorageUrl::parse(url).map_err(lake_error)?;
+    let url = StorageUrl::parse(url)?;
     Ok(Some(DirectoryStorage::new(&url)))
 }
 
@@ -139,8 +138,8 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
         bytes += i64::from(chunk.bytes);
         let data = manifest::chunk_data(view, chunk.chunk_id)?
             .ok_or_else(|| PgError::internal("a chunk vanished under the collection's job lock"))?;
-        let batch = chunk::decode(data.into()).map_err(lake_error)?;
-        batches.push(chunk::conform(&batch, &schema.arrow()).map_err(lake_error)?);
+        let batch = chunk::decode(data.into())?;
+        batches.push(chunk::conform(&batch, &schema.arrow())?);
         chunk_ids.push(chunk.chunk_id);
     }
     if chunk_ids.is_empty() {
@@ -179,7 +178,7 @@ fn write_files(
 ) -> Result<Vec<Output>> {
     let mut counts = BTreeMap::new();
     for batch in batches {
-        count_days(batch, &mut counts).map_err(lake_error)?;
+        count_days(batch, &mut counts)?;
     }
     let plan = period::plan(&counts, guc::min_file_events());
     let target = guc::target_file_bytes() as u64;
@@ -203,13 +202,13 @@ fn write_files(
             outputs.push(Output {
                 path,
                 period: *period,
-                file: writer.finish().map_err(lake_error)?,
+                file: writer.finish()?,
             });
             Ok(())
         };
         let mut writer = FileWriter::new(schema, &options, Vec::new());
         let mut rows = 0;
-        for batch in SortedRows::of_file(batches, BATCH_ROWS, &plan, index).map_err(lake_error)? {
+        for batch in SortedRows::of_file(batches, BATCH_ROWS, &plan, index)? {
             wait::check_interrupts();
             if writer.estimated_bytes() >= target {
                 finish(std::mem::replace(
@@ -218,9 +217,9 @@ fn write_files(
                 ))?;
                 rows = 0;
             }
-            let batch = batch.map_err(lake_error)?;
+            let batch = batch?;
             rows += batch.num_rows();
-            writer.write(&batch).map_err(lake_error)?;
+            writer.write(&batch)?;
         }
         if rows > 0 {
             finish(writer)?;

@@ -7,7 +7,6 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{Result, failpoint, guc, relation, wait};
 use crate::tiers::flush;
-use crate::ingest::append::lake_error;
 
 /// Collects garbage; returns the number of objects deleted.
 pub fn run() -> std::result::Result<u64, Failure> {
@@ -54,7 +53,7 @@ fn delete_object(storage_id: i32, path: &str) -> std::result::Result<(), Failure
         Some(directory) => {
             directory
                 .delete(path)
-                .map_err(|e| Failure::Error(lake_error(e)))?;
+                .map_err(|e| Failure::Error(e.into()))?;
         }
         None => {
             xact::worker(|| -> Result<bool> { manifest::delete_object(path) })?;

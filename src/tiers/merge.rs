@@ -6,7 +6,7 @@ use rakam_lake::chunk;
 
 use crate::catalog::manifest::{self, ChunkRow};
 use crate::catalog::registry;
-use crate::ingest::append::{Target, append, lake_error};
+use crate::ingest::append::{Target, append};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -46,9 +46,9 @@ fn one(collection_id: i32) -> Result<bool> {
         wait::check_interrupts();
         let data = manifest::chunk_data(View::Current, input.chunk_id)?
             .ok_or_else(|| PgError::internal("a chunk vanished under the collection's job lock"))?;
-        batches.push(chunk::decode(data.into()).map_err(lake_error)?);
+        batches.push(chunk::decode(data.into())?);
     }
-    let merged = chunk::merge(&batches, schema.arrow()).map_err(lake_error)?;
+    let merged = chunk::merge(&batches, schema.arrow())?;
     append(
         Target {
             project_id: collection.project_id,

@@ -11,7 +11,6 @@ use serde_json::json;
 use super::task::{self, Scope, Task};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::{manifest, registry};
-use crate::ingest::append::event_error;
 use crate::ingest::digest::{self, When};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -68,8 +67,7 @@ fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
     };
     let collection = collection
         .map(CollectionName::parse)
-        .transpose()
-        .map_err(event_error)?
+        .transpose()?
         .map(|name| name.as_str().to_owned());
     if let (Some(name), Some([project_id])) = (&collection, projects.as_deref())
         && projects::collection_id(*project_id, name)? == 0
@@ -95,7 +93,7 @@ fn create_collection(
     collection: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
     let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-    let name = CollectionName::parse(not_null(collection, "collection")?).map_err(event_error)?;
+    let name = collection_name(collection)?;
     task::run(&Task::CreateCollection {
         project_id: project.id,
         name: name.as_str().to_owned(),
@@ -115,7 +113,7 @@ fn add_field(
     type_name: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
     let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-    let name = CollectionName::parse(not_null(collection, "collection")?).map_err(event_error)?;
+    let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
     if !names::can_be_column(&field) {
         return Err(PgError::new("42602", format!("field name \"{field}\" cannot be a column"))
@@ -130,6 +128,11 @@ fn add_field(
         ty: ty.to_string(),
     })?;
     Ok(())
+}
+
+/// The argument `collection`, as a name.
+fn collection_name(collection: Option<&str>) -> Result<CollectionName> {
+    Ok(CollectionName::parse(not_null(collection, "collection")?)?)
 }
 
 /// A type as in CREATE TABLE that a field may have.

@@ -26,7 +26,7 @@ fn installed() {
             "Call rakam.tick() now and then, or set shared_preload_libraries = 'rakam' and restart the server: then \
              digests, flushes and new columns happen by themselves, and memory is bounded for the whole server.",
         )
-        .notice();
+        .notice_of_script();
     }
 }
 

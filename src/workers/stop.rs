@@ -1,5 +1,5 @@
-//! DROP DATABASE and CREATE DATABASE … TEMPLATE need a database without connections: the resident worker leaves first.
-//! If the statement then fails, the launcher starts it again.
+//! DROP DATABASE, CREATE DATABASE (its template), ALTER DATABASE … RENAME and … SET TABLESPACE need a database without
+//! connections: the resident worker leaves first. Afterwards, or if the statement fails, the launcher starts it again.
 
 use std::ffi::CStr;
 use std::sync::atomic::Ordering;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::{pg_guard, pg_sys};
 
-use crate::pg::{shared, wait, xact};
+use crate::pg::{relation, security, shared, wait, xact};
 
 static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
 
@@ -35,31 +35,28 @@ unsafe extern "C-unwind" fn process_utility(
     unsafe {
         let node = (*statement).utilityStmt;
         if !node.is_null() {
-            let name = match (*node).type_ {
-                pg_sys::NodeTag::T_DropdbStmt => (*node.cast::<pg_sys::DropdbStmt>()).dbname,
-                pg_sys::NodeTag::T_CreatedbStmt => {
-                    template_of(&*node.cast::<pg_sys::CreatedbStmt>())
-                }
-                _ => std::ptr::null_mut(),
-            };
+            let (name, copied) = needed(node);
             if !name.is_null() {
                 let oid = pg_sys::get_database_oid(name, true);
-                if oid != pg_sys::InvalidOid && may_stop(oid) {
+                if oid != pg_sys::InvalidOid && may_stop(oid, copied) {
                     stop(oid);
                 }
             }
         }
         match PREVIOUS {
-            Some(previous) => previous(
-                statement,
-                query,
-                read_only_tree,
-                context,
-                params,
-                environment,
-                receiver,
-                completion,
-            ),
+            // Not one of the functions that pgrx guards: an error must not jump over this frame.
+            Some(previous) => pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
+                previous(
+                    statement,
+                    query,
+                    read_only_tree,
+                    context,
+                    params,
+                    environment,
+                    receiver,
+                    completion,
+                );
+            }),
             None => pg_sys::standard_ProcessUtility(
                 statement,
                 query,
@@ -74,38 +71,73 @@ unsafe extern "C-unwind" fn process_utility(
     }
 }
 
-/// The template that CREATE DATABASE names, null if none.
+/// The name of the database that the statement needs for itself (null: none), and whether it only copies it.
 ///
 /// # Safety
-/// `statement` must be a live parse node.
-unsafe fn template_of(statement: &pg_sys::CreatedbStmt) -> *mut std::ffi::c_char {
-    // SAFETY: the options are a list of DefElem nodes.
+/// `node` must be a live parse node.
+unsafe fn needed(node: *mut pg_sys::Node) -> (*const std::ffi::c_char, bool) {
+    let none = (std::ptr::null(), false);
+    // SAFETY: the node's tag says its type.
     unsafe {
-        let options = statement.options;
-        if options.is_null() {
-            return std::ptr::null_mut();
-        }
-        for i in 0..(*options).length {
-            let option = (*(*options).elements.add(i as usize)).ptr_value.cast::<pg_sys::DefElem>();
-            if CStr::from_ptr((*option).defname) == c"template" && !(*option).arg.is_null() {
-                return pg_sys::defGetString(option);
+        match (*node).type_ {
+            pg_sys::NodeTag::T_DropdbStmt => {
+                ((*node.cast::<pg_sys::DropdbStmt>()).dbname.cast_const(), false)
             }
+            pg_sys::NodeTag::T_CreatedbStmt => {
+                let options = (*node.cast::<pg_sys::CreatedbStmt>()).options;
+                match option(options, c"template") {
+                    Some(template) if !(*template).arg.is_null() => {
+                        (pg_sys::defGetString(template).cast_const(), true)
+                    }
+                    _ => (c"template1".as_ptr(), true),
+                }
+            }
+            pg_sys::NodeTag::T_AlterDatabaseStmt => {
+                let statement = node.cast::<pg_sys::AlterDatabaseStmt>();
+                match option((*statement).options, c"tablespace") {
+                    Some(_) => ((*statement).dbname.cast_const(), false),
+                    None => none,
+                }
+            }
+            pg_sys::NodeTag::T_RenameStmt => {
+                let statement = node.cast::<pg_sys::RenameStmt>();
+                if (*statement).renameType == pg_sys::ObjectType::OBJECT_DATABASE {
+                    ((*statement).subname.cast_const(), false)
+                } else {
+                    none
+                }
+            }
+            _ => none,
         }
-        std::ptr::null_mut()
     }
 }
 
-/// Only who could drop or copy the database may send its worker away.
-fn may_stop(database: pg_sys::Oid) -> bool {
-    // SAFETY: catalog look-ups by oid.
+/// The option of this name.
+///
+/// # Safety
+/// `options` must be null or a list of DefElem nodes.
+unsafe fn option(options: *mut pg_sys::List, name: &CStr) -> Option<*mut pg_sys::DefElem> {
+    // SAFETY: as the caller promises; a list has `length` elements.
     unsafe {
-        let user = pg_sys::GetUserId();
+        let options = options.as_ref()?;
+        (0..options.length as usize)
+            .map(|i| (*options.elements.add(i)).ptr_value.cast::<pg_sys::DefElem>())
+            .find(|&option| CStr::from_ptr((*option).defname) == name)
+    }
+}
+
+/// Only who could drop or rename the database, or copy it where that is all, may send its worker away.
+fn may_stop(database: pg_sys::Oid, copied: bool) -> bool {
+    let user = security::current_user();
+    // SAFETY: catalog look-up by oid.
+    let owner = unsafe {
         #[cfg(feature = "pg15")]
         let owner = pg_sys::pg_database_ownercheck(database, user);
         #[cfg(not(feature = "pg15"))]
         let owner = pg_sys::object_ownercheck(pg_sys::DatabaseRelationId, database, user);
         owner
-    }
+    };
+    owner || copied && relation::is_template(database) && security::may_create_databases(user)
 }
 
 /// Sends the resident of a database away and waits (shortly) until it is gone.

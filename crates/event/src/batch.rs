@@ -101,6 +101,8 @@ enum Role {
     Unknown,
     /// Into `_extra` as it is.
     Keep,
+    /// An object whose members go into `_extra` as they are: what an INSERT wrote there.
+    Members,
     Skip,
 }
 
@@ -155,7 +157,8 @@ impl BatchBuilder {
                 let column = position(&field.name);
                 match field.name.as_str() {
                     schema::TIME if column.is_some() => Role::Time,
-                    // The server sets these; an event that has them is refused.
+                    schema::EXTRA if extra.is_some() => Role::Members,
+                    // The server sets `_received_at`; an event that has it is refused.
                     schema::TIME | schema::RECEIVED_AT | schema::EXTRA => Role::Skip,
                     _ if !stored && !field.column_ready => match extra {
                         Some(_) => Role::Pending(field.ty),
@@ -247,6 +250,7 @@ impl BatchBuilder {
                         self.keep(sight.slot, raw);
                     }
                 },
+                Role::Members => self.members(raw),
                 Role::Keep => {
                     if let Some(bytes) = self.keep(sight.slot, raw) {
                         let error = self.cut_message(bytes);
@@ -356,6 +360,21 @@ impl BatchBuilder {
         let name = &self.walk.slots()[slot].name;
         json::write_compact(raw, &mut cutter, self.extra_text.key(name));
         cutter.cut_from
+    }
+
+    /// Puts the members of an object into `_extra`.
+    fn members(&mut self, raw: &str) {
+        let Self {
+            extra_text,
+            max_string_bytes,
+            ..
+        } = self;
+        let put = |key: &str, value: &str| {
+            let mut cutter = Cutter::new(*max_string_bytes);
+            json::write_compact(value, &mut cutter, extra_text.key(key));
+        };
+        // What is no object has no members.
+        let _no_object = json::object_entries(raw, put);
     }
 
     fn cut_message(&self, bytes: usize) -> String {

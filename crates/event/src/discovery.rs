@@ -97,7 +97,7 @@ mod tests {
             &[
                 r#"{"tags":[],"price":null,"known":1,"_time":1,"_user":"u","xmin":1,"big":1e30}"#,
                 r#"{"Tags":["a"],"price":"x","price":2,"_new":true,"_id":"1"}"#,
-                r#"{"tags":true,"price":"later","bad":1,"_extra":{}}"#,
+                r#"{"tags":true,"price":"later","bad":1,"_project":"p"}"#,
                 r#"{"bad":1"#,
                 r#"[1]"#,
             ],

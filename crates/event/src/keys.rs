@@ -127,6 +127,7 @@ impl Walk {
         self.sights.clear();
         let mut server_field = None;
         let base = event.as_ptr() as usize;
+        let extra_slot = self.by_name.get(schema::EXTRA).copied();
         let Self {
             keys,
             slots,
@@ -144,7 +145,9 @@ impl Walk {
                 end: start + raw.len(),
             };
             let known = &mut slots[slot];
-            if known.kind == NameKind::Server {
+            // `_extra` is an object, written by an INSERT.
+            let misplaced = extra_slot == Some(slot) && !raw.starts_with('{');
+            if known.kind == NameKind::Server || misplaced {
                 server_field = Some(slot);
             }
             if known.event == *events {
@@ -191,6 +194,12 @@ fn push_slot(slots: &mut Vec<Slot>, name: &str, kind: NameKind) -> usize {
 }
 
 fn make_slot(key: &str, slots: &mut Vec<Slot>, by_name: &mut HashMap<Box<str>, usize>) -> usize {
+    // An INSERT may write `_extra`; of clients it is refused at entry.
+    if key == schema::EXTRA
+        && let Some(&slot) = by_name.get(key)
+    {
+        return slot;
+    }
     if let Some(field) = names::server_field(key) {
         return push_slot(slots, field, NameKind::Server);
     }

@@ -579,3 +579,14 @@ fn garbage_is_refused_without_panic() {
         }
     }
 }
+
+#[test]
+fn what_an_insert_wrote_into_extra_stays_there() {
+    let schema = schema(true, &named(&[("known", FieldType::Float8)]));
+    let event = r#"{"known":1,"_extra":{"free":[1,{"a":null}],"known":"x"}}"#;
+    for layout in [Layout::Stored, TABLE] {
+        let built = build(&schema, layout, &Limits::default(), &[event]);
+        let expected = r#"{"free":[1,{"a":null}],"known":"x"}"#;
+        assert_eq!(texts(&built, "_extra"), [Some(expected)]);
+    }
+}
