@@ -50,8 +50,7 @@ def events(count: int, seed: int = 20260302) -> Iterator[tuple[str, dict]]:
     rng = random.Random(seed)
     # Late events wait here until the stream has come to the time of their arrival.
     late: list[tuple[datetime, int, tuple[str, dict]]] = []
-    made = 0
-    for collection, properties, at in _sessions(rng, count):
+    for made, (collection, properties, at) in enumerate(_sessions(rng, count)):
         while late and late[0][0] <= at:
             yield heapq.heappop(late)[2]
         if rng.random() < LATE_SHARE:
@@ -59,7 +58,6 @@ def events(count: int, seed: int = 20260302) -> Iterator[tuple[str, dict]]:
             heapq.heappush(late, (arrival, made, (collection, properties)))
         else:
             yield collection, properties
-        made += 1
     for _, _, event in sorted(late):
         yield event
 

@@ -51,7 +51,16 @@ class Demo:
         prompt = "demo=#" if user == "postgres" else f"demo ({user})=>"
         print(f"\033[2m{prompt}\033[0m {statement}", flush=True)
         done = subprocess.run(
-            [*self.cluster.psql_command("demo", user), "-X", "-P", "pager=off", "-v", "VERBOSITY=verbose", "-c", statement],
+            [
+                *self.cluster.psql_command("demo", user),
+                "-X",
+                "-P",
+                "pager=off",
+                "-v",
+                "VERBOSITY=verbose",
+                "-c",
+                statement,
+            ],
             capture_output=True,
             text=True,
         )
@@ -72,7 +81,7 @@ class Demo:
         self.isolation()
         self.files()
         title("Health")
-        self.psql("SELECT \"check\", status, detail FROM rakam.health()")
+        self.psql('SELECT "check", status, detail FROM rakam.health()')
         events = self.db.one("SELECT sum(events) FROM rakam.stat_collection")
         title(f"Done: {events:,} events in {time.monotonic() - began:.0f} s. Go on with")
         print(f"   {' '.join(self.cluster.psql_command('demo'))}")
@@ -94,7 +103,9 @@ class Demo:
         self.db.login("shop", "read", name="shop_analyst")
 
     def freshness(self) -> None:
-        title("An event is there for the next statement: in its own transaction, and for every other session after commit")
+        title(
+            "An event is there for the next statement: in its own transaction, and for every other session after commit"
+        )
         writer, reader = self.db.connect(autocommit=False), self.db.connect()
         send = "SELECT rakam.collect('shop', 'hello', %s)"
         count = "SELECT count(*) FROM shop.hello WHERE n = %s"
@@ -111,7 +122,9 @@ class Demo:
             after = reader.execute(count, (n,)).fetchone()[0]
             latencies_ms.append((time.perf_counter() - committed) * 1000)
             if (inside, before, after) != (1, 0, 1):
-                sys.exit(f"event {n}: {inside} inside its transaction, {before} elsewhere before the commit, {after} after it")
+                sys.exit(
+                    f"event {n}: {inside} inside its transaction, {before} elsewhere before the commit, {after} after it"
+                )
         note(
             f"{FRESHNESS_ROUNDS} events: each seen by its own transaction, by nobody else before the commit, by everybody after it"
         )

@@ -29,18 +29,31 @@ mod rakam_internal {}
 
 // The SQL objects, in this order; functions come from `#[pg_extern]` beside their code, before those that name them.
 extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
-extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["bootstrap"]);
+extension_sql_file!(
+    "../sql/catalog.sql",
+    name = "catalog",
+    requires = ["bootstrap"]
+);
 extension_sql_file!(
     "../sql/access.sql",
     name = "access",
-    requires = ["catalog", readable_projects, member_projects, announce_change]
+    requires = [
+        "catalog",
+        readable_projects,
+        member_projects,
+        announce_change
+    ]
 );
 extension_sql_file!(
     "../sql/views.sql",
     name = "views",
     requires = ["access", key_sets, storages, data_files, collection_sizes]
 );
-extension_sql_file!("../sql/fdw.sql", name = "fdw", requires = ["catalog", fdw::options::fdw_validator]);
+extension_sql_file!(
+    "../sql/fdw.sql",
+    name = "fdw",
+    requires = ["catalog", fdw::options::fdw_validator]
+);
 extension_sql_file!(
     "../sql/workers.sql",
     name = "workers",

@@ -22,9 +22,9 @@ pub mod pg_test {
     reason = "pgrx looks for the functions in a schema of this name, and takes it from the module"
 )]
 mod tests {
-    use pgrx::prelude::*;
     use pgrx::IntoDatum;
     use pgrx::datum::DatumWithOid;
+    use pgrx::prelude::*;
     use rakam_event::types::FieldType;
 
     use crate::catalog::projects::{self, Right};
@@ -112,7 +112,11 @@ mod tests {
     /// Project `acme` with collection `pageview`.
     fn acme() {
         project("acme");
-        let fields = [("page", "text"), ("load_ms", "double precision"), ("at", "timestamptz")];
+        let fields = [
+            ("page", "text"),
+            ("load_ms", "double precision"),
+            ("at", "timestamptz"),
+        ];
         collection("acme", "pageview", &fields);
     }
 
@@ -150,12 +154,24 @@ mod tests {
     #[pg_test]
     fn names_of_projects_are_checked() {
         project("acme");
-        assert_fails("SELECT rakam.create_project('ACME')", "42710", "already exists");
+        assert_fails(
+            "SELECT rakam.create_project('ACME')",
+            "42710",
+            "already exists",
+        );
         assert_fails("SELECT rakam.create_project('1st')", "42602", "1st");
-        assert_fails("SELECT rakam.create_project('rakam_x')", "42939", "reserved");
+        assert_fails(
+            "SELECT rakam.create_project('rakam_x')",
+            "42939",
+            "reserved",
+        );
         assert_fails("SELECT rakam.create_project('public')", "42939", "reserved");
         assert_fails("SELECT rakam.create_project(NULL)", "22004", "name");
-        assert_fails("SELECT rakam.create_project('b', 'nowhere')", "42704", "nowhere");
+        assert_fails(
+            "SELECT rakam.create_project('b', 'nowhere')",
+            "42704",
+            "nowhere",
+        );
     }
 
     #[pg_test]
@@ -174,7 +190,11 @@ mod tests {
             one::<i64>("SELECT count(*) FROM pg_roles WHERE rolname LIKE 'rakam_acme_%'"),
             0
         );
-        assert_fails("SELECT rakam.collect('acme', 'pageview', '{}')", "42501", "acme");
+        assert_fails(
+            "SELECT rakam.collect('acme', 'pageview', '{}')",
+            "42501",
+            "acme",
+        );
     }
 
     // -- collect ---------------------------------------------------------------------------------------------------
@@ -190,21 +210,30 @@ mod tests {
              FROM acme.pageview",
         );
         assert_eq!(row, "1|2026-03-01 08:00:00+00|ada|/|12.5|t");
-        let row: String =
-            one("SELECT concat_ws('|', _collection, _user, properties ->> 'load_ms') FROM acme._all");
+        let row: String = one(
+            "SELECT concat_ws('|', _collection, _user, properties ->> 'load_ms') FROM acme._all",
+        );
         assert_eq!(row, "pageview|ada|12.5");
     }
 
     #[pg_test]
     fn fields_that_are_no_columns_are_in_extra() {
         acme();
-        collect(r#"{"_id": "1", "HTTPStatus": 404, "user.agent": {"os": "plan9"}, "loadMs": "slow"}"#);
+        collect(
+            r#"{"_id": "1", "HTTPStatus": 404, "user.agent": {"os": "plan9"}, "loadMs": "slow"}"#,
+        );
         let extra: String = one("SELECT _extra::text FROM acme.pageview");
-        for part in [r#""http_status": 404"#, r#""os": "plan9""#, r#""load_ms": "slow""#] {
+        for part in [
+            r#""http_status": 404"#,
+            r#""os": "plan9""#,
+            r#""load_ms": "slow""#,
+        ] {
             assert!(extra.contains(part), "{part} is not in {extra}");
         }
         assert_eq!(
-            one::<String>("SELECT _extra ->> 'http_status' FROM acme.pageview WHERE load_ms IS NULL"),
+            one::<String>(
+                "SELECT _extra ->> 'http_status' FROM acme.pageview WHERE load_ms IS NULL"
+            ),
             "404"
         );
     }
@@ -239,9 +268,12 @@ mod tests {
                jsonb_build_array(jsonb_build_object('collection', 'pageview', 'properties',
                  jsonb_build_object('_id', 'late', '_time', now() - interval '1 hour')))::text,
                jsonb_build_object('upload_time', now() - interval '1 hour'))");
-        let seconds: f64 = one("SELECT abs(extract(epoch FROM _received_at - _time))::float8 FROM acme.pageview");
+        let seconds: f64 =
+            one("SELECT abs(extract(epoch FROM _received_at - _time))::float8 FROM acme.pageview");
         assert!(seconds < 60.0, "{seconds}");
-        run("SELECT rakam.collect_batch('acme', '[]'::text, jsonb_build_object('checksum', md5('[]')))");
+        run(
+            "SELECT rakam.collect_batch('acme', '[]'::text, jsonb_build_object('checksum', md5('[]')))",
+        );
         assert_fails(
             r#"SELECT rakam.collect_batch('acme', '[]'::text, '{"checksum": "0"}')"#,
             "22023",
@@ -266,7 +298,8 @@ mod tests {
     #[pg_test]
     fn what_is_wrong_with_an_event_is_said() {
         acme();
-        let send = |properties: &str| format!("SELECT rakam.collect('acme', 'pageview', '{properties}')");
+        let send =
+            |properties: &str| format!("SELECT rakam.collect('acme', 'pageview', '{properties}')");
         assert_fails(&send("[1]"), "22023", "object");
         assert_fails(&send("{"), "22P02", "json");
         assert_fails(&send(r#"{"_received_at": 1}"#), "42939", "_received_at");
@@ -276,7 +309,11 @@ mod tests {
         assert_fails(&send(&deep), "54000", "64");
         let large = format!(r#"{{"a": "{}"}}"#, "x".repeat(2 << 20));
         assert_fails(&send(&large), "54000", "rakam.max_event_bytes");
-        assert_fails("SELECT rakam.collect('acme', 'users', '{}')", "42939", "users");
+        assert_fails(
+            "SELECT rakam.collect('acme', 'users', '{}')",
+            "42939",
+            "users",
+        );
         assert_fails("SELECT rakam.collect('acme', '', '{}')", "42602", "");
         for call in [
             "rakam.collect(NULL, 'pageview', '{}')",
@@ -286,7 +323,11 @@ mod tests {
         ] {
             assert_fails(&format!("SELECT {call}"), "22004", "must not be null");
         }
-        assert_fails("SELECT rakam.collect_batch('acme', '{}'::text)", "22023", "array");
+        assert_fails(
+            "SELECT rakam.collect_batch('acme', '{}'::text)",
+            "22023",
+            "array",
+        );
         assert_fails("SELECT rakam.collect_batch('acme', '[')", "22P02", "");
         assert_fails(
             r#"SELECT rakam.collect_batch('acme', '[]'::text, '{"colour": 1}')"#,
@@ -313,7 +354,11 @@ mod tests {
         assert_eq!(told, "1 1.5 t, 2 t");
         run("INSERT INTO acme.pageview (_id) SELECT (2 + g)::text FROM generate_series(1, 8) g");
         assert_eq!(one::<i64>("SELECT count(*) FROM acme.pageview"), 10);
-        assert_fails("INSERT INTO acme.pageview (load_ms) VALUES ('slow')", "22P02", "");
+        assert_fails(
+            "INSERT INTO acme.pageview (load_ms) VALUES ('slow')",
+            "22P02",
+            "",
+        );
         for (statement, hint) in [
             ("UPDATE acme.pageview SET page = ''", ""),
             ("DELETE FROM acme.pageview", ""),
@@ -367,7 +412,9 @@ mod tests {
     #[pg_test]
     fn a_scan_can_be_left_and_begun_again() {
         acme();
-        run("INSERT INTO acme.pageview (_id, load_ms) SELECT g::text, g FROM generate_series(1, 500) g");
+        run(
+            "INSERT INTO acme.pageview (_id, load_ms) SELECT g::text, g FROM generate_series(1, 500) g",
+        );
         run("DO $$
              DECLARE row record; seen int := 0;
              BEGIN
@@ -377,12 +424,13 @@ mod tests {
                END LOOP;
                IF seen <> 3 THEN RAISE 'only % rows', seen; END IF;
              END $$");
-        let sum: f64 = one(
-            "SELECT sum(n) FROM generate_series(1, 500, 50) g,
-             LATERAL (SELECT max(load_ms) AS n FROM acme.pageview WHERE load_ms <= g) m",
-        );
+        let sum: f64 = one("SELECT sum(n) FROM generate_series(1, 500, 50) g,
+             LATERAL (SELECT max(load_ms) AS n FROM acme.pageview WHERE load_ms <= g) m");
         assert_eq!(sum, (0..10).map(|i| f64::from(1 + 50 * i)).sum::<f64>());
-        assert_eq!(one::<i64>("SELECT count(*) FROM (SELECT 1 FROM acme.pageview LIMIT 7) l"), 7);
+        assert_eq!(
+            one::<i64>("SELECT count(*) FROM (SELECT 1 FROM acme.pageview LIMIT 7) l"),
+            7
+        );
         run("PREPARE upto(float8) AS SELECT count(*) FROM acme.pageview WHERE load_ms <= $1");
         for n in [3, 0, 500] {
             assert_eq!(one::<i64>(&format!("EXECUTE upto({n})")), n);
@@ -415,7 +463,10 @@ mod tests {
             Ok::<_, pgrx::spi::Error>(lines.join("\n"))
         })
         .expect("a plan");
-        assert!(plan.contains("Engine Filter: (pageview._user = 'ada'::text)"), "{plan}");
+        assert!(
+            plan.contains("Engine Filter: (pageview._user = 'ada'::text)"),
+            "{plan}"
+        );
         assert!(plan.contains("Not Pushed Down"), "{plan}");
     }
 
@@ -432,22 +483,41 @@ mod tests {
             assert_fails("SELECT * FROM acme._all", "42501", "permission denied");
             assert_fails("SELECT rakam.create_keys('acme')", "42501", "acme");
             run("INSERT INTO acme.pageview (_user) VALUES ('writer')");
-            assert_fails("INSERT INTO acme.pageview (_received_at) VALUES (now())", "42501", "_received_at");
+            assert_fails(
+                "INSERT INTO acme.pageview (_received_at) VALUES (now())",
+                "42501",
+                "_received_at",
+            );
         });
         as_role("rakam_acme_read", || {
             assert_eq!(one::<i64>(read), 2);
             assert_fails(send, "42501", "acme");
-            assert_fails("INSERT INTO acme.pageview (_user) VALUES ('x')", "42501", "");
+            assert_fails(
+                "INSERT INTO acme.pageview (_user) VALUES ('x')",
+                "42501",
+                "",
+            );
         });
         as_role("rakam_acme_admin", || {
             run(send);
             assert_eq!(one::<i64>(read), 3);
-            assert_eq!(one::<i64>("SELECT count(*) FROM rakam.create_keys('acme')"), 1);
-            assert_fails("SELECT rakam.create_project('other')", "42501", "create a project");
+            assert_eq!(
+                one::<i64>("SELECT count(*) FROM rakam.create_keys('acme')"),
+                1
+            );
+            assert_fails(
+                "SELECT rakam.create_project('other')",
+                "42501",
+                "create a project",
+            );
             run("INSERT INTO acme.pageview (_id, _received_at) VALUES ('restored', '2026-01-01')");
             assert_eq!(ids("_received_at = '2026-01-01'"), "restored");
         });
-        assert_fails("SELECT rakam.collect('nowhere', 'c', '{}')", "42501", "nowhere");
+        assert_fails(
+            "SELECT rakam.collect('nowhere', 'c', '{}')",
+            "42501",
+            "nowhere",
+        );
     }
 
     #[pg_test]
@@ -461,31 +531,59 @@ mod tests {
             // The same words for a project of others and for one that is not there.
             for name in ["acme", "nowhere"] {
                 let told = format!("permission denied for project \"{name}\"");
-                assert_fails(&format!("SELECT rakam.collect('{name}', 'c', '{{}}')"), "42501", &told);
-                assert_fails(&format!("SELECT rakam.create_keys('{name}')"), "42501", &told);
+                assert_fails(
+                    &format!("SELECT rakam.collect('{name}', 'c', '{{}}')"),
+                    "42501",
+                    &told,
+                );
+                assert_fails(
+                    &format!("SELECT rakam.create_keys('{name}')"),
+                    "42501",
+                    &told,
+                );
             }
-            run("CREATE FOREIGN TABLE evil.forged (_id text, page text) SERVER rakam
-                 OPTIONS (project 'acme', collection 'pageview')");
+            run(
+                "CREATE FOREIGN TABLE evil.forged (_id text, page text) SERVER rakam
+                 OPTIONS (project 'acme', collection 'pageview')",
+            );
             assert_eq!(one::<i64>("SELECT count(*) FROM evil.forged"), 0);
             assert_fails("INSERT INTO evil.forged (page) VALUES ('x')", "42501", "");
-            for view in ["projects", "collections", "fields", "keys", "stat_collection"] {
+            for view in [
+                "projects",
+                "collections",
+                "fields",
+                "keys",
+                "stat_collection",
+            ] {
                 let foreign = format!("SELECT count(*) FROM rakam.{view} WHERE project = 'acme'");
                 assert_eq!(one::<i64>(&foreign), 0, "{view}");
             }
-            for table in ["project", "collection", "field", "inbox_0", "inbox_1", "inbox_2"] {
+            for table in [
+                "project",
+                "collection",
+                "field",
+                "inbox_0",
+                "inbox_1",
+                "inbox_2",
+            ] {
                 let foreign = format!(
                     "SELECT count(*) FROM rakam_internal.{table} WHERE project_id NOT IN
                        (SELECT project_id FROM rakam_internal.project WHERE name = 'evil')"
                 );
-                let seen = maybe::<String>("SELECT has_table_privilege($1, 'SELECT')::text", &[
-                    format!("rakam_internal.{table}").into(),
-                ]);
+                let seen = maybe::<String>(
+                    "SELECT has_table_privilege($1, 'SELECT')::text",
+                    &[format!("rakam_internal.{table}").into()],
+                );
                 if seen.as_deref() == Some("true") {
                     assert_eq!(one::<i64>(&foreign), 0, "{table}");
                 }
             }
         });
-        assert_eq!(one::<i64>("SELECT count(*) FROM evil.forged"), 1, "a superuser sees all");
+        assert_eq!(
+            one::<i64>("SELECT count(*) FROM evil.forged"),
+            1,
+            "a superuser sees all"
+        );
     }
 
     #[pg_test]
@@ -495,24 +593,32 @@ mod tests {
         run("CREATE ROLE pooled; GRANT SELECT ON made TO PUBLIC");
         let key = |kind: &str| one::<String>(&format!("SELECT {kind}_key FROM made"));
         let (read, write, master) = (key("read"), key("write"), key("master"));
-        assert!(read.starts_with("rk_r_") && write.starts_with("rk_w_") && master.starts_with("rk_m_"));
+        assert!(
+            read.starts_with("rk_r_") && write.starts_with("rk_w_") && master.starts_with("rk_m_")
+        );
         let stored: i64 = one(
             "SELECT count(*) FROM rakam_internal.api_key k, made m
              WHERE position(m.write_key::bytea IN k.hash) > 0 OR k::text LIKE '%' || m.write_key || '%'",
         );
         assert_eq!(stored, 0, "keys are not kept in clear");
 
-        let send = |key: &str| format!("SELECT rakam.collect_with_key('{key}', 'pageview', '{{}}')");
+        let send =
+            |key: &str| format!("SELECT rakam.collect_with_key('{key}', 'pageview', '{{}}')");
         as_role("pooled", || {
             run(&send(&write));
             run(&send(&master));
-            run(&format!("SELECT rakam.collect_batch_with_key('{write}', '[]')"));
+            run(&format!(
+                "SELECT rakam.collect_batch_with_key('{write}', '[]')"
+            ));
             assert_fails(&send(&read), "42501", "write key");
             assert_fails(&send("rk_w_unknown"), "28000", "");
             assert_fails("SELECT count(*) FROM acme.pageview", "42501", "");
             for (key, role) in [(&read, "read"), (&write, "write"), (&master, "admin")] {
                 run(&format!("SELECT rakam.authenticate('{key}')"));
-                assert_eq!(one::<String>("SELECT current_user::text"), format!("rakam_acme_{role}"));
+                assert_eq!(
+                    one::<String>("SELECT current_user::text"),
+                    format!("rakam_acme_{role}")
+                );
             }
             assert_eq!(one::<i64>("SELECT count(*) FROM acme.pageview"), 2);
         });
@@ -535,7 +641,11 @@ mod tests {
         acme();
         collect(r#"{"_id": "1", "plan": "team", "seats": "12"}"#);
         assert_eq!(ids("_extra ->> 'plan' = 'team'"), "1");
-        collection("acme", "pageview", &[("plan", "text"), ("seats", "double precision")]);
+        collection(
+            "acme",
+            "pageview",
+            &[("plan", "text"), ("seats", "double precision")],
+        );
         assert_eq!(ids("plan = 'team' AND seats = 12 AND _extra IS NULL"), "1");
         let fields: String = one(
             "SELECT string_agg(field || ' ' || type, ', ' ORDER BY field_id) FROM rakam.fields WHERE project = 'acme'",
@@ -560,7 +670,11 @@ mod tests {
         run("CREATE ROLE nobody");
         as_role("nobody", || {
             assert_fails("SELECT rakam.tick()", "42501", "member");
-            assert_fails("SELECT rakam.create_collection('acme', 'x')", "42501", "acme");
+            assert_fails(
+                "SELECT rakam.create_collection('acme', 'x')",
+                "42501",
+                "acme",
+            );
         });
     }
 
@@ -570,19 +684,36 @@ mod tests {
         run("CREATE ROLE nobody");
         as_role("nobody", || {
             for view in [
-                "projects", "keys", "collections", "fields", "data_files", "invalid_value", "dead_letter",
+                "projects",
+                "keys",
+                "collections",
+                "fields",
+                "data_files",
+                "invalid_value",
+                "dead_letter",
                 "stat_collection",
             ] {
-                assert_eq!(one::<i64>(&format!("SELECT count(*) FROM rakam.{view}")), 0, "{view}");
+                assert_eq!(
+                    one::<i64>(&format!("SELECT count(*) FROM rakam.{view}")),
+                    0,
+                    "{view}"
+                );
             }
-            let checks: i64 = one(r#"SELECT count(*) FROM rakam.health() WHERE "check" = 'engine memory'"#);
-            assert_eq!(checks, 0, "what concerns the server is for its administrators");
+            let checks: i64 =
+                one(r#"SELECT count(*) FROM rakam.health() WHERE "check" = 'engine memory'"#);
+            assert_eq!(
+                checks, 0,
+                "what concerns the server is for its administrators"
+            );
             assert_fails("SET rakam.memory_limit = '1GB'", "42501", "");
             assert_fails("SET rakam.failpoint = 'x'", "42501", "");
         });
         let memory: String =
             one(r#"SELECT detail FROM rakam.health() WHERE "check" = 'engine memory'"#);
         assert_eq!(memory, "0 of 1024 MB in use by the server");
-        assert_eq!(one::<String>("SELECT current_setting('rakam.max_fields')"), "500");
+        assert_eq!(
+            one::<String>("SELECT current_setting('rakam.max_fields')"),
+            "500"
+        );
     }
 }

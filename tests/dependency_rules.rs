@@ -29,7 +29,12 @@ const ARROWS: [(&str, &[&str]); 11] = [
         ],
     ),
     // The tests inside a server: like workers, they run steps of every module.
-    ("tests", &["projects", "ingest", "tiers", "fdw", "workers", "catalog", "pg"]),
+    (
+        "tests",
+        &[
+            "projects", "ingest", "tiers", "fdw", "workers", "catalog", "pg",
+        ],
+    ),
 ];
 
 /// Crate → the crates of this workspace it may depend on.

@@ -1,7 +1,7 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
-    benches/sql/run.sh                 everything
-    benches/sql/run.sh collect idle    some of: collect batch size scan floor idle
+benches/sql/run.sh                 everything
+benches/sql/run.sh collect idle    some of: collect batch size scan floor idle
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Bench:
     def collect(self) -> None:
         """One event per transaction against one row per transaction, the same jsonb, commits as configured by default."""
         self.db.project("single")
-        self.db.admin.execute("CREATE TABLE heap_single (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body jsonb)")
+        self.db.admin.execute(
+            "CREATE TABLE heap_single (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body jsonb)"
+        )
         session = self.db.connect()
         session.execute("PREPARE ours (jsonb) AS SELECT rakam.collect('single', 'departure', $1)")
         session.execute("PREPARE theirs (jsonb) AS INSERT INTO heap_single (body) VALUES ($1)")
@@ -106,7 +108,9 @@ class Bench:
     def batch(self) -> None:
         """collect_batch against COPY of the same typed columns, by backend CPU; the workers' CPU beside it."""
         self.db.project("batched")
-        columns = ", ".join(f"{name} {kind}" for name, kind in {"_time": "timestamptz", "_user": "text", **FLIGHT_COLUMNS}.items())
+        columns = ", ".join(
+            f"{name} {kind}" for name, kind in {"_time": "timestamptz", "_user": "text", **FLIGHT_COLUMNS}.items()
+        )
         self.db.admin.execute(f"CREATE TABLE heap_batch ({columns})")
         session = self.db.connect()
         pid = session.info.backend_pid
@@ -171,7 +175,10 @@ class Bench:
             self.db.project(project, "lake")
             self.json_bytes[project] = 0
             for start in range(0, len(source), BATCH):
-                items = [json.dumps({"collection": c, "properties": p}, separators=(",", ":")) for c, p in source[start : start + BATCH]]
+                items = [
+                    json.dumps({"collection": c, "properties": p}, separators=(",", ":"))
+                    for c, p in source[start : start + BATCH]
+                ]
                 self.json_bytes[project] += sum(
                     len(json.dumps(p, separators=(",", ":"))) + 1 for _, p in source[start : start + BATCH]
                 )
@@ -201,17 +208,29 @@ class Bench:
                 source = f"read_parquet({self.paths(project, collection)!r}, union_by_name = true)"
                 target = folder / f"{project}-{collection}.parquet"
                 # The same rows and columns, but our internal one, in the order in which they are stored.
-                self.duck.execute(f"COPY (SELECT * EXCLUDE (_xid) FROM {source} ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
+                self.duck.execute(
+                    f"COPY (SELECT * EXCLUDE (_xid) FROM {source} ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)"
+                )
                 duck += target.stat().st_size
-                self.duck.execute(f"COPY (SELECT * EXCLUDE (_xid, _extra, _received_at) FROM {source}) TO '{target}.csv' (HEADER)")
+                self.duck.execute(
+                    f"COPY (SELECT * EXCLUDE (_xid, _extra, _received_at) FROM {source}) TO '{target}.csv' (HEADER)"
+                )
                 csv += Path(f"{target}.csv").stat().st_size
             if project == "flights":
                 csv = flights.csv_bytes()
             heap = self.db.one("SELECT pg_total_relation_size('heap_plain')") if project == "flights" else None
             megabytes = f"{ours / 1e6:.1f} MB"
-            self.table.add(f"size, {project}", megabytes, f"JSON {self.json_bytes[project] / 1e6:.1f} MB", ours / self.json_bytes[project], "≤ 0.11")
+            self.table.add(
+                f"size, {project}",
+                megabytes,
+                f"JSON {self.json_bytes[project] / 1e6:.1f} MB",
+                ours / self.json_bytes[project],
+                "≤ 0.11",
+            )
             self.table.add(f"size, {project}", megabytes, f"CSV {csv / 1e6:.1f} MB", ours / csv, "≤ 0.17")
-            self.table.add(f"size, {project}", megabytes, f"DuckDB zstd Parquet {duck / 1e6:.1f} MB", ours / duck, "≤ 1.1")
+            self.table.add(
+                f"size, {project}", megabytes, f"DuckDB zstd Parquet {duck / 1e6:.1f} MB", ours / duck, "≤ 1.1"
+            )
             if heap:
                 self.table.add(f"size, {project}", megabytes, f"heap table {heap / 1e6:.1f} MB", ours / heap, "")
         shutil.rmtree(folder)
@@ -222,7 +241,9 @@ class Bench:
         self.load()
         session = self.db.connect()
         session.execute("SET TimeZone = 'UTC'")
-        self.duck.execute(f"CREATE VIEW departure AS SELECT * FROM read_parquet({self.paths('flights')!r}, union_by_name = true)")
+        self.duck.execute(
+            f"CREATE VIEW departure AS SELECT * FROM read_parquet({self.paths('flights')!r}, union_by_name = true)"
+        )
         a_user = "N725MQ"
         queries = {
             "point: events of one user": f"SELECT count(*), sum(distance) FROM {{t}} WHERE _user = '{a_user}'",
@@ -246,13 +267,25 @@ class Bench:
                 return wall_s(lambda: self.duck.execute(query.format(t="departure")).fetchall())
 
             same = session.execute(query.format(t="heap_plain")).fetchall()
-            assert sorted(map(str, same)) == sorted(map(str, session.execute(query.format(t="flights.departure")).fetchall()))
+            assert sorted(map(str, same)) == sorted(
+                map(str, session.execute(query.format(t="flights.departure")).fetchall())
+            )
             taken = interleaved(
-                max(self.repetitions, 7), ours=ours, plain=lambda: heap("heap_plain"), indexed=lambda: heap("heap_indexed"), duck=duck
+                max(self.repetitions, 7),
+                ours=ours,
+                plain=lambda: heap("heap_plain"),
+                indexed=lambda: heap("heap_indexed"),
+                duck=duck,
             )
             shown = f"{taken['ours'] * 1000:.1f} ms"
-            for other, label, goal in (("plain", "heap", ""), ("indexed", "heap with indexes", ""), ("duck", "DuckDB, same files", "≤ 1.0")):
-                self.table.add(f"time, {name}", shown, f"{label} {taken[other] * 1000:.1f} ms", taken["ours"] / taken[other], goal)
+            for other, label, goal in (
+                ("plain", "heap", ""),
+                ("indexed", "heap with indexes", ""),
+                ("duck", "DuckDB, same files", "≤ 1.0"),
+            ):
+                self.table.add(
+                    f"time, {name}", shown, f"{label} {taken[other] * 1000:.1f} ms", taken["ours"] / taken[other], goal
+                )
 
     def floor(self) -> None:
         """The least that a query costs: one event, warm."""
@@ -286,7 +319,9 @@ class Bench:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ratios against heap tables and DuckDB.")
-    parser.add_argument("chapters", nargs="*", choices=[*CHAPTERS, []], help=f"some of {', '.join(CHAPTERS)}; all by default")
+    parser.add_argument(
+        "chapters", nargs="*", choices=[*CHAPTERS, []], help=f"some of {', '.join(CHAPTERS)}; all by default"
+    )
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
     Bench(arguments.repetitions).run(arguments.chapters or CHAPTERS)

@@ -155,7 +155,10 @@ def test_upload_time_shifts_explicit_times(db, keys, collection):
     client = now - timedelta(hours=1)  # a clock that is one hour slow
     events = json.dumps(
         [
-            {"collection": collection, "properties": {"_id": "explicit", "_time": (client - timedelta(minutes=5)).isoformat()}},
+            {
+                "collection": collection,
+                "properties": {"_id": "explicit", "_time": (client - timedelta(minutes=5)).isoformat()},
+            },
             {"collection": collection, "properties": {"_id": "none"}},
         ]
     )
@@ -374,7 +377,9 @@ def test_a_hostile_item_is_rejected_alone(db, writer, collection):
     ]
     good = f'{{"collection": "{collection}", "properties": {{"ok": true}}}}'
     text = f"[{good}," + ",".join(item for item, _ in bad) + f",{good}]"
-    stored, rejected, indexes, errors = writer.execute("SELECT * FROM rakam.collect_batch('acme', %s)", (text,)).fetchone()
+    stored, rejected, indexes, errors = writer.execute(
+        "SELECT * FROM rakam.collect_batch('acme', %s)", (text,)
+    ).fetchone()
     assert (stored, rejected) == (2, len(bad))
     assert indexes == list(range(1, len(bad) + 1))
     assert [error["sqlstate"] for error in errors] == [sqlstate for _, sqlstate in bad]
@@ -382,9 +387,7 @@ def test_a_hostile_item_is_rejected_alone(db, writer, collection):
     assert one(db.admin, f"SELECT count(*) FROM acme.{collection} WHERE ok") == 2
 
 
-@pytest.mark.parametrize(
-    "statement", ["UPDATE acme.{} SET _user = 'x'", "DELETE FROM acme.{}", "TRUNCATE acme.{}"]
-)
+@pytest.mark.parametrize("statement", ["UPDATE acme.{} SET _user = 'x'", "DELETE FROM acme.{}", "TRUNCATE acme.{}"])
 def test_events_cannot_be_changed(db, keys, collection, statement):
     collect(db.admin, PROJECT, collection, {"n": 1})
     before = rows(db.admin, collection, "count(*), count(_user)", "1")
@@ -495,18 +498,24 @@ def test_missing_time_is_the_clock_at_the_call(db, writer, collection):
     session.execute("SELECT pg_sleep(0.3)")
     collect(session, PROJECT, collection, {})
     session.commit()
-    same, age = rows(db.admin, collection, "_time = _received_at, extract(epoch FROM clock_timestamp() - _time)::float8")[0]
+    same, age = rows(
+        db.admin, collection, "_time = _received_at, extract(epoch FROM clock_timestamp() - _time)::float8"
+    )[0]
     assert same
     assert -0.1 < age < 5
 
 
-@pytest.mark.parametrize("sent", ["yesterday", "", "2026-13-01T00:00:00Z", True, {}, [], "1850-01-01", 99_999_999_999_999])
+@pytest.mark.parametrize(
+    "sent", ["yesterday", "", "2026-13-01T00:00:00Z", True, {}, [], "1850-01-01", 99_999_999_999_999]
+)
 def test_time_that_does_not_work_is_replaced_and_logged(db, writer, sent):
     identity = f"bad time {sent!r}"
     collect(writer, PROJECT, "time_invalid", {"_time": sent, "_id": identity})
     db.tick()
     assert db.one("SELECT _time = _received_at FROM acme.time_invalid WHERE _id = %s", identity)
-    logged = db.all("SELECT field, event_id FROM rakam.invalid_value WHERE collection = 'time_invalid' AND event_id = %s", identity)
+    logged = db.all(
+        "SELECT field, event_id FROM rakam.invalid_value WHERE collection = 'time_invalid' AND event_id = %s", identity
+    )
     assert logged == [("_time", identity)]
 
 

@@ -78,7 +78,9 @@ def test_differential(tables, seed):
         for index, name in enumerate(names)
         if mine[index] != yours[index]
     ]
-    assert not different, f"{len(different)} values differ before any filter (column, id, collection, heap): {different[:10]}"
+    assert not different, (
+        f"{len(different)} values differ before any filter (column, id, collection, heap): {different[:10]}"
+    )
 
     maker = QueryMaker(rng)
     errors = 0

@@ -70,7 +70,9 @@ def world(db):
         """
     )
     # mallory cannot even name the table; somebody else made this view and gave it away.
-    db.admin.execute("CREATE VIEW play.direct_view AS SELECT * FROM acme.pageview; ALTER VIEW play.direct_view OWNER TO login_mallory")
+    db.admin.execute(
+        "CREATE VIEW play.direct_view AS SELECT * FROM acme.pageview; ALTER VIEW play.direct_view OWNER TO login_mallory"
+    )
     return {"keys": keys, "server": server, "sessions": sessions}
 
 
@@ -292,7 +294,11 @@ def test_internal_tables_show_and_take_nothing(db, world):
         assert leaks("", rows, told) == [], relation
         assert sqlstate in (None, "42501"), f"{relation}: {told}"
         assert not [row for (row,) in rows if row.get("project_id") == acme], f"{relation} shows rows of acme"
-        for statement in (f"DELETE FROM {relation}", f"TRUNCATE {relation}", f"BEGIN; LOCK TABLE {relation} IN ACCESS EXCLUSIVE MODE"):
+        for statement in (
+            f"DELETE FROM {relation}",
+            f"TRUNCATE {relation}",
+            f"BEGIN; LOCK TABLE {relation} IN ACCESS EXCLUSIVE MODE",
+        ):
             sqlstate, _, _ = outcome(mallory, statement)
             assert sqlstate in ("42501", "42809", "55000"), f"{statement}: {sqlstate}"
     for statement in (
@@ -350,7 +356,7 @@ def test_operators_of_the_caller_are_not_used(db, world):
         "SELECT count(*) FROM evil.clicks",
         "SELECT * FROM evil._all",
         "SELECT rakam.collect('evil', 'clicks', '{\"n\": 2}')",
-        "SELECT rakam.collect_batch('evil', '[{\"collection\": \"clicks\", \"properties\": {\"n\": 3}}]'::text)",
+        'SELECT rakam.collect_batch(\'evil\', \'[{"collection": "clicks", "properties": {"n": 3}}]\'::text)',
         "SELECT * FROM rakam.flush('evil')",
         "SELECT rakam.create_collection('evil', 'other')",
         "SELECT rakam.add_field('evil', 'other', 'f', 'text')",

@@ -14,7 +14,8 @@ from harness.database import Database, collect, notices_of, refused, wait_until
 def test_worker_starts_after_create_extension(db):
     pid = wait_until(db.worker_pid, "the resident worker", 10)
     row = db.all(
-        "SELECT database, kind, state IS NOT NULL, since IS NOT NULL, restarts FROM rakam.stat_worker WHERE pid = %s", pid
+        "SELECT database, kind, state IS NOT NULL, since IS NOT NULL, restarts FROM rakam.stat_worker WHERE pid = %s",
+        pid,
     )
     assert row == [(db.name, "resident", True, True, 0)]
     assert pid in db.cluster.processes()
@@ -125,7 +126,9 @@ def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
         starved.admin.execute(f"SELECT rakam.create_collection('p_{starved.name}', 'c')")
     collect(starved.admin, f"p_{starved.name}", "c", {"n": 1})
     assert starved.one(f"SELECT count(*) FROM p_{starved.name}._all") == 1
-    assert starved.all("SELECT state, last_error FROM rakam.stat_worker WHERE database = current_database() AND pid IS NULL")
+    assert starved.all(
+        "SELECT state, last_error FROM rakam.stat_worker WHERE database = current_database() AND pid IS NULL"
+    )
     time.sleep(5)
     warnings = [line for line in cluster.log_since().splitlines() if "WARNING" in line]
     assert 1 <= len(warnings) <= 10, warnings[:20]

@@ -73,7 +73,17 @@ def test_the_settings_table_is_complete(fresh):
 
 
 # In milliseconds and bytes.
-UNITS = {"ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+UNITS = {
+    "ms": 1,
+    "s": 1_000,
+    "min": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+    "B": 1,
+    "kB": 1 << 10,
+    "MB": 1 << 20,
+    "GB": 1 << 30,
+}
 
 
 def base_units(setting: str) -> str | int:

@@ -90,7 +90,9 @@ def test_the_value_comes_back(db, inferred, name):
     for _ in range(2):
         if kind in ("date", "timestamp with time zone", "text"):
             expected = json.loads(sent)
-            assert stored_value(db, inferred, "first", f'"{name}" = {psycopg.sql.Literal(expected).as_string(None)}::{kind}')
+            assert stored_value(
+                db, inferred, "first", f'"{name}" = {psycopg.sql.Literal(expected).as_string(None)}::{kind}'
+            )
         else:
             assert stored_value(db, inferred, "first", f'to_jsonb("{name}")') == json.loads(sent)
         db.flush(PROJECT, inferred)
@@ -226,7 +228,9 @@ def test_add_field_again(db, project):
     with refused("42704"):
         db.admin.execute(add, ("no_such_collection", "f", "text"))
     db.tick()
-    row = db.all("SELECT type, declared, column_ready FROM rakam.fields WHERE collection = 'declared' AND field = 'amount'")
+    row = db.all(
+        "SELECT type, declared, column_ready FROM rakam.fields WHERE collection = 'declared' AND field = 'amount'"
+    )
     assert row == [("numeric(12,4)", True, True)]
 
 
@@ -282,7 +286,10 @@ def test_fields_of_one_batch_come_in_one_step(db, project):
     collect(db.admin, PROJECT, "wide", {"_id": "w", **{f"f{i}": i for i in range(120)}})
     db.wait_column("acme.wide", "f119", 10)
     assert db.one("SELECT f0 + f60 + f119 FROM acme.wide") == 179
-    assert db.one("SELECT count(*) FROM rakam.fields WHERE collection = 'wide' AND column_ready AND field ~ '^f[0-9]+$'") == 120
+    assert (
+        db.one("SELECT count(*) FROM rakam.fields WHERE collection = 'wide' AND column_ready AND field ~ '^f[0-9]+$'")
+        == 120
+    )
 
 
 def test_fields_beyond_the_limit_stay_in_extra(db, project):
@@ -374,7 +381,10 @@ def test_a_poison_event_parks_alone(db, project):
     )
     collect(db.admin, PROJECT, "poisoned", {"_id": "good 2"})
     db.tick()
-    assert db.one("SELECT count(*) FROM rakam_internal.inbox_parked") + db.one("SELECT count(*) FROM rakam.dead_letter") == 1
+    assert (
+        db.one("SELECT count(*) FROM rakam_internal.inbox_parked") + db.one("SELECT count(*) FROM rakam.dead_letter")
+        == 1
+    )
     assert db.tiers(PROJECT, "poisoned")["hot"] == 2
     assert db.all("SELECT _id FROM acme.poisoned WHERE _id IS NOT NULL ORDER BY 1") == [("good 1",), ("good 2",)]
     collect(db.admin, PROJECT, "poisoned", {"_id": "good 3"})

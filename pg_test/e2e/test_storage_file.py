@@ -32,7 +32,9 @@ def files_of(db, collection: str) -> list[str]:
 
 def fill(db, collection: str, events: list[dict]) -> None:
     for start in range(0, len(events), 500):
-        stored, rejected, _, errors = collect_batch(db.admin, PROJECT, [(collection, e) for e in events[start : start + 500]])
+        stored, rejected, _, errors = collect_batch(
+            db.admin, PROJECT, [(collection, e) for e in events[start : start + 500]]
+        )
         assert rejected == 0, errors[:3]
     db.flush(PROJECT, collection)
 
@@ -98,7 +100,11 @@ def test_other_readers_agree(db, lake):
 
 
 def test_parquet_is_made_for_pruning(db, lake):
-    fill(db, "pruned", [{"_user": f"u{n}", "_id": f"i{n}", "n": n, "_time": 1_767_225_600_000 + n * 60_000} for n in range(5_000)])
+    fill(
+        db,
+        "pruned",
+        [{"_user": f"u{n}", "_id": f"i{n}", "n": n, "_time": 1_767_225_600_000 + n * 60_000} for n in range(5_000)],
+    )
     for path in files_of(db, "pruned"):
         meta = pyarrow.parquet.read_metadata(path)
         group = meta.row_group(0)
@@ -113,7 +119,8 @@ def test_parquet_is_made_for_pruning(db, lake):
         times = pyarrow.parquet.read_table(path, columns=["_time"])["_time"].to_pylist()
         assert times == sorted(times)
     plan = "\n".join(
-        line for (line,) in db.all("EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.pruned WHERE _user = 'nobody'")
+        line
+        for (line,) in db.all("EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.pruned WHERE _user = 'nobody'")
     )
     assert "Foreign Scan" in plan
     assert db.one("SELECT count(*) FROM acme.pruned WHERE _user = 'u77'") == 1
@@ -126,7 +133,9 @@ def test_periods_follow_the_volume(db, lake):
     month = [{"n": n, "_time": f"2026-03-{n % 28 + 1:02}T12:00:00Z"} for n in range(11_000)]
     thin = [{"n": n, "_time": f"2025-{n % 12 + 1:02}-01T12:00:00Z"} for n in range(600)]
     fill(db, "periods", busy + month + thin)
-    found = set(db.all("SELECT period, first_day::text, last_day::text FROM rakam.data_files WHERE collection = 'periods'"))
+    found = set(
+        db.all("SELECT period, first_day::text, last_day::text FROM rakam.data_files WHERE collection = 'periods'")
+    )
     assert found == {
         ("day", "2026-05-05", "2026-05-05"),
         ("month", "2026-03-01", "2026-03-31"),

@@ -185,7 +185,9 @@ def test_rescans_subtransactions_and_prepared_statements(db, project):
         collect(db.admin, PROJECT, "scanned", {"n": n, "grp": n % 5})
     db.tick()
     session = db.connect(autocommit=False)
-    nested = """SELECT g, (SELECT count(*) FROM acme.scanned s WHERE s.grp = g) FROM generate_series(0, 5) g ORDER BY 1"""
+    nested = (
+        """SELECT g, (SELECT count(*) FROM acme.scanned s WHERE s.grp = g) FROM generate_series(0, 5) g ORDER BY 1"""
+    )
     assert session.execute(nested).fetchall() == [(0, 10), (1, 10), (2, 10), (3, 10), (4, 10), (5, 0)]
     session.execute("SET LOCAL enable_hashjoin = off")
     session.execute("SET LOCAL enable_mergejoin = off")
@@ -218,7 +220,9 @@ def test_an_old_transaction_elsewhere_does_not_slow_queries(db, project):
         plan = "\n".join(line for (line,) in db.all("EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.tail"))
         inbox = [line for line in plan.splitlines() if "nbox" in line]
         assert inbox, plan
-        assert not any(word.isdigit() and int(word) >= 1_000 for line in inbox for word in line.replace("=", " ").split()), plan
+        assert not any(
+            word.isdigit() and int(word) >= 1_000 for line in inbox for word in line.replace("=", " ").split()
+        ), plan
         with_old = timed(db, "SELECT count(*) FROM acme.tail")
         old.rollback()
     without = timed(db, "SELECT count(*) FROM acme.tail")
@@ -253,7 +257,9 @@ def test_explain_names_tiers_and_files(db, project):
             collect(db.admin, PROJECT, "explained", {"_time": f"{day}T10:00:00Z", "n": n, "s": "abc"})
         db.flush(PROJECT, "explained")
     collect(db.admin, PROJECT, "explained", {"_time": "2026-02-02T00:00:00Z", "n": 1, "s": "x"})
-    explain = "EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'"
+    explain = (
+        "EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'"
+    )
     plan = "\n".join(line for (line,) in db.all(explain))
     told = dict(re.findall(r"^ *([A-Z][A-Za-z ]+): (.+)$", plan, re.MULTILINE))
     assert told["Files"].startswith("1 read, 1 skipped by period"), plan

@@ -131,7 +131,7 @@ class Cluster:
     def running(self) -> bool:
         return self.pid is not None
 
-    def start(self, settings: dict[str, str] | None = None, timeout_s: int = 60) -> "Cluster":
+    def start(self, settings: dict[str, str] | None = None, timeout_s: int = 60) -> Cluster:
         """Starts the server, making the cluster first if need be. A server older than its library is restarted."""
         if self.running:
             if settings is None and not self._stale():
@@ -199,7 +199,7 @@ class Cluster:
         if self.running:
             self.run("pg_ctl", "stop", "-w", "-t", timeout_s, "-m", mode, "-D", self.data)
 
-    def restart(self, settings: dict[str, str] | None = None, mode: str = "fast") -> "Cluster":
+    def restart(self, settings: dict[str, str] | None = None, mode: str = "fast") -> Cluster:
         self.stop(mode)
         return self.start(settings)
 
@@ -250,7 +250,7 @@ class Cluster:
 
     # -- standby -------------------------------------------------------------------------------------------------
 
-    def standby(self, name: str) -> "Cluster":
+    def standby(self, name: str) -> Cluster:
         """A streaming standby of this cluster, not yet started."""
         other = Cluster(name, self.profile)
         other.destroy()

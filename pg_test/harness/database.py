@@ -38,7 +38,7 @@ class Database:
         self._admin: psycopg.Connection | None = None
         self._open: list[psycopg.Connection] = []
 
-    def create(self, extension: bool = True) -> "Database":
+    def create(self, extension: bool = True) -> Database:
         with self.cluster.connect() as postgres:
             postgres.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(self.name)))
         if extension:

@@ -49,7 +49,16 @@ MOMENTS = ["2026-01-01 00:00:00Z", "2025-12-31 23:59:59.999999Z", "2024-02-29 12
            "0001-01-01 00:00:00Z", "9999-12-31 00:00:00Z", "2026-07-15 12:34:56.123456Z"]  # fmt: skip
 TOKENS = ["00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff",
           "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "80000000-0000-4000-8000-000000000000"]  # fmt: skip
-ADDRESSES = ["0.0.0.0", "10.0.0.1", "10.0.0.1/8", "192.168.1.1/24", "192.168.1.77", "::1", "2001:db8::1/64", "255.255.255.255"]
+ADDRESSES = [
+    "0.0.0.0",
+    "10.0.0.1",
+    "10.0.0.1/8",
+    "192.168.1.1/24",
+    "192.168.1.77",
+    "::1",
+    "2001:db8::1/64",
+    "255.255.255.255",
+]
 DOCUMENTS = [{}, {"a": 1}, {"a": "x", "b": [1, 2, None]}, {"a": {"b": {"c": True}}}, [1, "two", None], 1, 1.50, "text", True,
              {"größe": "ß"}, {"a": None}, [], [[1], [2]], {"n": 12345678901234567890}, None]  # fmt: skip
 FLAG_ARRAYS = ["{}", "{t}", "{f,NULL}", "{NULL}", "{t,f,t}"]
@@ -74,7 +83,9 @@ def literal(kind: str, rng: random.Random) -> str:
         "numeric(38,10)": lambda: rng.choice(WIDES),
         "text": lambda: rng.choice([*TEXTS, f"k{rng.randint(0, 99)}"]),
         "date": lambda: rng.choice(DAYS),
-        "timestamptz": lambda: rng.choice([*MOMENTS, f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02} {rng.randint(0, 23)}:00Z"]),
+        "timestamptz": lambda: rng.choice(
+            [*MOMENTS, f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02} {rng.randint(0, 23)}:00Z"]
+        ),
         "uuid": lambda: rng.choice(TOKENS),
         "inet": lambda: rng.choice(ADDRESSES),
         "jsonb": lambda: json.dumps(rng.choice(DOCUMENTS)),
@@ -129,7 +140,9 @@ class QueryMaker:
             return f"SELECT {self.projection()} FROM {TABLE}{where}"
         if kind < 0.7:
             limit = f"LIMIT {rng.choice([0, 1, 5, 50])} OFFSET {rng.choice([0, 0, 3])}"
-            return f"SELECT _id, {self.projection()} FROM {TABLE}{where} ORDER BY _id {rng.choice(['', 'DESC'])} {limit}"
+            return (
+                f"SELECT _id, {self.projection()} FROM {TABLE}{where} ORDER BY _id {rng.choice(['', 'DESC'])} {limit}"
+            )
         if kind < 0.8:
             name, _ = self.column()
             return f'SELECT "{name}"::text, count(*) FROM {TABLE}{where} GROUP BY "{name}"'
@@ -223,7 +236,7 @@ class QueryMaker:
                     f"substr({column}, {rng.randint(-1, 3)}, {rng.randint(0, 3)}) {compare} {literal('text', rng)}",
                     f"position('b' in {column}) {compare} {rng.randint(0, 3)}",
                     f"starts_with({column}, 'a')",
-                    f"{column} COLLATE \"und-x-icu\" {compare} {literal('text', rng)}",
+                    f'{column} COLLATE "und-x-icu" {compare} {literal("text", rng)}',
                     f"md5({column}) {compare} '8'",
                 ]
             case "integer" | "bigint":
@@ -239,7 +252,9 @@ class QueryMaker:
                 ]
             case "real" | "double precision":
                 return [
-                    f"{column} * 2 {compare} {literal('real', rng)}" if kind == "real" else f"{column} / 4 {compare} {small}",
+                    f"{column} * 2 {compare} {literal('real', rng)}"
+                    if kind == "real"
+                    else f"{column} / 4 {compare} {small}",
                     f"{column} {compare} {literal('integer', rng)}",
                     f"{column} {compare} {literal('numeric(12,3)', rng)}",
                     f"{rng.choice(['floor', 'ceil', 'round', 'trunc', 'abs'])}({column}) {compare} {small}",

@@ -8,12 +8,12 @@ use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 
 use pgrx::datum::IntoDatum;
-use pgrx::pg_sys;
 
+use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
 use crate::pg::spi::{self, View, arg, xid8, xid8_array};
-use crate::pg::{PG_EPOCH_US, PgError, Result, heap, locks, relation, wake, xact};
+use crate::pg::{Datum, Oid, PG_EPOCH_US, PgError, Result, heap, locks, relation, wake, xact};
 
 /// What one collect call stores.
 pub struct Entry<'a> {
@@ -46,7 +46,7 @@ thread_local! {
 }
 
 /// The oid of an inbox table.
-pub fn table_oid(k: usize) -> pg_sys::Oid {
+pub fn table_oid(k: usize) -> Oid {
     relation::oid("rakam_internal", ["inbox_0", "inbox_1", "inbox_2"][k])
 }
 
@@ -59,7 +59,7 @@ pub fn append(entry: &Entry<'_>) -> Result<()> {
     let mut k = LAST_TABLE.get();
     let table = loop {
         let table = table_oid(k);
-        locks::relation(table, pg_sys::RowExclusiveLock);
+        locks::relation(table, Mode::RowExclusive);
         let now = current_table()?;
         if now == k {
             break table;
@@ -71,14 +71,14 @@ pub fn append(entry: &Entry<'_>) -> Result<()> {
     heap::insert(
         table,
         &[
-            pg_sys::Datum::from(id),
-            pg_sys::Datum::from(entry.project_id),
-            pg_sys::Datum::from(entry.collection_id),
+            Datum::from(id),
+            Datum::from(entry.project_id),
+            Datum::from(entry.collection_id),
             datum(entry.collection),
-            pg_sys::Datum::from(xact::top_xid()),
-            pg_sys::Datum::from(entry.n),
-            pg_sys::Datum::from(entry.received_at_us - PG_EPOCH_US),
-            pg_sys::Datum::from(entry.shift_us),
+            Datum::from(xact::top_xid()),
+            Datum::from(entry.n),
+            Datum::from(entry.received_at_us - PG_EPOCH_US),
+            Datum::from(entry.shift_us),
             datum(entry.payload),
         ],
     );
@@ -87,8 +87,8 @@ pub fn append(entry: &Entry<'_>) -> Result<()> {
 }
 
 /// A value that is not NULL, in the current memory context.
-fn datum(value: impl IntoDatum) -> pg_sys::Datum {
-    value.into_datum().unwrap_or(pg_sys::Datum::null())
+fn datum(value: impl IntoDatum) -> Datum {
+    value.into_datum().unwrap_or(Datum::null())
 }
 
 /// The point up to which the inbox is digested, and what a reader with this view has to open.

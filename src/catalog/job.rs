@@ -44,8 +44,10 @@ pub fn last_error() -> Result<Option<String>> {
     )
 }
 
-/// Task workers that run now: process id, database, start.
-pub fn tasks() -> Result<Vec<(i32, Option<String>, Option<TimestampWithTimeZone>)>> {
+/// A task worker that runs now: process id, database, start.
+pub type Task = (i32, Option<String>, Option<TimestampWithTimeZone>);
+
+pub fn tasks() -> Result<Vec<Task>> {
     spi::query(
         View::Current,
         "SELECT pid, datname::text, backend_start FROM pg_catalog.pg_stat_activity

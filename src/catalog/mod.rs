@@ -2,7 +2,6 @@
 //!
 //! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
 
-pub mod health;
 pub mod inbox;
 pub mod invalid;
 pub mod job;

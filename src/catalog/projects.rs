@@ -8,13 +8,12 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use pgrx::pg_sys;
 use sha2::{Digest, Sha256};
 
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::{Registered, Snapshot};
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{PgError, Result, invalidation, relation, roles};
+use crate::pg::{INVALID_OID, Oid, PgError, Result, invalidation, relation, roles};
 
 /// Entries of a kind after which the cache starts anew.
 const CACHE_ENTRIES_MAX: usize = 10_000;
@@ -24,9 +23,9 @@ const CACHE_ENTRIES_MAX: usize = 10_000;
 pub struct Project {
     pub id: i32,
     pub name: String,
-    pub read_role: pg_sys::Oid,
-    pub write_role: pg_sys::Oid,
-    pub admin_role: pg_sys::Oid,
+    pub read_role: Oid,
+    pub write_role: Oid,
+    pub admin_role: Oid,
     pub storage_id: i32,
 }
 
@@ -45,8 +44,8 @@ pub enum Right {
 
 impl Project {
     /// Whether the user has the privileges of a role with this right; superusers have.
-    pub fn allows(&self, user: pg_sys::Oid, right: Right) -> bool {
-        let roles: &[pg_sys::Oid] = match right {
+    pub fn allows(&self, user: Oid, right: Right) -> bool {
+        let roles: &[Oid] = match right {
             Right::Read => &[self.read_role, self.admin_role],
             Right::Write => &[self.write_role, self.admin_role],
             Right::Admin => &[self.admin_role],
@@ -202,7 +201,7 @@ pub fn administered() -> Result<Vec<i32>> {
     )
 }
 
-fn load_scope(view: View, user: pg_sys::Oid) -> Result<Scope> {
+fn load_scope(view: View, user: Oid) -> Result<Scope> {
     let mut scope = Scope::default();
     let mut add = |row: &spi::Row| {
         let id = row.must(1)?;
@@ -237,9 +236,9 @@ fn project_row(row: &spi::Row) -> Result<Project> {
     Ok(Project {
         id: row.must(1)?,
         name: row.must(2)?,
-        read_role: row.oid(3).unwrap_or(pg_sys::InvalidOid),
-        write_role: row.oid(4).unwrap_or(pg_sys::InvalidOid),
-        admin_role: row.oid(5).unwrap_or(pg_sys::InvalidOid),
+        read_role: row.oid(3).unwrap_or(INVALID_OID),
+        write_role: row.oid(4).unwrap_or(INVALID_OID),
+        admin_role: row.oid(5).unwrap_or(INVALID_OID),
         storage_id: row.must(6)?,
     })
 }
@@ -261,7 +260,7 @@ struct Cache {
     projects: HashMap<String, Rc<Project>>,
     collections: HashMap<i32, HashMap<String, i32>>,
     keys: HashMap<[u8; 32], Key>,
-    scopes: HashMap<pg_sys::Oid, Rc<Scope>>,
+    scopes: HashMap<Oid, Rc<Scope>>,
 }
 
 thread_local! {
@@ -413,7 +412,7 @@ pub struct Storage {
 }
 
 /// The storage of this name, as `user` may use it.
-pub fn storage(name: &str, user: pg_sys::Oid) -> Result<Option<Storage>> {
+pub fn storage(name: &str, user: Oid) -> Result<Option<Storage>> {
     spi::first(
         View::Current,
         "SELECT s.storage_id, o.option_value, coalesce(s.kind = 'local', false) OR pg_catalog.has_server_privilege($2, f.oid, 'USAGE')

@@ -1,11 +1,10 @@
 //! Projects, collections and fields.
 
-use pgrx::pg_sys;
 use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
 
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{PgError, Result};
+use crate::pg::{INVALID_OID, Oid, PgError, Result};
 
 /// A project, as far as moving its events needs it.
 #[derive(Debug, Clone)]
@@ -13,9 +12,9 @@ pub struct ProjectRow {
     pub id: i32,
     pub name: String,
     pub storage_id: i32,
-    pub read_role: pg_sys::Oid,
-    pub write_role: pg_sys::Oid,
-    pub admin_role: pg_sys::Oid,
+    pub read_role: Oid,
+    pub write_role: Oid,
+    pub admin_role: Oid,
     /// Bounds of `_time` relative to the time of receipt.
     pub time_past_us: i64,
     pub time_future_us: i64,
@@ -27,7 +26,7 @@ pub struct Collection {
     pub project_id: i32,
     pub name: String,
     /// The registered foreign table; None while it is still to be made.
-    pub ft: Option<pg_sys::Oid>,
+    pub ft: Option<Oid>,
     pub schema_version: i32,
 }
 
@@ -36,9 +35,9 @@ fn project_row(row: &spi::Row) -> Result<ProjectRow> {
         id: row.must(1)?,
         name: row.must(2)?,
         storage_id: row.must(3)?,
-        read_role: row.oid(4).unwrap_or(pg_sys::InvalidOid),
-        write_role: row.oid(5).unwrap_or(pg_sys::InvalidOid),
-        admin_role: row.oid(6).unwrap_or(pg_sys::InvalidOid),
+        read_role: row.oid(4).unwrap_or(INVALID_OID),
+        write_role: row.oid(5).unwrap_or(INVALID_OID),
+        admin_role: row.oid(6).unwrap_or(INVALID_OID),
         time_past_us: row.must(7)?,
         time_future_us: row.must(8)?,
     })

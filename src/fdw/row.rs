@@ -307,25 +307,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn members_of_extra_become_properties() {
-        let merge = |extra: &str| {
-            let mut object = Object::new();
-            object.key("a").push('1');
-            merge_extra(extra, |name| name == "a", &mut object).map(|()| object.finish())
-        };
-        assert_eq!(
-            merge(r#"{"b": [1, 2]}"#).as_deref(),
-            Ok(r#"{"a":1,"b":[1, 2]}"#)
-        );
-        assert_eq!(merge("{}").as_deref(), Ok(r#"{"a":1}"#));
-        assert_eq!(
-            merge(r#"{"A": 2}"#).map_err(|e| e.sqlstate),
-            Err("22023".to_owned())
-        );
-        assert_eq!(merge("[]").map_err(|e| e.sqlstate), Err("22023".to_owned()));
-    }
-
-    #[test]
     fn floats_are_written_so_that_they_read_back() {
         for value in [0.1, -0.0, 1e300, 5e-324, 123456789.125, f64::MAX] {
             let mut text = String::new();

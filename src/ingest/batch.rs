@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{default, pg_extern};
 use rakam_event::entry::{self, BatchItem};
 use rakam_event::error::EventError;
@@ -17,7 +16,7 @@ use crate::pg::jsonb::JsonbText;
 use crate::pg::record::Record;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{PgError, Result, not_null, xact};
+use crate::pg::{ErrorReport, PgError, Result, not_null, xact};
 
 /// Bytes of events after which a collection gets another inbox row.
 const ROW_BYTES: usize = 1 << 20;

@@ -4,14 +4,13 @@
 use std::rc::Rc;
 
 use pgrx::pg_extern;
-use pgrx::pg_sys::panic::ErrorReport;
 use rakam_event::entry::{self, Limits};
 use rakam_event::names::CollectionName;
 
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::projects::{self, KeyKind, Project, Right};
 use crate::pg::jsonb::JsonbText;
-use crate::pg::{PgError, Result, activity, guc, not_null, xact};
+use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, xact};
 
 /// Stores one event. SQL: `rakam.collect(project text, collection text, properties jsonb)`.
 /// Errors: 42501 no such project or no right to write, 22004 NULL argument, 42602 / 42939 a name that is not

@@ -21,8 +21,8 @@ use rakam_event::types::FieldType;
 
 use super::append::{Target, append};
 use crate::catalog::inbox::{self, Backlog, TailRow, Tick};
-use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::catalog::invalid;
+use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
@@ -175,13 +175,18 @@ fn events(row: &TailRow) -> impl Iterator<Item = std::result::Result<&str, PgErr
 fn plan() -> Result<Plan> {
     // A transaction with an id of its own would count itself as finished in its own snapshot.
     if xact::has_xid() {
-        return Err(PgError::internal("a digest must not begin in a writing transaction"));
+        return Err(PgError::internal(
+            "a digest must not begin in a writing transaction",
+        ));
     }
     let view = View::Under(Snapshot::active());
     let tick = inbox::tick(view)?;
-    let now: String = spi::first(view, "SELECT pg_catalog.pg_current_snapshot()::text", &[], |r| {
-        r.must(1)
-    })?
+    let now: String = spi::first(
+        view,
+        "SELECT pg_catalog.pg_current_snapshot()::text",
+        &[],
+        |r| r.must(1),
+    )?
     .unwrap_or_default();
     let now = XidSnapshot::parse(&now)
         .ok_or_else(|| PgError::internal("the current snapshot is malformed"))?;
@@ -206,7 +211,8 @@ fn plan() -> Result<Plan> {
     'pages: while let Some(page) = backlog.next_page(view)? {
         wait::check_interrupts();
         for row in &page {
-            if bytes >= SLICE_BYTES && row.txid != last_txid && row.txid >= plan.tick.snapshot.xmax {
+            if bytes >= SLICE_BYTES && row.txid != last_txid && row.txid >= plan.tick.snapshot.xmax
+            {
                 plan.upto = now.cut(row.txid);
                 plan.more = true;
                 break 'pages;
@@ -218,21 +224,25 @@ fn plan() -> Result<Plan> {
             if registry.project(row.project_id)?.is_none() {
                 continue;
             }
-            let learner = match registry.collection(row)? {
-                Some(collection) => {
-                    if !learners.contains_key(&collection.id) {
-                        let schema = registry::schema(view, &collection)?;
-                        learners.insert(collection.id, Discovery::new(&schema, max_fields));
+            let learner =
+                match registry.collection(row)? {
+                    Some(collection) => {
+                        use std::collections::hash_map::Entry;
+                        Some(match learners.entry(collection.id) {
+                            Entry::Occupied(known) => known.into_mut(),
+                            Entry::Vacant(entry) => {
+                                let schema = registry::schema(view, &collection)?;
+                                entry.insert(Discovery::new(&schema, max_fields))
+                            }
+                        })
                     }
-                    learners.get_mut(&collection.id)
-                }
-                None => {
-                    let key = (row.project_id, row.collection.clone());
-                    Some(strangers.entry(key).or_insert_with(|| {
-                        Discovery::new(&Schema::new(1, Vec::new()), max_fields)
-                    }))
-                }
-            };
+                    None => {
+                        let key = (row.project_id, row.collection.clone());
+                        Some(strangers.entry(key).or_insert_with(|| {
+                            Discovery::new(&Schema::new(1, Vec::new()), max_fields)
+                        }))
+                    }
+                };
             if let Some(learner) = learner {
                 for event in events(row).flatten() {
                     // A panic teaches nothing; the event is parked when it is written.
@@ -315,12 +325,10 @@ impl Making {
         match catch_unwind(AssertUnwindSafe(|| self.builder.push(event, stamp))) {
             Ok(Ok(())) => Ok(()),
             // The event is fine, the batch is at Arrow's limit: it goes into the next one.
-            Ok(Err(EventError::BatchFull)) if self.builder.rows() > 0 => {
-                match self.write() {
-                    Ok(()) => self.push(event, stamp),
-                    Err(error) => Err(Poison::Failed(error)),
-                }
-            }
+            Ok(Err(EventError::BatchFull)) if self.builder.rows() > 0 => match self.write() {
+                Ok(()) => self.push(event, stamp),
+                Err(error) => Err(Poison::Failed(error)),
+            },
             Ok(Err(error)) => Err(Poison::Refused(error.to_string())),
             Err(_) => Err(Poison::Panicked),
         }
@@ -412,11 +420,21 @@ fn digest_row(target: &mut Making, row: &TailRow) -> Result<u64> {
     let lines = row.payload.split(|&b| b == b'\n').filter(|l| !l.is_empty());
     for (number, line) in lines.enumerate() {
         let Ok(event) = std::str::from_utf8(line) else {
-            inbox::park(row, line, target.collection.id, "event is not valid UTF-8 text")?;
+            inbox::park(
+                row,
+                line,
+                target.collection.id,
+                "event is not valid UTF-8 text",
+            )?;
             continue;
         };
         if CRASHERS.with_borrow(|known| known.contains(&(row.id, number))) {
-            inbox::park(row, line, target.collection.id, "the event crashed its parser")?;
+            inbox::park(
+                row,
+                line,
+                target.collection.id,
+                "the event crashed its parser",
+            )?;
             continue;
         }
         match target.push(event, &stamp) {

@@ -43,7 +43,11 @@ fn describe(worker: &Worker<'_>) -> pg_sys::BackgroundWorker {
         bgw_restart_time: worker.restart_s.unwrap_or(pg_sys::BGW_NEVER_RESTART),
         bgw_main_arg: worker.argument,
         // SAFETY: reads a backend variable.
-        bgw_notify_pid: if worker.notify { unsafe { pg_sys::MyProcPid } } else { 0 },
+        bgw_notify_pid: if worker.notify {
+            unsafe { pg_sys::MyProcPid }
+        } else {
+            0
+        },
         ..Default::default()
     };
     copy_text(&mut bgw.bgw_name, worker.name.as_bytes());
@@ -149,11 +153,9 @@ pub fn begin(database: Option<pg_sys::Oid>) {
             Some(oid) => {
                 pg_sys::BackgroundWorkerInitializeConnectionByOid(oid, pg_sys::InvalidOid, 0);
             }
-            None => pg_sys::BackgroundWorkerInitializeConnection(
-                std::ptr::null(),
-                std::ptr::null(),
-                0,
-            ),
+            None => {
+                pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0)
+            }
         }
         for (name, value) in PINNED {
             pg_sys::SetConfigOption(

@@ -76,7 +76,9 @@ impl Block {
     fn write(&self, bytes: &[u8]) {
         // SAFETY: at most BUFFER_BYTES into a buffer of that size; the other side reads only after `done` or start.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.buffer(), bytes.len()) };
-        self.header().len.store(bytes.len() as u32, Ordering::Release);
+        self.header()
+            .len
+            .store(bytes.len() as u32, Ordering::Release);
     }
 
     /// The request, or once done the reply.

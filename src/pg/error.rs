@@ -127,12 +127,7 @@ impl From<rakam_lake::error::LakeError> for PgError {
 
 /// The value of an argument that must not be NULL.
 pub fn not_null<T>(value: Option<T>, argument: &str) -> Result<T> {
-    value.ok_or_else(|| {
-        PgError::new(
-            "22004",
-            format!("argument \"{argument}\" must not be null"),
-        )
-    })
+    value.ok_or_else(|| PgError::new("22004", format!("argument \"{argument}\" must not be null")))
 }
 
 /// `?` in a `#[pg_extern]` function that returns `Result<_, ErrorReport>` keeps SQLSTATE, detail and hint.

@@ -22,49 +22,165 @@ static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
 static MAX_STRING_BYTES: GucSetting<i32> = GucSetting::<i32>::new(64 << 10);
 static MAX_FIELDS: GucSetting<i32> = GucSetting::<i32>::new(500);
 static ALLOW_PROJECT_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
-static ROLE_PREFIX: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"rakam_"));
+static ROLE_PREFIX: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"rakam_"));
 static FAILPOINT: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 
 pub fn init() {
     let plain = GucFlags::default();
-    int(c"rakam.max_workers", c"Most task workers of rakam that run at a time in a database.",
-        &MAX_WORKERS, 1, 64, GucContext::Sighup, plain);
-    int(c"rakam.threads", c"Engine threads of a query; 0 is the number of processors, at most 4.",
-        &THREADS, 0, 256, GucContext::Userset, plain);
+    int(
+        c"rakam.max_workers",
+        c"Most task workers of rakam that run at a time in a database.",
+        &MAX_WORKERS,
+        1,
+        64,
+        GucContext::Sighup,
+        plain,
+    );
+    int(
+        c"rakam.threads",
+        c"Engine threads of a query; 0 is the number of processors, at most 4.",
+        &THREADS,
+        0,
+        256,
+        GucContext::Userset,
+        plain,
+    );
     int(c"rakam.memory_limit", c"Memory that the engine may use in the whole server (with shared_preload_libraries), else in each backend.",
         &MEMORY_LIMIT, 16, i32::MAX, GucContext::Suset, GucFlags::UNIT_MB);
     bool_guc(c"rakam.enable_pushdown", c"Evaluates filters and limits in the engine where their meaning is exactly that of Postgres.",
         &ENABLE_PUSHDOWN, GucContext::Userset, plain);
-    int(c"rakam.digest_interval", c"Shortest time between two digests of the inbox.",
-        &DIGEST_INTERVAL, 10, 60_000, GucContext::Sighup, GucFlags::UNIT_MS);
-    int(c"rakam.digest_max_age", c"Longest time an event stays in the inbox when few arrive.",
-        &DIGEST_MAX_AGE, 10, 3_600_000, GucContext::Sighup, GucFlags::UNIT_MS);
-    int(c"rakam.digest_events", c"Events waiting in the inbox that make a digest due at once.",
-        &DIGEST_EVENTS, 1, i32::MAX, GucContext::Sighup, plain);
-    int(c"rakam.flush_interval", c"Age of the oldest chunk at which a collection is written to data files.",
-        &FLUSH_INTERVAL, 1, i32::MAX / 1000, GucContext::Sighup, GucFlags::UNIT_S);
-    int(c"rakam.flush_size", c"Size of a collection's chunks at which they are written to data files.",
-        &FLUSH_SIZE, 1, 1024, GucContext::Sighup, GucFlags::UNIT_MB);
-    int(c"rakam.target_file_size", c"Size at which a data file is closed and the next one begun.",
-        &TARGET_FILE_SIZE, 1, 1024, GucContext::Sighup, GucFlags::UNIT_MB);
-    int(c"rakam.min_file_events", c"Events from which on a day or a month is worth a data file of its own.",
-        &MIN_FILE_EVENTS, 1, i32::MAX, GucContext::Sighup, plain);
-    int(c"rakam.rotation_interval", c"Time after which another inbox table takes the new events.",
-        &ROTATION_INTERVAL, 1, i32::MAX / 1000, GucContext::Sighup, GucFlags::UNIT_S);
-    int(c"rakam.file_retention", c"Time that a data file no longer in use is kept before it is deleted.",
-        &FILE_RETENTION, 0, i32::MAX, GucContext::Sighup, GucFlags::UNIT_MIN);
-    int(c"rakam.max_event_bytes", c"Largest event accepted.",
-        &MAX_EVENT_BYTES, 1024, 256 << 20, GucContext::Suset, GucFlags::UNIT_BYTE);
-    int(c"rakam.max_string_bytes", c"Longest string kept; longer ones are cut.",
-        &MAX_STRING_BYTES, 256, 16 << 20, GucContext::Suset, GucFlags::UNIT_BYTE);
-    int(c"rakam.max_fields", c"Most fields of a collection that become columns; further ones stay in _extra.",
-        &MAX_FIELDS, 1, 1500, GucContext::Suset, plain);
-    bool_guc(c"rakam.allow_project_drop", c"Allows rakam.drop_project.",
-        &ALLOW_PROJECT_DROP, GucContext::Suset, plain);
-    GucRegistry::define_string_guc(c"rakam.role_prefix", c"What the names of a project's roles begin with.", c"",
-        &ROLE_PREFIX, GucContext::Suset, plain);
-    GucRegistry::define_string_guc(c"rakam.failpoint", c"Makes named points of the code fail, for tests.", c"",
-        &FAILPOINT, GucContext::Suset, GucFlags::SUPERUSER_ONLY | GucFlags::NO_SHOW_ALL);
+    int(
+        c"rakam.digest_interval",
+        c"Shortest time between two digests of the inbox.",
+        &DIGEST_INTERVAL,
+        10,
+        60_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"rakam.digest_max_age",
+        c"Longest time an event stays in the inbox when few arrive.",
+        &DIGEST_MAX_AGE,
+        10,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"rakam.digest_events",
+        c"Events waiting in the inbox that make a digest due at once.",
+        &DIGEST_EVENTS,
+        1,
+        i32::MAX,
+        GucContext::Sighup,
+        plain,
+    );
+    int(
+        c"rakam.flush_interval",
+        c"Age of the oldest chunk at which a collection is written to data files.",
+        &FLUSH_INTERVAL,
+        1,
+        i32::MAX / 1000,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    int(
+        c"rakam.flush_size",
+        c"Size of a collection's chunks at which they are written to data files.",
+        &FLUSH_SIZE,
+        1,
+        1024,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
+    );
+    int(
+        c"rakam.target_file_size",
+        c"Size at which a data file is closed and the next one begun.",
+        &TARGET_FILE_SIZE,
+        1,
+        1024,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
+    );
+    int(
+        c"rakam.min_file_events",
+        c"Events from which on a day or a month is worth a data file of its own.",
+        &MIN_FILE_EVENTS,
+        1,
+        i32::MAX,
+        GucContext::Sighup,
+        plain,
+    );
+    int(
+        c"rakam.rotation_interval",
+        c"Time after which another inbox table takes the new events.",
+        &ROTATION_INTERVAL,
+        1,
+        i32::MAX / 1000,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    int(
+        c"rakam.file_retention",
+        c"Time that a data file no longer in use is kept before it is deleted.",
+        &FILE_RETENTION,
+        0,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"rakam.max_event_bytes",
+        c"Largest event accepted.",
+        &MAX_EVENT_BYTES,
+        1024,
+        256 << 20,
+        GucContext::Suset,
+        GucFlags::UNIT_BYTE,
+    );
+    int(
+        c"rakam.max_string_bytes",
+        c"Longest string kept; longer ones are cut.",
+        &MAX_STRING_BYTES,
+        256,
+        16 << 20,
+        GucContext::Suset,
+        GucFlags::UNIT_BYTE,
+    );
+    int(
+        c"rakam.max_fields",
+        c"Most fields of a collection that become columns; further ones stay in _extra.",
+        &MAX_FIELDS,
+        1,
+        1500,
+        GucContext::Suset,
+        plain,
+    );
+    bool_guc(
+        c"rakam.allow_project_drop",
+        c"Allows rakam.drop_project.",
+        &ALLOW_PROJECT_DROP,
+        GucContext::Suset,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"rakam.role_prefix",
+        c"What the names of a project's roles begin with.",
+        c"",
+        &ROLE_PREFIX,
+        GucContext::Suset,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"rakam.failpoint",
+        c"Makes named points of the code fail, for tests.",
+        c"",
+        &FAILPOINT,
+        GucContext::Suset,
+        GucFlags::SUPERUSER_ONLY | GucFlags::NO_SHOW_ALL,
+    );
     // A misspelt setting is an error, not one more variable that nobody reads.
     // SAFETY: NUL-terminated text, copied; on the main thread, while the library is loaded.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"rakam".as_ptr()) };
@@ -99,7 +215,9 @@ pub fn max_workers() -> usize {
 /// Engine threads: the setting, or what the machine has, at most four.
 pub fn threads() -> usize {
     match THREADS.get() {
-        0 => std::thread::available_parallelism().map_or(1, usize::from).min(4),
+        0 => std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(4),
         n => n as usize,
     }
 }
@@ -165,9 +283,13 @@ pub fn allow_project_drop() -> bool {
 }
 
 pub fn role_prefix() -> String {
-    ROLE_PREFIX.get().map_or_else(|| "rakam_".to_owned(), |p| p.to_string_lossy().into_owned())
+    ROLE_PREFIX
+        .get()
+        .map_or_else(|| "rakam_".to_owned(), |p| p.to_string_lossy().into_owned())
 }
 
 pub fn failpoint() -> Option<String> {
-    FAILPOINT.get().map(|text| text.to_string_lossy().into_owned())
+    FAILPOINT
+        .get()
+        .map(|text| text.to_string_lossy().into_owned())
 }

@@ -43,6 +43,15 @@ impl LockOn {
     }
 }
 
+/// The strengths in which relations are locked here, by Postgres' names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Mode {
+    RowExclusive = pg_sys::RowExclusiveLock,
+    Share = pg_sys::ShareLock,
+    AccessExclusive = pg_sys::AccessExclusiveLock,
+}
+
 /// Takes the exclusive lock to the end of the transaction, without waiting. False: somebody has it.
 pub fn try_transaction(on: LockOn) -> bool {
     acquire(on, false, true)
@@ -88,13 +97,13 @@ fn acquire(on: LockOn, session: bool, no_wait: bool) -> bool {
 }
 
 /// Locks a relation to the end of the transaction, waiting for it.
-pub fn relation(relation: pg_sys::Oid, mode: u32) {
+pub fn relation(relation: pg_sys::Oid, mode: Mode) {
     // SAFETY: lock by oid.
     unsafe { pg_sys::LockRelationOid(relation, mode as i32) };
 }
 
 /// Locks a relation to the end of the transaction, without waiting.
-pub fn try_relation(relation: pg_sys::Oid, mode: u32) -> bool {
+pub fn try_relation(relation: pg_sys::Oid, mode: Mode) -> bool {
     // SAFETY: lock by oid; false when it would have to wait.
     unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
 }

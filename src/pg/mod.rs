@@ -30,3 +30,5 @@ pub mod xact;
 pub const PG_EPOCH_US: i64 = 946_684_800_000_000;
 
 pub use error::{PgError, Result, not_null};
+pub use pgrx::pg_sys::panic::ErrorReport;
+pub use pgrx::pg_sys::{Datum, InvalidOid as INVALID_OID, Oid};

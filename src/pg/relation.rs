@@ -36,7 +36,8 @@ pub fn databases() -> Vec<pg_sys::Oid> {
     let mut found = Vec::new();
     // SAFETY: a sequential scan of pg_database inside a transaction with a snapshot; rows are copied out.
     unsafe {
-        let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
+        let relation =
+            pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
         let scan = pg_sys::table_beginscan_catalog(relation, 0, std::ptr::null_mut());
         loop {
             let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
@@ -76,6 +77,10 @@ pub fn database_name(database: pg_sys::Oid) -> Option<String> {
     // SAFETY: catalog look-up by oid; the result is palloc'd and copied.
     unsafe {
         let name = pg_sys::get_database_name(database);
-        (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+        (!name.is_null()).then(|| {
+            std::ffi::CStr::from_ptr(name)
+                .to_string_lossy()
+                .into_owned()
+        })
     }
 }

@@ -156,8 +156,12 @@ pub struct Sender<M> {
 
 /// A bounded channel from engine tasks to the backend's own thread.
 pub fn port<M>(capacity: usize) -> Result<(Sender<M>, Port<M>)> {
-    let waker = Waker::new()
-        .map_err(|e| PgError::new("53000", format!("could not create an event descriptor: {e}")))?;
+    let waker = Waker::new().map_err(|e| {
+        PgError::new(
+            "53000",
+            format!("could not create an event descriptor: {e}"),
+        )
+    })?;
     let (sender, receiver) = mpsc::channel(capacity);
     Ok((
         Sender {

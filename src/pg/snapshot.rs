@@ -90,7 +90,9 @@ impl XidSnapshot {
         let xip = if list.is_empty() {
             Vec::new()
         } else {
-            list.split(',').map(|x| x.parse().ok()).collect::<Option<_>>()?
+            list.split(',')
+                .map(|x| x.parse().ok())
+                .collect::<Option<_>>()?
         };
         Some(Self { xmin, xmax, xip })
     }

@@ -91,7 +91,9 @@ impl Row {
     /// A column that cannot be NULL.
     pub fn must<T: FromDatum>(&self, column: usize) -> Result<T> {
         self.get(column).ok_or_else(|| {
-            PgError::internal(format!("unexpected NULL in column {column} of a catalog query"))
+            PgError::internal(format!(
+                "unexpected NULL in column {column} of a catalog query"
+            ))
         })
     }
 

@@ -100,17 +100,17 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, PgError> {
         let AssertUnwindSafe(work) = work;
         Ok(work())
     }))
-        .catch_others(|caught| {
-            let report = match &caught {
-                CaughtError::PostgresError(r) | CaughtError::ErrorReport(r) => r,
-                CaughtError::RustPanic { ereport, .. } => ereport,
-            };
-            let mut error = PgError::new(&sqlstate_text(report.sql_error_code()), report.message());
-            error.detail = report.detail().map(str::to_owned);
-            error.hint = report.hint().map(str::to_owned);
-            Err(error)
-        })
-        .execute()
+    .catch_others(|caught| {
+        let report = match &caught {
+            CaughtError::PostgresError(r) | CaughtError::ErrorReport(r) => r,
+            CaughtError::RustPanic { ereport, .. } => ereport,
+        };
+        let mut error = PgError::new(&sqlstate_text(report.sql_error_code()), report.message());
+        error.detail = report.detail().map(str::to_owned);
+        error.hint = report.hint().map(str::to_owned);
+        Err(error)
+    })
+    .execute()
 }
 
 /// The five characters of an error code.
@@ -145,8 +145,10 @@ pub fn in_recovery() -> bool {
 /// An error for functions that write, on a standby or in a read-only transaction.
 pub fn ensure_writable(what: &str) -> Result<(), PgError> {
     if in_recovery() {
-        return Err(PgError::new("25006", format!("cannot {what} during recovery"))
-            .hint("Connect to the primary server."));
+        return Err(
+            PgError::new("25006", format!("cannot {what} during recovery"))
+                .hint("Connect to the primary server."),
+        );
     }
     // SAFETY: reads a backend variable.
     if unsafe { pg_sys::XactReadOnly } {
@@ -175,7 +177,11 @@ pub fn horizon(relation: pg_sys::Oid) -> u64 {
 fn widen(xid: u32, next: u64) -> u64 {
     let epoch = next >> 32;
     let value = (epoch << 32) | u64::from(xid);
-    if value > next { value - (1 << 32) } else { value }
+    if value > next {
+        value - (1 << 32)
+    } else {
+        value
+    }
 }
 
 /// The clock, as microseconds since 1970.

@@ -7,12 +7,11 @@
 use pgrx::datum::{Date, TimestampWithTimeZone};
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::iter::TableIterator;
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::trigger_support::PgTrigger;
 use pgrx::{AllocatedByPostgres, name, pg_extern, pg_trigger};
 
 use crate::catalog::{monitor, projects};
-use crate::pg::invalidation;
+use crate::pg::{ErrorReport, invalidation};
 
 /// The projects whose data the effective user may read (roles read and admin).
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]

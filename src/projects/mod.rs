@@ -6,13 +6,12 @@ mod keys;
 mod objects;
 
 use pgrx::iter::TableIterator;
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{default, name, pg_extern};
 use rakam_event::names::ProjectName;
 
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
 use crate::pg::security::{self, ActAs};
-use crate::pg::{PgError, Result, activity, guc, locks, not_null, roles, xact};
+use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
 use keys::KeySet;
 
 /// Creates a project: schema, roles, users table, `_all`, one key set, which is shown this once.

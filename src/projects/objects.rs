@@ -3,7 +3,7 @@
 
 use crate::catalog::projects::{self as catalog, Project};
 use crate::pg::spi::{self, quote_ident, quote_literal};
-use crate::pg::{PgError, Result, guc, relation, roles, security};
+use crate::pg::{Oid, PgError, Result, guc, relation, roles, security};
 
 /// `rakam_local`: the default storage, inside Postgres.
 pub const DEFAULT_STORAGE_ID: i32 = 1;
@@ -98,7 +98,7 @@ pub fn drop(project: &Project) -> Result<()> {
 }
 
 /// The id of a storage by its server's name, taking the server into use if it is new.
-pub fn storage(name: &str, caller: pgrx::pg_sys::Oid) -> Result<i32> {
+pub fn storage(name: &str, caller: Oid) -> Result<i32> {
     let storage = catalog::storage(name, caller)?.ok_or_else(|| {
         PgError::new("42704", format!("storage \"{name}\" does not exist")).hint(
             "Create it with CREATE SERVER ... FOREIGN DATA WRAPPER rakam OPTIONS (url 'file:///...').",

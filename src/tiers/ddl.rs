@@ -6,7 +6,7 @@
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::spi::{self, View, arg, quote_ident, quote_literal};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result};
+use crate::pg::{Oid, PgError, Result};
 
 /// What is left to do.
 #[derive(Debug, Clone, Copy, Default)]
@@ -61,7 +61,11 @@ pub fn sync(collection_id: i32) -> Result<()> {
 }
 
 fn table_name(project: &ProjectRow, collection: &Collection) -> String {
-    format!("{}.{}", quote_ident(&project.name), quote_ident(&collection.name))
+    format!(
+        "{}.{}",
+        quote_ident(&project.name),
+        quote_ident(&collection.name)
+    )
 }
 
 fn column(name: &str, ty: rakam_event::types::FieldType) -> String {
@@ -75,7 +79,11 @@ fn column(name: &str, ty: rakam_event::types::FieldType) -> String {
 
 fn create(project: &ProjectRow, collection: &Collection) -> Result<()> {
     let schema = registry::schema(View::Current, collection)?;
-    let columns: Vec<String> = schema.fields.iter().map(|f| column(&f.name, f.ty)).collect();
+    let columns: Vec<String> = schema
+        .fields
+        .iter()
+        .map(|f| column(&f.name, f.ty))
+        .collect();
     let table = table_name(project, collection);
     spi::execute_text(&format!(
         "CREATE FOREIGN TABLE {table} ({}) SERVER rakam OPTIONS (project {}, collection {})",
@@ -89,7 +97,10 @@ fn create(project: &ProjectRow, collection: &Collection) -> Result<()> {
         (project.admin_role, "SELECT, INSERT"),
     ] {
         if let Some(name) = role_name(role)? {
-            spi::execute_text(&format!("GRANT {rights} ON {table} TO {}", quote_ident(&name)))?;
+            spi::execute_text(&format!(
+                "GRANT {rights} ON {table} TO {}",
+                quote_ident(&name)
+            ))?;
         }
     }
     spi::execute(
@@ -118,7 +129,10 @@ fn add_columns(project: &ProjectRow, collection: &Collection) -> Result<()> {
         return Ok(());
     }
     let table = table_name(project, collection);
-    spi::execute_text(&format!("ALTER FOREIGN TABLE {table} {}", columns.join(", ")))?;
+    spi::execute_text(&format!(
+        "ALTER FOREIGN TABLE {table} {}",
+        columns.join(", ")
+    ))?;
     mark_ready(collection, &schema)
 }
 
@@ -138,7 +152,7 @@ fn mark_ready(collection: &Collection, schema: &rakam_event::schema::Schema) -> 
 }
 
 /// The name of a role; None if it was dropped by hand.
-fn role_name(role: pgrx::pg_sys::Oid) -> Result<Option<String>> {
+fn role_name(role: Oid) -> Result<Option<String>> {
     spi::first(
         View::Current,
         "SELECT rolname::text FROM pg_catalog.pg_roles WHERE oid = $1",

@@ -105,11 +105,8 @@ pub fn directory(storage: &StorageRow) -> Result<Option<DirectoryStorage>> {
         return Ok(None);
     }
     let url = storage.url.as_deref().ok_or_else(|| {
-        PgError::new(
-            "58030",
-            format!("storage \"{}\" has no url", storage.name),
-        )
-        .hint("Its foreign server must exist and have the option url.")
+        PgError::new("58030", format!("storage \"{}\" has no url", storage.name))
+            .hint("Its foreign server must exist and have the option url.")
     })?;
     let url = StorageUrl::parse(url)?;
     Ok(Some(DirectoryStorage::new(&url)))
@@ -132,7 +129,9 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
     let mut bytes = 0;
     for chunk in manifest::chunks(view, collection_id, None)? {
         wait::check_interrupts();
-        if chunk.chunk_id > last || (bytes > 0 && bytes + i64::from(chunk.bytes) > guc::flush_size_bytes()) {
+        if chunk.chunk_id > last
+            || (bytes > 0 && bytes + i64::from(chunk.bytes) > guc::flush_size_bytes())
+        {
             break;
         }
         bytes += i64::from(chunk.bytes);
@@ -235,7 +234,10 @@ fn commit(step: &Step) -> Result<Flushed> {
     if deleted != step.chunk_ids.len() as u64 {
         return Err(PgError::new(
             "40001",
-            format!("chunks of collection \"{}\" changed during a flush", step.collection.name),
+            format!(
+                "chunks of collection \"{}\" changed during a flush",
+                step.collection.name
+            ),
         ));
     }
     let mut flushed = Flushed::default();
@@ -245,7 +247,10 @@ fn commit(step: &Step) -> Result<Flushed> {
         if step.storage.kind == "local" {
             manifest::put_object(step.project.id, &output.path, &file.sink)?;
         } else if manifest::delete_intent(step.project.storage_id, &output.path)? != 1 {
-            return Err(PgError::new("40001", "an announced object was collected as an orphan"));
+            return Err(PgError::new(
+                "40001",
+                "an announced object was collected as an orphan",
+            ));
         }
         manifest::add_file(&NewFile {
             project_id: step.project.id,

@@ -60,7 +60,9 @@ fn one(collection_id: i32) -> Result<bool> {
     )?;
     let ids: Vec<i64> = inputs.iter().map(|c| c.chunk_id).collect();
     if manifest::delete_chunks(&ids)? != ids.len() as u64 {
-        return Err(PgError::internal("a chunk vanished under the collection's job lock"));
+        return Err(PgError::internal(
+            "a chunk vanished under the collection's job lock",
+        ));
     }
     failpoint::hit("merge.before_commit");
     Ok(true)

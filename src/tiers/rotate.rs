@@ -5,9 +5,8 @@
 //! can write a table any more and a tick covers all its rows, readers that see that tick need not open it. Truncate:
 //! once that tick is past the horizon, no snapshot can miss the rows.
 
-use pgrx::pg_sys;
-
 use crate::catalog::inbox;
+use crate::pg::locks::Mode;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -61,7 +60,7 @@ fn seal(k: usize) -> Result<bool> {
         return Ok(false);
     }
     // Conflicts with whoever may still insert; those who come later see that the table is not current.
-    if !locks::try_relation(inbox::table_oid(k), pg_sys::ShareLock) {
+    if !locks::try_relation(inbox::table_oid(k), Mode::Share) {
         return Ok(false);
     }
     let latest = Registered::latest();
@@ -87,7 +86,7 @@ fn truncate(k: usize) -> Result<bool> {
     if created_xid >= xact::horizon(relation::oid("rakam_internal", "inbox_tick")) {
         return Ok(false);
     }
-    if !locks::try_relation(inbox::table_oid(k), pg_sys::AccessExclusiveLock) {
+    if !locks::try_relation(inbox::table_oid(k), Mode::AccessExclusive) {
         return Ok(false);
     }
     // Nobody holds the table now: what is in it is all there will be.

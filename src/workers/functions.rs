@@ -22,7 +22,8 @@ use crate::tiers::{ddl, flush, gc, merge, rotate};
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
 #[pg_extern(volatile, parallel_unsafe)]
 fn tick() -> std::result::Result<(), ErrorReport> {
-    if !security::is_server_admin(security::current_user()) && projects::scope()?.member.is_empty() {
+    if !security::is_server_admin(security::current_user()) && projects::scope()?.member.is_empty()
+    {
         return Err(PgError::new("42501", "permission denied for function tick")
             .hint("The current role needs membership in a role of some project.")
             .into());
@@ -116,9 +117,12 @@ fn add_field(
     let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
     if !names::can_be_column(&field) {
-        return Err(PgError::new("42602", format!("field name \"{field}\" cannot be a column"))
-            .hint("Names of system columns and names over 63 bytes stay in \"_extra\".")
-            .into());
+        return Err(PgError::new(
+            "42602",
+            format!("field name \"{field}\" cannot be a column"),
+        )
+        .hint("Names of system columns and names over 63 bytes stay in \"_extra\".")
+        .into());
     }
     let ty = field_type(not_null(type_name, "type")?)?;
     task::run(&Task::AddField {
@@ -232,20 +236,29 @@ fn perform_add_field(
     let parsed = FieldType::parse(ty)
         .ok_or_else(|| Failure::Error(PgError::internal("a task has an unknown type")))?;
     let id = xact::worker(|| {
-        let found = registry::collection_named(View::Current, project_id, collection)?
-            .ok_or_else(|| {
-                PgError::new("42704", format!("collection \"{collection}\" does not exist"))
-                    .hint("rakam.create_collection makes it ahead of its first event.")
-            })?;
+        let found = registry::collection_named(View::Current, project_id, collection)?.ok_or_else(
+            || {
+                PgError::new(
+                    "42704",
+                    format!("collection \"{collection}\" does not exist"),
+                )
+                .hint("rakam.create_collection makes it ahead of its first event.")
+            },
+        )?;
         registry::add_fields(found.id, &[(field.to_owned(), parsed)], true)?;
         let schema = registry::schema(View::Current, &found)?;
         match schema.field(field) {
             Some(existing) if existing.ty == parsed => Ok(found.id),
             Some(existing) => Err(PgError::new(
                 "42710",
-                format!("field \"{field}\" of collection \"{collection}\" exists with type {}", existing.ty),
+                format!(
+                    "field \"{field}\" of collection \"{collection}\" exists with type {}",
+                    existing.ty
+                ),
             )
-            .hint("A field never changes its type: values that do not fit are kept in \"_extra\".")),
+            .hint(
+                "A field never changes its type: values that do not fit are kept in \"_extra\".",
+            )),
             None => Err(PgError::internal("a field just registered is not there")),
         }
     })?;

@@ -77,7 +77,8 @@ fn look(shared: &Shared) {
 fn back_off(slot: &Slot, now_ms: i64) {
     let since_us = slot.since_us.load(Ordering::Acquire);
     if since_us <= 0 {
-        slot.not_before_ms.store(now_ms + RESTART_MIN_MS, Ordering::Release);
+        slot.not_before_ms
+            .store(now_ms + RESTART_MIN_MS, Ordering::Release);
         return;
     }
     if now_ms - since_us / 1000 > HEALTHY_MS {
@@ -85,7 +86,8 @@ fn back_off(slot: &Slot, now_ms: i64) {
     }
     let restarts = slot.restarts.fetch_add(1, Ordering::AcqRel).min(20);
     let wait_ms = (RESTART_MIN_MS << restarts).min(RESTART_MAX_MS);
-    slot.not_before_ms.store(now_ms + wait_ms, Ordering::Release);
+    slot.not_before_ms
+        .store(now_ms + wait_ms, Ordering::Release);
 }
 
 /// Starts a resident for a database; one that finds another there ends at once. Without a free worker slot it is

@@ -7,6 +7,7 @@
 
 pub mod cycle;
 pub mod functions;
+mod health;
 pub mod launcher;
 pub mod resident;
 pub mod status;

@@ -6,8 +6,8 @@ use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use super::health::{self, Finding};
 use super::resident;
-use crate::catalog::health::{self, Finding};
 use crate::catalog::job;
 use crate::pg::shared::{self, STATES};
 use crate::pg::{PgError, bgworker, relation, security, types};
@@ -132,12 +132,10 @@ fn workers() -> std::result::Result<
 
 /// One look at everything. Counts are those of the caller's own projects; superusers and rakam_admin see all.
 /// SQL: `rakam.health() → TABLE("check" text, status text, detail text, hint text)`.
-#[pg_extern(
-    sql = r#"
+#[pg_extern(sql = r#"
 CREATE FUNCTION rakam.health() RETURNS TABLE("check" text, status text, detail text, hint text)
 LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'health_wrapper';
-"#
-)]
+"#)]
 #[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
 fn health() -> std::result::Result<
     TableIterator<

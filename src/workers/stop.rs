@@ -80,9 +80,10 @@ unsafe fn needed(node: *mut pg_sys::Node) -> (*const std::ffi::c_char, bool) {
     // SAFETY: the node's tag says its type.
     unsafe {
         match (*node).type_ {
-            pg_sys::NodeTag::T_DropdbStmt => {
-                ((*node.cast::<pg_sys::DropdbStmt>()).dbname.cast_const(), false)
-            }
+            pg_sys::NodeTag::T_DropdbStmt => (
+                (*node.cast::<pg_sys::DropdbStmt>()).dbname.cast_const(),
+                false,
+            ),
             pg_sys::NodeTag::T_CreatedbStmt => {
                 let options = (*node.cast::<pg_sys::CreatedbStmt>()).options;
                 match option(options, c"template") {
@@ -121,7 +122,11 @@ unsafe fn option(options: *mut pg_sys::List, name: &CStr) -> Option<*mut pg_sys:
     unsafe {
         let options = options.as_ref()?;
         (0..options.length as usize)
-            .map(|i| (*options.elements.add(i)).ptr_value.cast::<pg_sys::DefElem>())
+            .map(|i| {
+                (*options.elements.add(i))
+                    .ptr_value
+                    .cast::<pg_sys::DefElem>()
+            })
             .find(|&option| CStr::from_ptr((*option).defname) == name)
     }
 }

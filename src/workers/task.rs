@@ -22,8 +22,13 @@ pub enum Task {
     /// One round of all background work.
     Tick,
     /// Digest, then write everything of these collections to data files.
-    Flush { scope: Scope },
-    CreateCollection { project_id: i32, name: String },
+    Flush {
+        scope: Scope,
+    },
+    CreateCollection {
+        project_id: i32,
+        name: String,
+    },
     AddField {
         project_id: i32,
         collection: String,
@@ -85,8 +90,10 @@ pub fn run(task: &Task) -> Result<serde_json::Value> {
         wait::wait(None, Duration::from_millis(50));
     }
     if !block.is_done() {
-        return Err(PgError::new("57P01", "the background worker ended before it was done")
-            .hint("The server log says why; the call may be repeated."));
+        return Err(
+            PgError::new("57P01", "the background worker ended before it was done")
+                .hint("The server log says why; the call may be repeated."),
+        );
     }
     match serde_json::from_slice(&block.read()) {
         Ok(Reply::Done(value)) => Ok(value),
@@ -101,7 +108,9 @@ pub fn run(task: &Task) -> Result<serde_json::Value> {
             detail,
             hint,
         }),
-        Err(e) => Err(PgError::internal(format!("malformed reply of a worker: {e}"))),
+        Err(e) => Err(PgError::internal(format!(
+            "malformed reply of a worker: {e}"
+        ))),
     }
 }
 
@@ -130,8 +139,10 @@ fn start(extra: &[u8]) -> Result<Handle> {
     )?
     .unwrap_or(0);
     if tasks as usize >= bgworker::max_tasks() {
-        return Err(PgError::new("53000", "too many background tasks of rakam are running")
-            .hint("Try again later, or raise rakam.max_workers."));
+        return Err(
+            PgError::new("53000", "too many background tasks of rakam are running")
+                .hint("Try again later, or raise rakam.max_workers."),
+        );
     }
     bgworker::start(&Worker {
         kind: "rakam task",
@@ -154,10 +165,11 @@ fn ensure_not_in_the_way(worker: i32) -> Result<()> {
     )?
     .unwrap_or(false);
     if blocked {
-        return Err(
-            PgError::new("55P03", "the current transaction holds a lock that the background work needs")
-                .hint("Commit or roll back first, then call it in a transaction of its own."),
-        );
+        return Err(PgError::new(
+            "55P03",
+            "the current transaction holds a lock that the background work needs",
+        )
+        .hint("Commit or roll back first, then call it in a transaction of its own."));
     }
     Ok(())
 }
@@ -184,7 +196,10 @@ pub extern "C-unwind" fn rakam_task_main(argument: pg_sys::Datum) {
     };
     let bytes = serde_json::to_vec(&reply).unwrap_or_default();
     if !block.reply(&bytes) {
-        let short = failed(PgError::new("54000", "the answer of a background task is too large"));
+        let short = failed(PgError::new(
+            "54000",
+            "the answer of a background task is too large",
+        ));
         block.reply(&serde_json::to_vec(&short).unwrap_or_default());
     }
 }

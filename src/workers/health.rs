@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use super::{inbox, manifest};
+use crate::catalog::{inbox, manifest};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
@@ -151,7 +151,8 @@ pub fn of_server() -> Result<Vec<Finding>> {
     }
     for detail in failing {
         findings.push(
-            Finding::warning("background work", detail).hint("It is tried again by itself, later each time."),
+            Finding::warning("background work", detail)
+                .hint("It is tried again by itself, later each time."),
         );
     }
     let storages = spi::query(
