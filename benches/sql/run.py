@@ -90,9 +90,9 @@ class Bench:
 
             def backend_cpu(name: str) -> float:
                 before = cpu_s(pid)
-                for body in bodies:
+                for body in bodies * 4:  # the kernel counts in steps of 10 ms
                     session.execute(f"EXECUTE {name} ('{body}')")
-                return (cpu_s(pid) - before) / len(bodies) * 1e6
+                return (cpu_s(pid) - before) / (4 * len(bodies)) * 1e6
 
             speed = interleaved(self.repetitions, ours=lambda: rate("ours"), theirs=lambda: rate("theirs"))
             self.table.add(

@@ -42,12 +42,7 @@ fn describe(worker: &Worker<'_>) -> pg_sys::BackgroundWorker {
         bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
         bgw_restart_time: worker.restart_s.unwrap_or(pg_sys::BGW_NEVER_RESTART),
         bgw_main_arg: worker.argument,
-        // SAFETY: reads a backend variable.
-        bgw_notify_pid: if worker.notify {
-            unsafe { pg_sys::MyProcPid }
-        } else {
-            0
-        },
+        bgw_notify_pid: if worker.notify { my_pid() } else { 0 },
         ..Default::default()
     };
     copy_text(&mut bgw.bgw_name, worker.name.as_bytes());
