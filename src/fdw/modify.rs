@@ -302,7 +302,7 @@ impl Insert {
 
     /// Takes an event in; answers its `_time` and `_received_at`.
     fn add(&mut self, event: &Event) -> Result<(i64, i64)> {
-        let line = entry::check_event(&event.json, &self.limits)?;
+        let line = entry::check_row(&event.json, &self.limits)?;
         let received_at_us = match event.received_at_us {
             None => self.now_us,
             Some(micros) if self.is_admin => micros,

@@ -47,6 +47,20 @@ pub fn check_event<'a>(properties: &'a str, limits: &Limits) -> Result<Cow<'a, s
     Ok(one_line(properties))
 }
 
+/// Checks a row that Postgres has typed, as an event: it may have an `_extra` object, which no client may send.
+pub fn check_row<'a>(row: &'a str, limits: &Limits) -> Result<Cow<'a, str>, EventError> {
+    check_size(row, limits)?;
+    json::check(row, MAX_DEPTH)?;
+    let mut id = None;
+    json::object_entries(row, |key, raw| {
+        if key == schema::ID {
+            id = Some(raw);
+        }
+    })?;
+    id.map_or(Ok(()), check_id)?;
+    Ok(one_line(row))
+}
+
 /// Reads an array of events. What is wrong with one item is that item's error alone.
 pub fn split_batch(
     text: &str,
