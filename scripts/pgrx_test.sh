@@ -4,9 +4,6 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$RAKAM_ROOT"
-# cargo-pgrx installs the extension once more from within the test. Variables that cargo sets for tests would make
-# build scripts of dependencies run again, and everything behind them be compiled twice.
-export CARGO_PGRX=$RAKAM_ROOT/scripts/cargo_pgrx_nested.sh
 flags=()
 if [ "$(id -u)" = 0 ]; then
   folder=$RAKAM_STATE/pgrx-test
