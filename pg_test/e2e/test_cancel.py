@@ -92,13 +92,14 @@ def test_cancel_is_quick(db, flown):
     for query in QUERIES:
         text = query.replace("g::text", "distance::text")
         thread, told = run_in_thread(session, text)
-        time.sleep(0.5)
-        if not thread.is_alive():
-            continue
+        time.sleep(0.3)
         began = time.monotonic()
         db.admin.execute("SELECT pg_cancel_backend(%s)", (pid,))
         thread.join(timeout=30)
         assert not thread.is_alive(), f"not cancelled: {text}"
+        if not told:
+            # It was done before the signal came.
+            continue
         assert told == ["57014"]
         slow.append((time.monotonic() - began, text))
         began = time.monotonic()

@@ -5,6 +5,10 @@
 use std::ffi::{CStr, c_int};
 
 use pgrx::pg_sys;
+#[cfg(not(feature = "pg18"))]
+use pgrx::pg_sys::pqsignal;
+#[cfg(feature = "pg18")]
+use pgrx::pg_sys::pqsignal_be as pqsignal;
 
 use super::error::{PgError, Result};
 use super::guc;
@@ -140,9 +144,9 @@ const PINNED: [(&CStr, &CStr); 11] = [
 pub fn begin(database: Option<pg_sys::Oid>) {
     // SAFETY: installs the server's own handlers, then lets signals in; connects this fresh process.
     unsafe {
-        pg_sys::pqsignal(pg_sys::SIGTERM as c_int, Some(server_die));
-        pg_sys::pqsignal(pg_sys::SIGINT as c_int, Some(server_cancel));
-        pg_sys::pqsignal(pg_sys::SIGHUP as c_int, Some(server_reload));
+        pqsignal(pg_sys::SIGTERM as c_int, Some(server_die));
+        pqsignal(pg_sys::SIGINT as c_int, Some(server_cancel));
+        pqsignal(pg_sys::SIGHUP as c_int, Some(server_reload));
         pg_sys::BackgroundWorkerUnblockSignals();
         match database {
             Some(oid) => {
@@ -189,12 +193,6 @@ pub fn extra() -> [u8; 128] {
     // SAFETY: MyBgworkerEntry is set in every background worker.
     let extra = unsafe { (*pg_sys::MyBgworkerEntry).bgw_extra };
     extra.map(|b| b as u8)
-}
-
-/// Ends this process in order.
-pub fn exit(code: i32) -> ! {
-    // SAFETY: the server's own way out, with all its callbacks.
-    unsafe { pg_sys::proc_exit(code) }
 }
 
 pub fn my_pid() -> i32 {

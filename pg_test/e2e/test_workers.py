@@ -1,0 +1,96 @@
+"""Background workers under odd conditions: calls given up at any moment, settings made for everybody, statements that need
+a database for themselves."""
+
+from __future__ import annotations
+
+import psycopg
+from harness.database import Database, collect, one, wait_until
+
+CALLS = 60
+
+
+def test_calls_given_up_early_leave_the_server_alone(db, seed):
+    db.project("acme")
+    session = db.connect()
+    outcomes: dict[str | None, int] = {}
+    for n in range(CALLS):
+        collect(db.admin, "acme", "page", {"n": n})
+        # A worker needs some milliseconds to start: most calls end before theirs has looked for its request.
+        session.execute(f"SET statement_timeout = '{1 + n % 12}ms'")
+        try:
+            session.execute("SELECT rakam.tick()")
+            outcome = None
+        except psycopg.Error as error:
+            outcome = error.sqlstate
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    session.execute("RESET statement_timeout")
+    assert set(outcomes) <= {None, "57014", "53000"}, outcomes
+    assert outcomes.get("57014", 0) > CALLS // 4, outcomes
+    db.tick()
+    assert one(session, "SELECT count(*) FROM acme.page") == CALLS
+
+
+def test_settings_made_for_everybody_do_not_stop_the_workers(cluster):
+    """ALTER DATABASE … SET reaches background workers too."""
+    db = Database(cluster, "workers_settings")
+    db.drop()
+    db.create()
+    try:
+        db.project("acme")
+        for setting in (
+            "default_transaction_read_only = on",
+            "default_transaction_isolation = 'serializable'",
+            "statement_timeout = 1",
+            "lock_timeout = 1",
+            "row_security = off",
+            "session_replication_role = replica",
+            "search_path = pg_temp",
+        ):
+            db.admin.execute(f"ALTER DATABASE {db.name} SET {setting}")
+        pid = wait_until(db.worker_pid, "the resident worker")
+        db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        wait_until(lambda: db.worker_pid() not in (None, pid), "a worker with the new settings")
+        collect(db.admin, "acme", "page", {"n": 1})
+        wait_until(lambda: db.tiers("acme", "page")["hot"] == 1, "the digest")
+        collect(db.admin, "acme", "page", {"n": 2})
+        assert db.flush("acme") == [("page", 2, 1, db.one("SELECT sum(bytes) FROM rakam.data_files"))]
+        assert db.one("SELECT count(n) FROM acme.page") == 2
+    finally:
+        db.drop()
+
+
+def test_autovacuum_learns_what_workers_wrote(db):
+    """A worker lives for long: its counts must not wait for its end."""
+
+    def counted() -> bool:
+        collect(db.admin, "counts", "page", {"n": 1})
+        return db.one(
+            "SELECT n_tup_ins > 0 FROM pg_stat_all_tables WHERE relid = 'rakam_internal.hot_chunk'::regclass"
+        )
+
+    db.project("counts")
+    wait_until(counted, "rows written by the worker in the statistics", pause_s=0.5)
+
+
+def test_statements_that_need_a_database_for_themselves(private_cluster):
+    cluster = private_cluster("workers")
+    template = Database(cluster, "template1")
+    template.admin.execute("CREATE EXTENSION rakam")
+    wait_until(template.worker_pid, "the resident worker of template1")
+    with cluster.connect() as postgres:
+        postgres.execute("CREATE ROLE creator LOGIN CREATEDB")
+    template.close()
+    with cluster.connect("postgres", "creator") as creator:
+        # Its template is template1, which is not its own.
+        creator.execute("CREATE DATABASE made")
+    db = Database(cluster, "made")
+    for name, statement in (
+        ("made", "ALTER DATABASE made RENAME TO renamed"),
+        ("renamed", "ALTER DATABASE renamed SET TABLESPACE pg_default"),
+        ("renamed", "DROP DATABASE renamed"),
+    ):
+        db = Database(cluster, name)
+        wait_until(db.worker_pid, f"the resident worker of {name}")
+        db.close()
+        with cluster.connect("postgres", "creator") as creator:
+            creator.execute(statement)
