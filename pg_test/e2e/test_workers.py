@@ -36,7 +36,7 @@ def test_settings_made_for_everybody_do_not_stop_the_workers(cluster):
     db.drop()
     db.create()
     try:
-        db.project("acme")
+        db.project("everybody")
         for setting in (
             "default_transaction_read_only = on",
             "default_transaction_isolation = 'serializable'",
@@ -50,11 +50,11 @@ def test_settings_made_for_everybody_do_not_stop_the_workers(cluster):
         pid = wait_until(db.worker_pid, "the resident worker")
         db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
         wait_until(lambda: db.worker_pid() not in (None, pid), "a worker with the new settings")
-        collect(db.admin, "acme", "page", {"n": 1})
-        wait_until(lambda: db.tiers("acme", "page")["hot"] == 1, "the digest")
-        collect(db.admin, "acme", "page", {"n": 2})
-        assert db.flush("acme") == [("page", 2, 1, db.one("SELECT sum(bytes) FROM rakam.data_files"))]
-        assert db.one("SELECT count(n) FROM acme.page") == 2
+        collect(db.admin, "everybody", "page", {"n": 1})
+        wait_until(lambda: db.tiers("everybody", "page")["hot"] == 1, "the digest")
+        collect(db.admin, "everybody", "page", {"n": 2})
+        assert db.flush("everybody") == [("page", 2, 1, db.one("SELECT sum(bytes) FROM rakam.data_files"))]
+        assert db.one("SELECT count(n) FROM everybody.page") == 2
     finally:
         db.drop()
 
@@ -83,14 +83,12 @@ def test_statements_that_need_a_database_for_themselves(private_cluster):
     with cluster.connect("postgres", "creator") as creator:
         # Its template is template1, which is not its own.
         creator.execute("CREATE DATABASE made")
-    db = Database(cluster, "made")
     for name, statement in (
         ("made", "ALTER DATABASE made RENAME TO renamed"),
         ("renamed", "ALTER DATABASE renamed SET TABLESPACE pg_default"),
-        ("renamed", "DROP DATABASE renamed"),
     ):
         db = Database(cluster, name)
         wait_until(db.worker_pid, f"the resident worker of {name}")
         db.close()
-        with cluster.connect("postgres", "creator") as creator:
-            creator.execute(statement)
+        with cluster.connect() as postgres:
+            postgres.execute(statement)
