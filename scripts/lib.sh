@@ -56,8 +56,9 @@ pg_major() {
   for major in 15 16 17 18; do
     if [ -x "/usr/lib/postgresql/$major/bin/pg_config" ]; then echo "$major"; return; fi
   done
+  # Not grep -q: it would end at once and apt-cache die of SIGPIPE, which pipefail takes for a failure.
   for major in 15 16 17 18; do
-    if apt-cache policy "postgresql-server-dev-$major" 2>/dev/null | grep -q 'Candidate: [0-9]'; then echo "$major"; return; fi
+    if apt-cache policy "postgresql-server-dev-$major" 2>/dev/null | grep 'Candidate: [0-9]' >/dev/null; then echo "$major"; return; fi
   done
   die "no PostgreSQL 15 to 18 in this distribution's packages; see https://wiki.postgresql.org/wiki/Apt"
 }
