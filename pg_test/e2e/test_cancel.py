@@ -25,15 +25,15 @@ PROJECT = "acme"
 
 QUERIES = [
     # A long scan with a filter that Postgres has to evaluate itself.
-    "SELECT count(*) FROM acme.departure WHERE md5(tailnum || g::text) < '1'",
+    "SELECT count(*) FROM acme.departure WHERE md5(_user || g::text) < '1'",
     # A sort of Postgres that spills.
-    "SELECT * FROM acme.departure ORDER BY md5(tailnum || distance::text || sched_dep_time::text)",
+    "SELECT * FROM acme.departure ORDER BY md5(_user || distance::text || sched_dep_time::text)",
     # A join that takes minutes, with rescans of both sides.
     "SELECT count(*) FROM acme.departure a, acme.departure b WHERE a.distance + b.distance < 0",
     # Everything there is, over all collections.
     "SELECT count(properties::text) FROM acme._all a, generate_series(1, 20)",
     # Read in part only: the scan below a LIMIT is abandoned.
-    "SELECT (SELECT tailnum FROM acme.departure WHERE distance > g LIMIT 1) FROM generate_series(1, 100000) g",
+    "SELECT (SELECT _user FROM acme.departure WHERE distance > g LIMIT 1) FROM generate_series(1, 100000) g",
 ]
 
 
@@ -197,7 +197,7 @@ def test_abandoned_cursors(db, flown):
             if number % 3 == 0:
                 session.execute(f"CLOSE c{number}")
     for _ in range(20):
-        assert len(session.execute("SELECT tailnum FROM acme.departure LIMIT 3").fetchall()) == 3
+        assert len(session.execute("SELECT _user FROM acme.departure LIMIT 3").fetchall()) == 3
     settles(pid, before)
 
 

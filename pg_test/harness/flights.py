@@ -34,7 +34,7 @@ def rows(limit: int | None = None) -> Iterator[dict[str, str]]:
 
 
 def event(row: dict[str, str]) -> dict:
-    """A row as the properties of an event: all its columns, the scheduled departure as `_time`, the aircraft as `_user`."""
+    """A row as the properties of an event: its columns; the aircraft (`tailnum`) is the `_user`, the scheduled departure the `_time`."""
     properties: dict = {}
     for name, value in row.items():
         if value in ("NA", ""):
@@ -44,7 +44,7 @@ def event(row: dict[str, str]) -> dict:
         else:
             properties[name] = int(value)
     properties["_time"] = f"{row['time_hour'][:14]}{int(row['minute']):02}:00Z"
-    properties["_user"] = properties["tailnum"]
+    properties["_user"] = properties.pop("tailnum")
     return properties
 
 

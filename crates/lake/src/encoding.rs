@@ -2,6 +2,9 @@
 //!
 //! zstd follows in any case. A dictionary pays while values repeat; otherwise integers and times are stored as
 //! differences, floats by byte position, text as lengths and bytes. All of them are read by DuckDB, pyarrow and Trino.
+//! Where the bits before compression do not decide clearly, the beginning of the file is written both ways.
+
+mod trial;
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -12,7 +15,8 @@ use arrow::datatypes::{
     DataType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
     TimestampMicrosecondType,
 };
-use parquet::basic::Encoding;
+use parquet::basic::{Compression, Encoding};
+use parquet::errors::ParquetError;
 
 /// What to tell the writer of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +31,59 @@ const MINIBLOCK: usize = 32;
 /// A file that goes on behind the sample is taken to be this much longer.
 const LONGER: usize = 4;
 
+/// How many times fewer bits an encoding takes that compression would not make the larger one.
+const CLEAR: f64 = 8.0;
+
+/// A choice before compression.
+struct Estimate {
+    dictionary: bool,
+    plain: Option<Encoding>,
+    clear: bool,
+    /// A dictionary's values per row of the file, against those per row of the sample.
+    shared: f64,
+}
+
+impl Estimate {
+    /// By the bits of a value with a dictionary and without.
+    fn of_bits(dictionary: f64, without: f64, shared: f64, plain: Option<Encoding>) -> Self {
+        Self {
+            dictionary: dictionary < without,
+            plain,
+            clear: dictionary * CLEAR < without || without * CLEAR < dictionary,
+            shared,
+        }
+    }
+
+    fn certain(plain: Option<Encoding>) -> Self {
+        Self {
+            dictionary: true,
+            plain,
+            clear: true,
+            shared: 1.0,
+        }
+    }
+}
+
 /// The choice for a column without its lists (see [`leaf`]). `complete`: the sample is the whole file.
-pub fn choose(samples: &[ArrayRef], complete: bool) -> Choice {
+pub fn choose(
+    samples: &[ArrayRef],
+    complete: bool,
+    compression: Compression,
+) -> Result<Choice, ParquetError> {
+    let estimate = estimate(samples, complete);
+    let dictionary = match estimate.plain {
+        Some(plain) if !estimate.clear => {
+            trial::dictionary_is_smaller(samples, plain, estimate.shared, compression)?
+        }
+        _ => estimate.dictionary,
+    };
+    Ok(Choice {
+        dictionary,
+        plain: estimate.plain,
+    })
+}
+
+fn estimate(samples: &[ArrayRef], complete: bool) -> Estimate {
     let n = samples.iter().map(|s| s.len() - s.null_count()).sum();
     macro_rules! values {
         ($ty:ty) => {
@@ -70,10 +125,7 @@ pub fn choose(samples: &[ArrayRef], complete: bool) -> Choice {
             complete,
             None,
         ),
-        _ => Choice {
-            dictionary: true,
-            plain: None,
-        },
+        _ => Estimate::certain(None),
     }
 }
 
@@ -113,18 +165,28 @@ impl<T: Hash + Eq> Distinct<T> {
         new
     }
 
+    /// Rows and different values of the expected file.
+    fn expected(&self, complete: bool) -> (f64, f64) {
+        let (n, seen) = (self.n as f64, self.seen.len() as f64);
+        if complete {
+            return (n, seen);
+        }
+        // New values come as fast as in the second half at first, and then more slowly, unless all are new.
+        let fresh = (self.seen.len() - self.at_half) as f64 / (n / 2.0).max(1.0);
+        let rows = n * LONGER as f64;
+        (rows, seen + fresh * (0.6 + 0.4 * fresh) * (rows - n))
+    }
+
     /// Bits of a dictionary of values of this size and of the indices into it, per value of the expected file.
     fn dictionary_bits(&self, value_bits: f64, complete: bool) -> f64 {
-        let (n, seen) = (self.n as f64, self.seen.len() as f64);
-        let (rows, distinct) = if complete {
-            (n, seen)
-        } else {
-            // New values come as fast as in the second half at first, and then more slowly.
-            let fresh = (self.seen.len() - self.at_half) as f64 / (n / 2.0).max(1.0);
-            let rows = n * LONGER as f64;
-            (rows, seen + 0.6 * fresh * (rows - n))
-        };
+        let (rows, distinct) = self.expected(complete);
         distinct * value_bits / rows.max(1.0) + distinct.max(1.0).log2().ceil()
+    }
+
+    /// Values per row of the expected file against those per row of the sample.
+    fn shared(&self, complete: bool) -> f64 {
+        let (rows, distinct) = self.expected(complete);
+        (distinct / rows.max(1.0)) / (self.seen.len() as f64 / self.n.max(1) as f64)
     }
 }
 
@@ -134,7 +196,11 @@ fn integers(
     total: usize,
     width: usize,
     complete: bool,
-) -> Choice {
+) -> Estimate {
+    let plain = Some(Encoding::DELTA_BINARY_PACKED);
+    if total == 0 {
+        return Estimate::certain(plain);
+    }
     let mut distinct = Distinct::new(total);
     let mut last: Option<i64> = None;
     let (mut bits, mut changes) = (0usize, 0usize);
@@ -153,16 +219,18 @@ fn integers(
     if in_block > 0 {
         bits += block_bits(low, high, in_block);
     }
-    let n = total.max(1) as f64;
+    let n = total as f64;
     // Runs of one index are run-length encoded: each costs its value and a length.
     let packed = distinct.dictionary_bits((width * 8) as f64, complete);
     let runs = (changes * (index_bits(distinct.seen.len()) + 16) + distinct.seen.len() * width * 8)
         as f64
         / n;
-    Choice {
-        dictionary: total == 0 || packed.min(runs) < bits as f64 / n,
-        plain: Some(Encoding::DELTA_BINARY_PACKED),
-    }
+    Estimate::of_bits(
+        packed.min(runs),
+        bits as f64 / n,
+        distinct.shared(complete),
+        plain,
+    )
 }
 
 /// Bits of an index into a dictionary of this many values.
@@ -181,7 +249,11 @@ fn floats<const N: usize>(
     values: impl Iterator<Item = [u8; N]>,
     total: usize,
     complete: bool,
-) -> Choice {
+) -> Estimate {
+    let plain = Some(Encoding::BYTE_STREAM_SPLIT);
+    if total == 0 {
+        return Estimate::certain(plain);
+    }
     let mut distinct = Distinct::new(total);
     let mut counts = [[0u32; 256]; N];
     for value in values {
@@ -190,7 +262,7 @@ fn floats<const N: usize>(
             counts[usize::from(byte)] += 1;
         }
     }
-    let n = total.max(1) as f64;
+    let n = total as f64;
     let entropy: f64 = counts
         .iter()
         .flatten()
@@ -200,19 +272,22 @@ fn floats<const N: usize>(
         .sum();
     // A small dictionary is not worth giving up for a few bits: it is quicker to read and to filter.
     let bits = distinct.dictionary_bits((N * 8) as f64, complete);
-    Choice {
-        dictionary: total == 0 || bits < entropy.max(8.0),
-        plain: Some(Encoding::BYTE_STREAM_SPLIT),
+    if bits <= 8.0 {
+        return Estimate::certain(plain);
     }
+    Estimate::of_bits(bits, entropy, distinct.shared(complete), plain)
 }
 
-/// A dictionary if it at least halves the bits before compression.
+/// A dictionary or the bytes.
 fn repeats<T: Hash + Eq>(
     values: impl Iterator<Item = (T, usize)>,
     total: usize,
     complete: bool,
     plain: Option<Encoding>,
-) -> Choice {
+) -> Estimate {
+    if total == 0 {
+        return Estimate::certain(plain);
+    }
     let mut distinct = Distinct::new(total);
     let (mut bytes, mut distinct_bytes) = (0usize, 0usize);
     for (value, size) in values {
@@ -222,11 +297,13 @@ fn repeats<T: Hash + Eq>(
         }
     }
     let value_bits = 8.0 * distinct_bytes as f64 / distinct.seen.len().max(1) as f64;
-    let plain_bits = 8.0 * bytes as f64 / total.max(1) as f64;
-    Choice {
-        dictionary: total == 0 || 2.0 * distinct.dictionary_bits(value_bits, complete) < plain_bits,
-        plain,
-    }
+    let plain_bits = 8.0 * bytes as f64 / total as f64;
+    Estimate::of_bits(
+        distinct.dictionary_bits(value_bits, complete),
+        plain_bits,
+        distinct.shared(complete),
+        plain.or(Some(Encoding::PLAIN)),
+    )
 }
 
 #[cfg(test)]
@@ -236,8 +313,13 @@ mod tests {
 
     use crate::testing::Rng;
 
+    fn pick(samples: &[ArrayRef], complete: bool) -> Choice {
+        let level = parquet::basic::ZstdLevel::try_new(3).unwrap();
+        choose(samples, complete, Compression::ZSTD(level)).unwrap()
+    }
+
     fn dictionary(column: impl Array + 'static) -> bool {
-        choose(&[Arc::new(column)], false).dictionary
+        pick(&[Arc::new(column)], false).dictionary
     }
 
     #[test]
@@ -273,19 +355,22 @@ mod tests {
         )));
     }
 
+    /// Ids that count up: compression finds the repeated bytes, and a dictionary only adds indices.
     #[test]
-    fn a_longer_file_repeats_more() {
-        let mut rng = Rng::new(6);
-        let prices = (0..65_536).map(|_| rng.below(50_000) as f64 / 100.0);
-        let prices: ArrayRef = Arc::new(Float64Array::from_iter_values(prices));
-        assert!(choose(&[Arc::clone(&prices)], false).dictionary);
-        assert!(!choose(&[prices.slice(0, 10_000)], true).dictionary);
+    fn compression_has_the_last_word() {
+        let ids = |each: usize| -> Vec<String> {
+            (0..32_000)
+                .map(|i| format!("session-{:08}", i / each))
+                .collect()
+        };
+        assert!(!dictionary(StringArray::from(ids(2))));
+        assert!(dictionary(StringArray::from(ids(64))));
     }
 
     #[test]
     fn extremes_do_not_overflow() {
         let extremes = Int64Array::from(vec![i64::MIN, i64::MAX, i64::MIN, 0]);
-        choose(&[Arc::new(extremes) as ArrayRef], true);
+        pick(&[Arc::new(extremes) as ArrayRef], true);
         assert_eq!(index_bits(0), 0);
         assert_eq!(index_bits(1), 0);
         assert_eq!(index_bits(2), 1);

@@ -31,8 +31,12 @@ pub const FORMAT_VERSION: i32 = 1;
 const ROW_GROUP_ROWS: usize = 1_000_000;
 const ROW_GROUP_BYTES: usize = 128 << 20;
 const PAGE_BYTES: usize = 1 << 20;
+/// Numbers stored by byte position compress by their distribution only in long pages.
+const PAGE_ROWS: usize = 65_536;
 /// Above Parquet's usual 1 MiB: ids of users repeat over a row group, but there are many.
 const DICTIONARY_BYTES: usize = 4 << 20;
+/// Filters have a power of two as their size: at this rate an id takes six bits, at 5 % it may take twelve.
+const BLOOM_FPP: f64 = 0.1;
 /// Encodings are chosen by the first rows of the file.
 const SAMPLE_ROWS: usize = 65_536;
 const WHAT: &str = "data file";
@@ -234,7 +238,7 @@ impl<W: Write + Send> FileWriter<W> {
 
     fn properties(&self, sample: &[RecordBatch]) -> Result<WriterProperties, LakeError> {
         let encode = |e: ParquetError| LakeError::encode(WHAT, e);
-        let level = ZstdLevel::try_new(3).map_err(encode)?;
+        let compression = Compression::ZSTD(ZstdLevel::try_new(3).map_err(encode)?);
         let metadata = HashMap::from([
             ("rakam.format_version", FORMAT_VERSION.to_string()),
             ("rakam.project", self.options.project.clone()),
@@ -257,17 +261,19 @@ impl<W: Write + Send> FileWriter<W> {
                 "rakam {} ({DEFAULT_CREATED_BY})",
                 env!("CARGO_PKG_VERSION")
             ))
-            .set_compression(Compression::ZSTD(level))
+            .set_compression(compression)
             .set_statistics_enabled(EnabledStatistics::Page)
             .set_max_row_group_row_count(Some(self.row_group_rows))
             .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
             .set_data_page_size_limit(PAGE_BYTES)
+            .set_data_page_row_count_limit(PAGE_ROWS)
             .set_dictionary_page_size_limit(DICTIONARY_BYTES)
             .set_key_value_metadata(Some(metadata));
         for (position, field) in self.arrow.fields().iter().enumerate() {
             let (columns, rest): (Vec<_>, Vec<_>) =
                 sample.iter().map(|b| leaf(b.column(position))).unzip();
-            let choice = choose(&columns, self.rows < SAMPLE_ROWS as u64);
+            let complete = self.rows < SAMPLE_ROWS as u64;
+            let choice = choose(&columns, complete, compression).map_err(encode)?;
             let mut parts = vec![field.name().clone()];
             parts.extend(
                 rest.first()
@@ -283,7 +289,7 @@ impl<W: Write + Send> FileWriter<W> {
             }
             // Made for a full row group and folded to the values there are: a column of NULLs takes 32 bytes.
             if field.name() == USER || field.name() == ID {
-                builder = builder.set_column_bloom_filter_enabled(path, true);
+                builder = builder.set_column_bloom_filter_fpp(path, BLOOM_FPP);
             } else if field.name() == TIME {
                 builder = builder.set_sorting_columns(Some(vec![SortingColumn {
                     column_idx: position as i32,
