@@ -2,9 +2,10 @@
 //!
 //! Pure code: no server, no clock, no I/O. Time and limits are passed in. Start reading at [`schema`],
 //! then [`entry`] (what collect accepts), [`discovery`] (what the registry learns from it) and [`batch`],
-//! the road of an event's bytes into columns; [`extra`] reads rows that were stored before a field existed.
+//! the road of an event's bytes into columns; [`avro`] is the other form of events; [`extra`] reads rows that were stored before a field existed.
 #![forbid(unsafe_code)]
 
+pub mod avro;
 pub mod batch;
 pub mod coerce;
 mod column;
