@@ -31,6 +31,16 @@ case $RAKAM_PROFILE in
   *) echo "RAKAM_PROFILE is \"$RAKAM_PROFILE\"; it must be release or dev" >&2; exit 2 ;;
 esac
 
+# A toolchain that is the pinned release under another name (stable, say) serves: rustup need not download it again.
+if [ -z "${RUSTUP_TOOLCHAIN:-}" ] && command -v rustup >/dev/null; then
+  pinned=$(sed -n 's/^channel = "\(.*\)"$/\1/p' "$RAKAM_ROOT/rust-toolchain.toml")
+  if ! compgen -G "${RUSTUP_HOME:-$HOME/.rustup}/toolchains/$pinned-*/bin/cargo" >/dev/null &&
+    [ "$(cd / && rustc --version 2>/dev/null | awk '{print $2}')" = "$pinned" ]; then
+    RUSTUP_TOOLCHAIN=$(cd / && rustup show active-toolchain | awk '{print $1}')
+    export RUSTUP_TOOLCHAIN
+  fi
+fi
+
 # say TEXT...: one line of progress.
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 

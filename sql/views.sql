@@ -21,6 +21,26 @@ FROM rakam_internal.field f
 JOIN rakam_internal.collection c USING (collection_id)
 JOIN rakam_internal.project p ON p.project_id = c.project_id;
 
+-- A version has the fields that it or one before it added.
+CREATE VIEW rakam.schema_versions WITH (security_invoker = true) AS
+SELECT p.name AS project, c.name AS collection, v.version,
+       rakam_internal.avro_schema(p.name, c.name, v.version, f.ids, f.names, f.types) AS avro_schema, v.created_at
+FROM rakam_internal.collection c
+JOIN rakam_internal.project p USING (project_id)
+CROSS JOIN LATERAL (
+  SELECT version, pg_catalog.min(at) AS created_at
+  FROM (SELECT 1 AS version, c.created_at AS at
+        UNION ALL
+        SELECT added_version, added_at FROM rakam_internal.field WHERE collection_id = c.collection_id) changes
+  GROUP BY version
+) v
+CROSS JOIN LATERAL (
+  SELECT coalesce(pg_catalog.array_agg(field_id ORDER BY field_id), '{}') AS ids,
+         coalesce(pg_catalog.array_agg(name::text ORDER BY field_id), '{}') AS names,
+         coalesce(pg_catalog.array_agg(type::text ORDER BY field_id), '{}') AS types
+  FROM rakam_internal.field WHERE collection_id = c.collection_id AND added_version <= v.version
+) f;
+
 CREATE VIEW rakam.data_files WITH (security_invoker = true) AS
 SELECT project, collection, storage, period, first_day, last_day, path, n, bytes, min_time, max_time, level, created_at
 FROM rakam_internal.data_files();
@@ -45,13 +65,14 @@ SELECT project, collection, inbox_events + hot_events + cold_events AS events, i
          greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - last_event_at)) END AS freshness_s
 FROM rakam_internal.collection_sizes();
 
-GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.data_files, rakam.invalid_value,
+GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.schema_versions, rakam.data_files, rakam.invalid_value,
   rakam.dead_letter, rakam.stat_collection TO PUBLIC;
 
 COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
 COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
 COMMENT ON VIEW rakam.collections IS 'Collections of one''s projects';
 COMMENT ON VIEW rakam.fields IS 'Fields of the collections of one''s projects, without the system fields';
+COMMENT ON VIEW rakam.schema_versions IS 'Versions of the schemas of one''s projects'' collections, as Avro';
 COMMENT ON VIEW rakam.data_files IS 'Parquet objects in which one''s projects'' events lie';
 COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their field; count is exact per field and day';
 COMMENT ON VIEW rakam.dead_letter IS 'Events and records that could not be stored, with the reason';

@@ -47,7 +47,14 @@ extension_sql_file!(
 extension_sql_file!(
     "../sql/views.sql",
     name = "views",
-    requires = ["access", key_sets, storages, data_files, collection_sizes]
+    requires = [
+        "access",
+        key_sets,
+        storages,
+        data_files,
+        collection_sizes,
+        avro_schema
+    ]
 );
 extension_sql_file!(
     "../sql/fdw.sql",

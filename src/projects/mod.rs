@@ -4,6 +4,7 @@
 mod access;
 mod keys;
 mod objects;
+mod schemas;
 
 use pgrx::iter::TableIterator;
 use pgrx::{default, name, pg_extern};
