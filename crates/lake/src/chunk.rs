@@ -15,9 +15,11 @@ use arrow::ipc::reader::read_record_batch;
 use arrow::ipc::writer::{IpcWriteOptions, StreamWriter};
 use arrow::ipc::{self, CompressionType, Message, root_as_message};
 use bytes::Bytes;
-use rakam_event::schema::{EXTRA, FIELD_ID_KEY, TIME, XID};
+use rakam_event::batch::Layout;
+use rakam_event::schema::{EXTRA, FIELD_ID_KEY, Schema as EventSchema, TIME, XID};
 
 use crate::error::LakeError;
+use crate::row_chunk::Rows;
 use crate::seal;
 
 const MAGIC: [u8; 4] = *b"RKC1";
@@ -28,6 +30,45 @@ const MAX_BYTES: usize = 1_000_000_000;
 const MAX_EXPANSION: u64 = 255;
 const EXPANSION_SLACK: u64 = 1024;
 const CONTINUATION: [u8; 4] = [0xff; 4];
+
+/// How the bytes of a chunk are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChunkFormat {
+    /// As this module writes it.
+    Arrow,
+    /// As [`crate::row_chunk`] writes it.
+    Rows,
+}
+
+impl ChunkFormat {
+    /// As the manifest spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Arrow => "arrow",
+            Self::Rows => "rows",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Arrow, Self::Rows]
+            .into_iter()
+            .find(|format| format.as_str() == text)
+    }
+}
+
+/// The events of a chunk of either format, in the stored layout: of the present schema, or of the one it was written
+/// under, which [`conform`] evens out.
+pub fn read(format: ChunkFormat, chunk: Bytes, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+    match format {
+        ChunkFormat::Arrow => decode(chunk),
+        ChunkFormat::Rows => of_rows(&Rows::decode(chunk)?, schema),
+    }
+}
+
+/// The events of a row chunk in the stored layout of the present schema.
+pub fn of_rows(rows: &Rows, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+    rows.batch(schema, &Layout::Stored)
+}
 
 /// What the row of a chunk says about its events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
