@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
 
-use crate::pg::{PgError, Result};
 use crate::pg::spi::{self, View, arg, xid8};
+use crate::pg::{PgError, Result};
 
 /// A hot chunk without its bytes.
 #[derive(Debug, Clone)]

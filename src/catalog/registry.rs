@@ -182,7 +182,10 @@ pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, S
          FROM rakam_internal.field WHERE collection_id = ANY ($1)",
         &[arg(ids)],
         |row| {
-            fields.entry(row.must(6)?).or_default().push(field_row(row)?);
+            fields
+                .entry(row.must(6)?)
+                .or_default()
+                .push(field_row(row)?);
             Ok(())
         },
     )?;

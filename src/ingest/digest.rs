@@ -19,8 +19,8 @@ use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
 use super::lookup::{Found, Registry};
-pub use super::making::limits;
 use super::making::Making;
+pub use super::making::limits;
 use crate::catalog::backlog::{self, Backlog, Head, Lag, Whose};
 use crate::catalog::inbox::{self, TailRow, Tick};
 use crate::catalog::registry;
@@ -213,8 +213,7 @@ fn present(view: View) -> Result<XidSnapshot> {
         |r| r.must(1),
     )?
     .unwrap_or_default();
-    XidSnapshot::parse(&text)
-        .ok_or_else(|| PgError::internal("the current snapshot is malformed"))
+    XidSnapshot::parse(&text).ok_or_else(|| PgError::internal("the current snapshot is malformed"))
 }
 
 fn is_digested(goal: &XidSnapshot, projects: Option<&[i32]>) -> Result<bool> {

@@ -166,7 +166,11 @@ impl Making {
                 if fits {
                     return Ok(());
                 }
-                self.park(event.as_bytes(), &origin, &EventError::BatchFull.to_string())
+                self.park(
+                    event.as_bytes(),
+                    &origin,
+                    &EventError::BatchFull.to_string(),
+                )
             }
             Err(Poison::Refused(error)) => {
                 self.builder = Some(builder);

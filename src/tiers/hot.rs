@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use super::merge;
 use crate::catalog::manifest::{self, ChunkRow};
+use crate::pg::guc;
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::guc;
 
 /// After so long everything is counted again.
 const COUNT_INTERVAL: Duration = Duration::from_secs(600);

@@ -21,8 +21,8 @@ use datafusion::physical_plan::{
 };
 use futures::{StreamExt, stream};
 use rakam_event::batch::Layout;
-use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::LakeError;
+use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::row_chunk::Rows;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 

@@ -58,7 +58,11 @@ impl ChunkFormat {
 
 /// The events of a chunk of either format, in the stored layout: of the present schema, or of the one it was written
 /// under, which [`conform`] evens out.
-pub fn read(format: ChunkFormat, chunk: Bytes, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+pub fn read(
+    format: ChunkFormat,
+    chunk: Bytes,
+    schema: &EventSchema,
+) -> Result<RecordBatch, LakeError> {
     match format {
         ChunkFormat::Arrow => decode(chunk),
         ChunkFormat::Rows => of_rows(&Rows::decode(chunk)?, schema),

@@ -194,7 +194,18 @@ async fn row_chunks_answer_as_arrow_chunks() {
         r#"{}"#,
     ];
     let n = field(16, "n", FieldType::Float8, 1, true);
-    let price = |ready| field(17, "price", FieldType::Numeric { precision: 9, scale: 2 }, 2, ready);
+    let price = |ready| {
+        field(
+            17,
+            "price",
+            FieldType::Numeric {
+                precision: 9,
+                scale: 2,
+            },
+            2,
+            ready,
+        )
+    };
     let tags = |ready| field(18, "tags", FieldType::TextArray, 2, ready);
     let color = |ready| field(19, "color", FieldType::Text, 3, ready);
     let day = |ready| field(20, "day", FieldType::Date, 3, ready);
@@ -202,7 +213,14 @@ async fn row_chunks_answer_as_arrow_chunks() {
     let old = user(&[n.clone(), price(false), tags(true)], 2);
     let ctx = context();
     for ready in [false, true] {
-        let all = [n.clone(), price(true), tags(true), color(true), day(ready), long(ready)];
+        let all = [
+            n.clone(),
+            price(true),
+            tags(true),
+            color(true),
+            day(ready),
+            long(ready),
+        ];
         let new = user(&all, 3);
         let mut ids = vec![1, 2, 9, EXTRA, 16, 17, 18, 19];
         if ready {
