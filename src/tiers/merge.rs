@@ -215,6 +215,6 @@ mod tests {
         // Enough for columns, of whatever level.
         chunks.push(chunk(Rows, 499, 1));
         assert_eq!(chosen(&chunks), Some((Rows, 0, ROWS_FAN_IN + 1)));
-        assert_eq!(chosen(&[chunk(Arrow, SMALL_ROWS, 0); 20]), None);
+        assert_eq!(chosen(&vec![chunk(Arrow, SMALL_ROWS, 0); 20]), None);
     }
 }

@@ -360,7 +360,7 @@ mod tests {
             assert_eq!(back.len(), events);
             assert!(back.iter().eq(rows.iter()));
             assert!(
-                sealed.len() < rows.bytes() + 64,
+                sealed.len() < rows.bytes() + 8 * events + 64,
                 "{events}: {}",
                 sealed.len()
             );
