@@ -73,6 +73,12 @@ fn one(collection_id: i32) -> Result<bool> {
             rows.extend(&Rows::decode(data(input)?.into())?);
         }
         if rows.is_few() {
+            // Text is read by what was a field when it was digested, columns by what is one now.
+            let oldest = choice.inputs.iter().map(|c| c.schema_version).min();
+            let target = Target {
+                schema_version: oldest.unwrap_or(target.schema_version),
+                ..target
+            };
             append_rows(target, &info(&choice.inputs)?, &rows)?;
         } else {
             let columns = chunk::of_rows(&rows, &schema)?;
@@ -81,7 +87,7 @@ fn one(collection_id: i32) -> Result<bool> {
     } else {
         let mut batches = Vec::with_capacity(choice.inputs.len());
         for input in &choice.inputs {
-            batches.push(chunk::decode(data(input)?.into())?);
+            batches.push(chunk::read(input.format, data(input)?.into(), &schema)?);
         }
         append(target, &chunk::merge(&batches, schema.arrow())?)?;
     }

@@ -1,5 +1,6 @@
 //! The hot tiers as one operator: chunks and the inbox tail, asked from the [`Broker`] and adapted to the targets.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,6 +22,7 @@ use datafusion::physical_plan::{
 };
 use futures::{StreamExt, stream};
 use rakam_event::batch::Layout;
+use rakam_event::schema::Field;
 use rakam_lake::LakeError;
 use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::row_chunk::Rows;
@@ -256,7 +258,14 @@ impl HotReader {
                 let layout = Layout::Table {
                     projection: Some(wanted),
                 };
-                let batch = Rows::decode(bytes)?.batch(&self.table.schema, &layout)?;
+                // What was no field at the digest stays in `_extra` as it came until it is a column.
+                let mut schema = Cow::Borrowed(&self.table.schema);
+                let came_later =
+                    |f: &Field| !f.column_ready && f.added_version > chunk.schema_version;
+                if schema.fields.iter().any(came_later) {
+                    schema.to_mut().fields.retain(|f| !came_later(f));
+                }
+                let batch = Rows::decode(bytes)?.batch(&schema, &layout)?;
                 Ok((batch, IN_TABLE_LAYOUT))
             }
         }
