@@ -229,7 +229,8 @@ def test_a_flood_delays_its_own_project_only(alone):
     for _ in range(3):
         db.tick()
     assert db.one("SELECT count(*) FROM rakam_internal.inbox_lag") == 0
-    assert db.tiers("flood", "c") == {"inbox": 0, "hot": flooded[0], "cold": 0}
+    digested = db.tiers("flood", "c")
+    assert digested["inbox"] == 0 and digested["hot"] + digested["cold"] == flooded[0]
     assert db.all(total.format("flood")) == [flooded]
     assert old.execute(total.format("flood")).fetchall() == [flooded]
     old.rollback()
@@ -254,7 +255,8 @@ def test_a_lagging_project_keeps_its_inbox(alone):
     db.tick()
     assert db.one("SELECT count(*) FROM rakam_internal.inbox_lag") == 0
     assert db.one("SELECT count(*) FROM slow.c") == 20_001
-    assert db.tiers("slow", "c") == {"inbox": 0, "hot": 20_001, "cold": 0}
+    digested = db.tiers("slow", "c")
+    assert digested["inbox"] == 0 and digested["hot"] + digested["cold"] == 20_001
     # A project that is dropped while it lags takes its lag along.
     for _ in range(20):
         db.admin.execute("SELECT rakam.collect_batch('slow', %s)", (text,))
