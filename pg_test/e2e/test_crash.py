@@ -112,7 +112,7 @@ def kill_something(cluster: Cluster, db: Database, clients: list[Client], rng: r
 @pytest.mark.parametrize("run", range(RUNS))
 def test_kill_under_load(private_cluster, seed, run):
     rng = random.Random(seed * 1_000 + run)
-    cluster = private_cluster("crash", {"rakam.flush_interval": "1s"})
+    cluster = private_cluster("crash", {"rakam.flush_interval": "1s", "rakam.min_file_events": "1"})
     db = Database(cluster, "crash").create()
     db.project("acme")
     db.close()

@@ -100,14 +100,20 @@ pub struct Tick {
     pub tables: Vec<usize>,
 }
 
-/// The newest tick of the view.
+/// The newest tick of the view, for everybody whose project does not lag behind it.
 pub fn tick(view: View) -> Result<Tick> {
+    tick_of(view, 0)
+}
+
+/// The newest tick of the view as it holds for a project: with the project's own snapshot if it lags behind.
+pub fn tick_of(view: View, project_id: i32) -> Result<Tick> {
     spi::first(
         view,
-        "SELECT t.tick_id, t.snapshot::text, s.sealed[1], s.sealed[2], s.sealed[3]
-         FROM rakam_internal.inbox_tick t, rakam_internal.inbox_state s
+        "SELECT t.tick_id, coalesce(l.snapshot, t.snapshot)::text, s.sealed[1], s.sealed[2], s.sealed[3]
+         FROM rakam_internal.inbox_tick t CROSS JOIN rakam_internal.inbox_state s
+         LEFT JOIN rakam_internal.inbox_lag l ON l.project_id = $1
          WHERE t.shard = 0 ORDER BY t.tick_id DESC LIMIT 1",
-        &[],
+        &[arg(project_id)],
         |row| {
             let id: i64 = row.must(1)?;
             let text: String = row.must(2)?;
@@ -144,7 +150,7 @@ pub struct TailRow {
     pub payload: Vec<u8>,
 }
 
-fn tail_row(row: &spi::Row) -> Result<TailRow> {
+pub(super) fn tail_row(row: &spi::Row) -> Result<TailRow> {
     Ok(TailRow {
         id: row.must(1)?,
         project_id: row.must(2)?,
@@ -160,7 +166,7 @@ fn tail_row(row: &spi::Row) -> Result<TailRow> {
 
 /// How a page is bounded: rows of the next page, so that it stays near this many bytes.
 const PAGE_BYTES: usize = 8 << 20;
-const FIRST_PAGE_ROWS: i64 = 64;
+pub(super) const FIRST_PAGE_ROWS: i64 = 64;
 const PAGE_ROWS_MAX: i64 = 4096;
 
 /// One ordered run over an index: from a transaction id on (or exactly one), in (txid, id) order.
@@ -374,126 +380,9 @@ pub fn unregistered(view: View, tick: &Tick, project_id: i32) -> Result<Vec<Stri
     Ok(names.into_iter().collect())
 }
 
-/// The rows between two ticks in the order of their origin transactions, for the digester: first those whose
-/// transaction ran when the old tick was taken, then everything that began since.
-pub struct Backlog {
-    /// Transactions of the old tick's xip that have finished since and left rows.
-    finished: VecDeque<u64>,
-    upto: XidSnapshot,
-    after: (u64, i64),
-    page_rows: i64,
-}
-
-impl Backlog {
-    /// `upto` must be a snapshot in which every transaction is finished that the view sees as such.
-    pub fn new(view: View, tick: &XidSnapshot, upto: &XidSnapshot) -> Result<Self> {
-        let finished: Vec<u64> = if tick.xip.is_empty() {
-            Vec::new()
-        } else {
-            spi::query(
-                view,
-                "SELECT x FROM pg_catalog.unnest($1) x WHERE NOT x = ANY ($2) AND x < $3 AND (
-                   EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE txid = x)
-                   OR EXISTS (SELECT FROM rakam_internal.inbox_1 WHERE txid = x)
-                   OR EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE txid = x)) ORDER BY x",
-                &[
-                    xid8_array(&tick.xip),
-                    xid8_array(&upto.xip),
-                    xid8(upto.xmax),
-                ],
-                |row| Ok(row.xid8(1).unwrap_or(0)),
-            )?
-        };
-        Ok(Self {
-            after: (finished.first().copied().unwrap_or(tick.xmax), 0),
-            finished: finished.into(),
-            upto: XidSnapshot {
-                xmin: tick.xmax,
-                ..upto.clone()
-            },
-            page_rows: FIRST_PAGE_ROWS,
-        })
-    }
-
-    /// The next rows in (txid, id) order; None at the end.
-    pub fn next_page(&mut self, view: View) -> Result<Option<Vec<TailRow>>> {
-        loop {
-            let only = self.finished.front().copied();
-            let rows = match only {
-                Some(txid) => self.page_of(view, txid)?,
-                None => self.page_from(view)?,
-            };
-            let full = rows.len() as i64 == self.page_rows;
-            if let Some(last) = rows.last() {
-                self.after = (last.txid, last.id);
-                let bytes: usize = rows.iter().map(|r| r.payload.len() + 64).sum();
-                self.page_rows = page_rows(bytes, rows.len());
-            }
-            if only.is_some() && !full {
-                self.finished.pop_front();
-                // `upto.xmin` keeps the old tick's xmax, where the second part begins.
-                self.after = (self.finished.front().copied().unwrap_or(self.upto.xmin), 0);
-            }
-            if !rows.is_empty() {
-                return Ok(Some(rows));
-            }
-            if only.is_none() {
-                return Ok(None);
-            }
-        }
-    }
-
-    fn page_of(&self, view: View, txid: u64) -> Result<Vec<TailRow>> {
-        spi::query(
-            view,
-            "SELECT * FROM (
-               SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_0 WHERE txid = $1 AND id > $2
-               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_1 WHERE txid = $1 AND id > $2
-               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_2 WHERE txid = $1 AND id > $2
-             ) i ORDER BY id LIMIT $3",
-            &[xid8(txid), arg(self.after.1), arg(self.page_rows)],
-            tail_row,
-        )
-    }
-
-    fn page_from(&self, view: View) -> Result<Vec<TailRow>> {
-        spi::query(
-            view,
-            "SELECT * FROM (
-               SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_0 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
-               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_1 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
-               UNION ALL SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
-               FROM rakam_internal.inbox_2 WHERE (txid, id) > ($1, $2) AND txid < $3 AND NOT txid = ANY ($4)
-             ) i ORDER BY txid, id LIMIT $5",
-            &[
-                xid8(self.after.0),
-                arg(self.after.1),
-                xid8(self.upto.xmax),
-                xid8_array(&self.upto.xip),
-                arg(self.page_rows),
-            ],
-            tail_row,
-        )
-    }
-}
-
 /// Rows of the next page, so that it stays near [`PAGE_BYTES`].
-fn page_rows(bytes: usize, rows: usize) -> i64 {
+pub(super) fn page_rows(bytes: usize, rows: usize) -> i64 {
     ((PAGE_BYTES / (bytes / rows.max(1)).max(1)) as i64).clamp(1, PAGE_ROWS_MAX)
-}
-
-/// Writes the next tick. A second digester with the same predecessor fails on the primary key.
-pub fn add_tick(id: i64, snapshot: &XidSnapshot) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.inbox_tick (shard, tick_id, snapshot) VALUES (0, $1, $2::pg_snapshot)",
-        &[arg(id), arg(snapshot.to_string())],
-    )?;
-    Ok(())
 }
 
 /// Sets an event aside that could not be digested: it stays readable, is tried again alone, and never stops others.
@@ -631,6 +520,19 @@ pub fn tick_by_id(view: View, id: i64) -> Result<Option<(u64, XidSnapshot)>> {
             ))
         },
     )
+}
+
+/// Whether table `k` has a row of a lagging project that is not digested.
+pub fn table_lags(view: View, k: usize) -> Result<bool> {
+    const LAGS: [&str; 3] = [
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_0 i USING (project_id)
+                        WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_1 i USING (project_id)
+                        WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_2 i USING (project_id)
+                        WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
+    ];
+    Ok(spi::first(view, LAGS[k], &[], |row| row.must(1))?.unwrap_or(false))
 }
 
 /// Whether table `k` has any row at all, and whether it has one that the given snapshot does not cover.

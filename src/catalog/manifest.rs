@@ -2,13 +2,17 @@
 
 use std::collections::HashMap;
 
-use crate::pg::Result;
+use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
+
 use crate::pg::spi::{self, View, arg, xid8};
+use crate::pg::{PgError, Result};
 
 /// A hot chunk without its bytes.
 #[derive(Debug, Clone)]
 pub struct ChunkRow {
     pub chunk_id: i64,
+    pub collection_id: i32,
+    pub format: ChunkFormat,
     pub schema_version: i32,
     pub n: i32,
     pub bytes: i32,
@@ -16,6 +20,10 @@ pub struct ChunkRow {
     pub min_time_us: i64,
     pub max_time_us: i64,
     pub level: i16,
+    pub min_xid: u64,
+    pub max_xid: u64,
+    /// When its oldest events were digested.
+    pub created_at_us: i64,
 }
 
 /// A chunk to be stored.
@@ -24,7 +32,10 @@ pub struct NewChunk<'a> {
     pub collection_id: i32,
     pub schema_version: i32,
     pub level: i16,
-    pub info: &'a rakam_lake::chunk::ChunkInfo,
+    pub format: ChunkFormat,
+    pub info: &'a ChunkInfo,
+    /// None: now.
+    pub created_at_us: Option<i64>,
     pub data: &'a [u8],
 }
 
@@ -43,35 +54,45 @@ pub struct FileRow {
     pub max_time_us: i64,
 }
 
+fn chunk_row(row: &spi::Row) -> Result<ChunkRow> {
+    let format: String = row.must(10)?;
+    Ok(ChunkRow {
+        chunk_id: row.must(1)?,
+        collection_id: row.must(9)?,
+        format: ChunkFormat::parse(&format)
+            .ok_or_else(|| PgError::internal(format!("unknown chunk format \"{format}\"")))?,
+        schema_version: row.must(2)?,
+        n: row.must(3)?,
+        bytes: row.must(4)?,
+        has_extra: row.must(5)?,
+        min_time_us: row.timestamptz(6).unwrap_or(i64::MIN),
+        max_time_us: row.timestamptz(7).unwrap_or(i64::MAX),
+        level: row.must(8)?,
+        min_xid: row.xid8(11).unwrap_or(0),
+        max_xid: row.xid8(12).unwrap_or(u64::MAX),
+        created_at_us: row.timestamptz(13).unwrap_or(0),
+    })
+}
+
 /// The chunks of a collection whose times touch the range (both ends inclusive).
 pub fn chunks(
     view: View,
     collection_id: i32,
     time_range: Option<(i64, i64)>,
 ) -> Result<Vec<ChunkRow>> {
-    let map = |row: &spi::Row| {
-        Ok(ChunkRow {
-            chunk_id: row.must(1)?,
-            schema_version: row.must(2)?,
-            n: row.must(3)?,
-            bytes: row.must(4)?,
-            has_extra: row.must(5)?,
-            min_time_us: row.timestamptz(6).unwrap_or(i64::MIN),
-            max_time_us: row.timestamptz(7).unwrap_or(i64::MAX),
-            level: row.must(8)?,
-        })
-    };
     match time_range {
         None => spi::query(
             view,
-            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level
+            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level, collection_id, format,
+                    min_xid, max_xid, created_at
              FROM rakam_internal.hot_chunk WHERE collection_id = $1 ORDER BY chunk_id",
             &[arg(collection_id)],
-            map,
+            chunk_row,
         ),
         Some((from, to)) => spi::query(
             view,
-            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level
+            "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level, collection_id, format,
+                    min_xid, max_xid, created_at
              FROM rakam_internal.hot_chunk WHERE collection_id = $1 AND max_time >= $2 AND min_time <= $3
              ORDER BY chunk_id",
             &[
@@ -79,7 +100,7 @@ pub fn chunks(
                 spi::timestamptz_saturating(from),
                 spi::timestamptz_saturating(to),
             ],
-            map,
+            chunk_row,
         ),
     }
 }
@@ -97,8 +118,9 @@ pub fn chunk_data(view: View, chunk_id: i64) -> Result<Option<Vec<u8>>> {
 pub fn add_chunk(chunk: &NewChunk<'_>) -> Result<()> {
     spi::execute(
         "INSERT INTO rakam_internal.hot_chunk
-           (project_id, collection_id, schema_version, n, bytes, min_time, max_time, level, has_extra, min_xid, max_xid, data)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+           (project_id, collection_id, schema_version, n, bytes, min_time, max_time, level, has_extra, min_xid, max_xid,
+            data, format, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, coalesce($14, pg_catalog.clock_timestamp()))",
         &[
             arg(chunk.project_id),
             arg(chunk.collection_id),
@@ -112,6 +134,8 @@ pub fn add_chunk(chunk: &NewChunk<'_>) -> Result<()> {
             xid8(chunk.info.min_xid as u64),
             xid8(chunk.info.max_xid as u64),
             arg(chunk.data),
+            arg(chunk.format.as_str()),
+            spi::timestamptz_or_null(chunk.created_at_us),
         ],
     )?;
     Ok(())
@@ -125,31 +149,27 @@ pub fn delete_chunks(ids: &[i64]) -> Result<u64> {
     )
 }
 
-/// A collection whose hot tier has work: its id, its small chunks, all its bytes, the age of its oldest chunk.
-#[derive(Debug, Clone)]
-pub struct HotState {
-    pub collection_id: i32,
-    pub small_chunks: i64,
-    pub bytes: i64,
-    pub oldest_age_s: f64,
-}
-
-/// The hot tier by collection. A chunk below `small_rows` rows counts as small.
-pub fn hot_state(view: View, small_rows: i32) -> Result<Vec<HotState>> {
+/// All chunks there are. For a look at the whole hot tier: once, and then rarely.
+pub fn all_chunks(view: View) -> Result<Vec<ChunkRow>> {
     spi::query(
         view,
-        "SELECT collection_id, count(*) FILTER (WHERE n < $1), sum(bytes)::int8,
-                extract(epoch FROM pg_catalog.clock_timestamp() - min(created_at))::float8
-         FROM rakam_internal.hot_chunk GROUP BY collection_id ORDER BY collection_id",
-        &[arg(small_rows)],
-        |row| {
-            Ok(HotState {
-                collection_id: row.must(1)?,
-                small_chunks: row.must(2)?,
-                bytes: row.must(3)?,
-                oldest_age_s: row.must(4)?,
-            })
-        },
+        "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level, collection_id, format,
+                min_xid, max_xid, created_at
+         FROM rakam_internal.hot_chunk ORDER BY chunk_id",
+        &[],
+        chunk_row,
+    )
+}
+
+/// The chunks with higher ids.
+pub fn chunks_after(view: View, chunk_id: i64) -> Result<Vec<ChunkRow>> {
+    spi::query(
+        view,
+        "SELECT chunk_id, schema_version, n, bytes, has_extra, min_time, max_time, level, collection_id, format,
+                min_xid, max_xid, created_at
+         FROM rakam_internal.hot_chunk WHERE chunk_id > $1 ORDER BY chunk_id",
+        &[arg(chunk_id)],
+        chunk_row,
     )
 }
 

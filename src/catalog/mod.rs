@@ -2,6 +2,7 @@
 //!
 //! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
 
+pub mod backlog;
 pub mod inbox;
 pub mod invalid;
 pub mod job;

@@ -130,13 +130,25 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
         "WITH tick AS MATERIALIZED (
            SELECT pg_snapshot_xmax(snapshot) AS xmax, ARRAY(SELECT pg_snapshot_xip(snapshot)) AS xip
            FROM rakam_internal.inbox_tick WHERE shard = 0 ORDER BY tick_id DESC LIMIT 1),
+         lag AS MATERIALIZED (
+           SELECT project_id, pg_snapshot_xmax(snapshot) AS xmax, ARRAY(SELECT pg_snapshot_xip(snapshot)) AS xip
+           FROM rakam_internal.inbox_lag),
          waiting AS (
            SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_0
-           WHERE txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[])
+           WHERE (txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[]))
+             AND project_id NOT IN (SELECT project_id FROM lag)
            UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_1
-           WHERE txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[])
+           WHERE (txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[]))
+             AND project_id NOT IN (SELECT project_id FROM lag)
            UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_2
-           WHERE txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[])
+           WHERE (txid >= (SELECT xmax FROM tick) OR txid = ANY ((SELECT xip FROM tick)::xid8[]))
+             AND project_id NOT IN (SELECT project_id FROM lag)
+           UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_0 JOIN lag USING (project_id)
+           WHERE txid >= lag.xmax OR txid = ANY (lag.xip)
+           UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_1 JOIN lag USING (project_id)
+           WHERE txid >= lag.xmax OR txid = ANY (lag.xip)
+           UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_2 JOIN lag USING (project_id)
+           WHERE txid >= lag.xmax OR txid = ANY (lag.xip)
            UNION ALL SELECT project_id, collection, n, received_at FROM rakam_internal.inbox_parked),
          inbox AS (
            SELECT project_id, collection, sum(n)::int8 AS n, max(received_at) AS newest

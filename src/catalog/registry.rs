@@ -1,5 +1,7 @@
 //! Projects, collections and fields.
 
+use std::collections::HashMap;
+
 use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
 
@@ -67,6 +69,18 @@ pub fn project_by_id(view: View, id: i32) -> Result<Option<ProjectRow>> {
     )
 }
 
+/// The projects of these ids. Workers only.
+pub fn projects_by_id(view: View, ids: &[i32]) -> Result<Vec<ProjectRow>> {
+    spi::query(
+        view,
+        "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
+                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
+         FROM rakam_internal.project WHERE project_id = ANY ($1)",
+        &[arg(ids.to_vec())],
+        project_row,
+    )
+}
+
 fn collection_row(row: &spi::Row) -> Result<Collection> {
     Ok(Collection {
         id: row.must(1)?,
@@ -112,6 +126,17 @@ pub fn collection_by_id(view: View, id: i32) -> Result<Option<Collection>> {
     )
 }
 
+/// The collections of these ids. Workers only.
+pub fn collections_by_id(view: View, ids: &[i32]) -> Result<Vec<Collection>> {
+    spi::query(
+        view,
+        "SELECT collection_id, project_id, name, ft, schema_version
+         FROM rakam_internal.collection WHERE collection_id = ANY ($1)",
+        &[arg(ids.to_vec())],
+        collection_row,
+    )
+}
+
 /// The collection of this name in a project given by id. Workers only.
 pub fn collection_named(view: View, project_id: i32, name: &str) -> Result<Option<Collection>> {
     spi::first(
@@ -123,6 +148,18 @@ pub fn collection_named(view: View, project_id: i32, name: &str) -> Result<Optio
     )
 }
 
+fn field_row(row: &spi::Row) -> Result<Field> {
+    let ty: String = row.must(3)?;
+    Ok(Field {
+        id: row.must(1)?,
+        name: row.must(2)?,
+        ty: FieldType::parse(&ty)
+            .ok_or_else(|| PgError::internal(format!("unknown field type \"{ty}\"")))?,
+        added_version: row.must(4)?,
+        column_ready: row.must(5)?,
+    })
+}
+
 /// The fields of a collection.
 pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
     let fields = spi::query(
@@ -130,19 +167,35 @@ pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
         "SELECT field_id, name, type, added_version, column_ready
          FROM rakam_internal.field WHERE collection_id = $1 ORDER BY field_id",
         &[arg(collection.id)],
-        |row| {
-            let ty: String = row.must(3)?;
-            Ok(Field {
-                id: row.must(1)?,
-                name: row.must(2)?,
-                ty: FieldType::parse(&ty)
-                    .ok_or_else(|| PgError::internal(format!("unknown field type \"{ty}\"")))?,
-                added_version: row.must(4)?,
-                column_ready: row.must(5)?,
-            })
-        },
+        field_row,
     )?;
     Ok(Schema::new(collection.schema_version, fields))
+}
+
+/// The fields of many collections, by collection.
+pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, Schema>> {
+    let ids: Vec<i32> = collections.iter().map(|c| c.id).collect();
+    let mut fields: HashMap<i32, Vec<Field>> = HashMap::new();
+    spi::run(
+        view,
+        "SELECT field_id, name, type, added_version, column_ready, collection_id
+         FROM rakam_internal.field WHERE collection_id = ANY ($1)",
+        &[arg(ids)],
+        |row| {
+            fields
+                .entry(row.must(6)?)
+                .or_default()
+                .push(field_row(row)?);
+            Ok(())
+        },
+    )?;
+    Ok(collections
+        .iter()
+        .map(|c| {
+            let own = fields.remove(&c.id).unwrap_or_default();
+            (c.id, Schema::new(c.schema_version, own))
+        })
+        .collect())
 }
 
 /// The collections of the given projects (None: all) with the given name (None: any). Workers only.

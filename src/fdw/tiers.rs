@@ -53,7 +53,7 @@ pub fn look_up(view: View, options: &TableOptions, columns: &[Column]) -> Result
     let Some(project) = registry::project(view, &options.project)? else {
         return Ok(None);
     };
-    let tick = inbox::tick(view)?;
+    let tick = inbox::tick_of(view, project.id)?;
     let collections = if options.is_all() {
         let mut all = registry::collections(view, &options.project)?;
         for name in inbox::unregistered(view, &tick, project.id)? {
@@ -202,6 +202,7 @@ pub fn stored(
         .into_iter()
         .map(|chunk| ChunkRef {
             id: chunk.chunk_id,
+            format: chunk.format,
             n: chunk.n as u32,
             bytes: chunk.bytes as u32,
             schema_version: chunk.schema_version,

@@ -1,7 +1,8 @@
-//! The one door into the hot tier: a batch becomes a chunk, in the caller's transaction.
+//! The one door into the hot tier: events become a chunk, in the caller's transaction.
 
 use arrow::array::RecordBatch;
-use rakam_lake::chunk;
+use rakam_lake::chunk::{self, ChunkFormat, ChunkInfo};
+use rakam_lake::row_chunk::Rows;
 
 use crate::catalog::manifest::{self, NewChunk};
 use crate::pg::{Result, failpoint};
@@ -14,6 +15,8 @@ pub struct Target {
     pub schema_version: i32,
     /// How often its rows have been merged.
     pub level: i16,
+    /// When the oldest of its rows came into the hot tier; None: now.
+    pub since_us: Option<i64>,
 }
 
 /// Stores a batch of the collection's stored layout (`Schema::arrow`).
@@ -23,13 +26,25 @@ pub fn append(target: Target, batch: &RecordBatch) -> Result<()> {
     }
     let info = chunk::info(batch)?;
     let data = chunk::encode(batch, target.schema_version)?;
+    insert(target, ChunkFormat::Arrow, &info, &data)
+}
+
+/// Stores a few events as text. `info` is that of the batch they make, every one of them.
+pub fn append_rows(target: Target, info: &ChunkInfo, rows: &Rows) -> Result<()> {
+    let data = rows.encode(target.schema_version)?;
+    insert(target, ChunkFormat::Rows, info, &data)
+}
+
+fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: &[u8]) -> Result<()> {
     failpoint::hit("append.before_insert");
     manifest::add_chunk(&NewChunk {
         project_id: target.project_id,
         collection_id: target.collection_id,
         schema_version: target.schema_version,
         level: target.level,
-        info: &info,
-        data: &data,
+        format,
+        info,
+        created_at_us: target.since_us,
+        data,
     })
 }

@@ -1,4 +1,4 @@
-//! The digest: inbox rows become chunks, exactly once.
+//! The digest: inbox rows become chunks, exactly once, and no project waits for another one's flood.
 //!
 //! A round has three transactions. The first, read-only, takes the snapshot that becomes the next tick, and learns
 //! from the waiting events which collections and fields are new. The second, short, registers those. The third
@@ -6,50 +6,47 @@
 //! tick. A crash between them repeats the round; a second digester fails on the tick's primary key.
 //!
 //! A round takes a bounded slice of the backlog: the snapshot is cut at a transaction id, which is valid because
-//! everything below the cut is either finished or listed as in progress.
+//! everything below the cut is either finished or listed as in progress. A project of which more than its share waits
+//! gets a snapshot of its own, behind the tick ([`crate::catalog::backlog`]): the rounds take everybody else's events
+//! whole and a slice of one such project after the other, until it has caught up.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
-use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
 use rakam_event::discovery::Discovery;
-use rakam_event::entry::Limits;
-use rakam_event::error::EventError;
 use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
-use super::append::{Target, append};
-use crate::catalog::inbox::{self, Backlog, TailRow, Tick};
-use crate::catalog::invalid;
-use crate::catalog::registry::{self, Collection, ProjectRow};
+use super::lookup::{Found, Registry};
+use super::making::Making;
+pub use super::making::limits;
+use crate::catalog::backlog::{self, Backlog, Head, Lag, Whose};
+use crate::catalog::inbox::{self, TailRow, Tick};
+use crate::catalog::registry;
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
 
-/// A round stops taking rows at this many bytes of JSON (at the end of a transaction's rows).
-const SLICE_BYTES: usize = 64 << 20;
-/// A collection's builder is written out as a chunk at this size or number of rows.
-const CHUNK_BYTES: usize = 8 << 20;
-const CHUNK_ROWS: usize = 100_000;
-/// All builders of a round together.
-const BUILDERS_BYTES: usize = 128 << 20;
+/// A round takes so many bytes of everybody's JSON (up to the end of a transaction's rows),
+const SLICE_BYTES: usize = 32 << 20;
+/// in which a project has this share: with more it lags behind the tick,
+const SHARE_BYTES: usize = 4 << 20;
+/// and its events are taken in slices of this size, each digested in a fraction of a second.
+const LAG_SLICE_BYTES: usize = 8 << 20;
+/// So many waiting bytes make a digest due, whosever they are.
+const DUE_BYTES: usize = 8 << 20;
+/// While some project lags, everybody else's events are digested at least this often.
+const FAIR_INTERVAL: Duration = Duration::from_millis(500);
+/// All chunks in the making of a round together.
+const MAKING_BYTES: usize = 128 << 20;
 /// A parked event becomes a dead letter after so many attempts.
 const ATTEMPTS_MAX: i32 = 8;
 
-/// What a round did.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Round {
-    pub events: u64,
-    /// More is waiting than the slice took.
-    pub more: bool,
-    /// Collections or fields were registered: tables or columns are to be made.
-    pub schema_changed: bool,
-}
-
 /// When a look at the inbox becomes a digest.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     /// Whatever is waiting.
     Now,
@@ -57,404 +54,511 @@ pub enum When {
     Due,
 }
 
-/// What a look found.
+/// What a look found and did.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Look {
-    pub waiting_events: u64,
-    pub round: Round,
+    /// Still waiting, not due yet.
+    pub waiting: u64,
+    /// Digested.
+    pub events: u64,
+    /// More is due than the round took.
+    pub more: bool,
+    /// Collections or fields were registered: tables or columns are to be made.
+    pub schema_changed: bool,
+}
+
+/// What waits since the tick, of the projects that do not lag behind it.
+#[derive(Debug, Default)]
+struct Waiting {
+    events: u64,
+    bytes: usize,
+    oldest_us: Option<i64>,
+    /// Events and bytes by project.
+    projects: HashMap<i32, (u64, usize)>,
+    /// Events by project and collection.
+    collections: HashMap<(i32, i32), u64>,
+    /// The most events of a collection.
+    most: u64,
+    /// Projects with more than their share; they count for nothing else here.
+    heavy: BTreeSet<i32>,
+}
+
+impl Waiting {
+    /// Counts a row. False: it is one of a project with more than its share.
+    fn count(&mut self, row: &Head) -> bool {
+        if self.heavy.contains(&row.project_id) {
+            return false;
+        }
+        let n = row.n as u64;
+        let (events, bytes) = self.projects.entry(row.project_id).or_default();
+        *events += n;
+        *bytes += row.bytes;
+        self.events += n;
+        self.bytes += row.bytes;
+        let oldest = self.oldest_us.unwrap_or(i64::MAX);
+        self.oldest_us = Some(oldest.min(row.received_at_us));
+        if *bytes >= SHARE_BYTES {
+            self.events -= *events;
+            self.bytes -= *bytes;
+            self.heavy.insert(row.project_id);
+            return false;
+        }
+        let of_collection = self
+            .collections
+            .entry((row.project_id, row.collection_id))
+            .or_default();
+        *of_collection += n;
+        self.most = self.most.max(*of_collection);
+        true
+    }
+
+    fn is_due(&self) -> bool {
+        let age_us = self.oldest_us.map_or(0, |oldest| xact::now_us() - oldest);
+        !self.heavy.is_empty()
+            || self.most as i64 >= guc::digest_events()
+            || self.bytes >= DUE_BYTES
+            || self.events > 0 && age_us >= guc::digest_max_age().as_micros() as i64
+    }
+}
+
+/// What a digester remembers between its looks, so that each reads what is new since the last one only.
+pub struct Watch {
+    tick_id: i64,
+    /// Everything finished in it was seen, and its names are registered.
+    seen: XidSnapshot,
+    waiting: Waiting,
+    last_tick: Option<Instant>,
+    /// Lagging projects by the round that took their last slice.
+    served: HashMap<i32, u64>,
+    rounds: u64,
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self {
+            tick_id: 0,
+            seen: XidSnapshot {
+                xmin: 0,
+                xmax: 0,
+                xip: Vec::new(),
+            },
+            waiting: Waiting::default(),
+            last_tick: None,
+            served: HashMap::new(),
+            rounds: 0,
+        }
+    }
 }
 
 /// What the first transaction found.
 struct Plan {
     tick: Tick,
+    /// The next tick; that of the last one if it is only a slice that is digested.
     upto: XidSnapshot,
-    events: u64,
-    oldest_us: i64,
+    /// Whether everybody's events are digested.
+    tick_moves: bool,
+    /// Whose events are not everybody's: they lag, or will from now on.
+    apart: Vec<i32>,
+    /// Of those, the ones that begin to lag.
+    begin_to_lag: Vec<i32>,
+    slice: Option<Slice>,
     more: bool,
-    new_collections: BTreeMap<(i32, String), Vec<(String, FieldType)>>,
-    new_fields: BTreeMap<i32, Vec<(String, FieldType)>>,
+    learnt: Learnt,
 }
 
-/// Looks at the inbox, registers new names, and digests if it is time. The caller holds the digest lock.
-pub fn look(when: When) -> std::result::Result<Look, Failure> {
-    let plan = xact::worker(plan)?;
-    let mut look = Look {
-        waiting_events: plan.events,
-        round: Round::default(),
-    };
-    if plan.events == 0 {
-        return Ok(look);
-    }
-    if !plan.new_collections.is_empty() || !plan.new_fields.is_empty() {
-        failpoint::hit("digest.before_registry");
-        xact::worker(|| register(&plan))?;
-        look.round.schema_changed = true;
-    }
-    let age_us = xact::now_us() - plan.oldest_us;
-    let due = plan.more
-        || plan.events as i64 >= guc::digest_events()
-        || age_us >= guc::digest_max_age().as_micros() as i64;
-    if matches!(when, When::Due) && !due {
-        return Ok(look);
-    }
-    look.round.events = xact::worker(|| write(&plan))?;
-    look.round.more = plan.more;
-    look.waiting_events = 0;
-    Ok(look)
-}
-
-/// The limits that apply to events now.
-pub fn limits() -> Limits {
-    Limits {
-        max_event_bytes: guc::max_event_bytes(),
-        max_string_bytes: guc::max_string_bytes(),
-        max_fields: guc::max_fields(),
+impl Plan {
+    fn is_due(&self) -> bool {
+        self.tick_moves || self.slice.is_some()
     }
 }
 
-/// The registry as one transaction sees it, looked up once per collection.
-struct Registry {
-    view: View,
-    projects: HashMap<i32, Option<ProjectRow>>,
-    by_id: HashMap<i32, Option<Collection>>,
-    by_name: HashMap<(i32, String), Option<Collection>>,
+/// A part of a lagging project's events.
+struct Slice {
+    project_id: i32,
+    from: XidSnapshot,
+    upto: XidSnapshot,
+    /// The project has caught up with the tick.
+    ends: bool,
 }
 
-impl Registry {
-    fn new(view: View) -> Self {
-        Self {
-            view,
-            projects: HashMap::new(),
-            by_id: HashMap::new(),
-            by_name: HashMap::new(),
-        }
-    }
+/// What is to be registered.
+#[derive(Default)]
+struct Learnt {
+    collections: BTreeMap<(i32, String), Vec<(String, FieldType)>>,
+    fields: BTreeMap<i32, Vec<(String, FieldType)>>,
+}
 
-    /// The project of a row. None: it was dropped.
-    fn project(&mut self, id: i32) -> Result<Option<&ProjectRow>> {
-        use std::collections::hash_map::Entry;
-        let found = match self.projects.entry(id) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(entry) => entry.insert(registry::project_by_id(self.view, id)?),
-        };
-        Ok(found.as_ref())
-    }
-
-    /// The collection of a row, by id or by name. None: not registered (any more).
-    fn collection(&mut self, row: &TailRow) -> Result<Option<Collection>> {
-        if row.collection_id != 0 {
-            if !self.by_id.contains_key(&row.collection_id) {
-                let found = registry::collection_by_id(self.view, row.collection_id)?;
-                self.by_id.insert(row.collection_id, found);
-            }
-            if let Some(found) = &self.by_id[&row.collection_id] {
-                return Ok(Some(found.clone()));
-            }
-        }
-        let key = (row.project_id, row.collection.clone());
-        if !self.by_name.contains_key(&key) {
-            let found = registry::collection_named(self.view, key.0, &key.1)?;
-            self.by_name.insert(key.clone(), found);
-        }
-        Ok(self.by_name[&key].clone())
+impl Learnt {
+    fn is_empty(&self) -> bool {
+        self.collections.is_empty() && self.fields.is_empty()
     }
 }
 
-/// The events of a row, one a line.
-fn events(row: &TailRow) -> impl Iterator<Item = std::result::Result<&str, PgError>> {
-    row.payload
-        .split(|&b| b == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(|line| {
-            std::str::from_utf8(line)
-                .map_err(|_| PgError::new("22021", "event is not valid UTF-8 text"))
-        })
+/// Digests what was committed before the call, of these projects (None: of all), and whatever else is in turn.
+/// Waits for the digest lock.
+pub fn catch_up(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
+    let _lock = SessionLock::take(LockOn::Digest);
+    let goal = xact::worker(|| present(View::Under(Snapshot::active())))?;
+    let mut watch = Watch::default();
+    while watch.look(When::Now)?.more && !xact::worker(|| is_digested(&goal, projects))? {}
+    Ok(())
 }
 
-/// First transaction: the slice, and what in it is new. Read-only.
-fn plan() -> Result<Plan> {
-    // A transaction with an id of its own would count itself as finished in its own snapshot.
-    if xact::has_xid() {
-        return Err(PgError::internal(
-            "a digest must not begin in a writing transaction",
-        ));
-    }
-    let view = View::Under(Snapshot::active());
-    let tick = inbox::tick(view)?;
-    let now: String = spi::first(
+/// The active snapshot.
+fn present(view: View) -> Result<XidSnapshot> {
+    let text: String = spi::first(
         view,
         "SELECT pg_catalog.pg_current_snapshot()::text",
         &[],
         |r| r.must(1),
     )?
     .unwrap_or_default();
-    let now = XidSnapshot::parse(&now)
-        .ok_or_else(|| PgError::internal("the current snapshot is malformed"))?;
+    XidSnapshot::parse(&text).ok_or_else(|| PgError::internal("the current snapshot is malformed"))
+}
 
-    let mut plan = Plan {
-        upto: now.clone(),
-        tick,
-        events: 0,
-        oldest_us: i64::MAX,
-        more: false,
-        new_collections: BTreeMap::new(),
-        new_fields: BTreeMap::new(),
-    };
-    let mut registry = Registry::new(view);
-    let mut learners: HashMap<i32, Discovery> = HashMap::new();
-    let mut strangers: BTreeMap<(i32, String), Discovery> = BTreeMap::new();
-    let max_fields = guc::max_fields();
+fn is_digested(goal: &XidSnapshot, projects: Option<&[i32]>) -> Result<bool> {
+    let of_interest = |lag: &Lag| projects.is_none_or(|list| list.contains(&lag.project_id));
+    Ok(inbox::tick(View::Current)?.snapshot.covers(goal)
+        && backlog::lagging(View::Current)?
+            .iter()
+            .filter(|lag| of_interest(lag))
+            .all(|lag| lag.snapshot.covers(goal)))
+}
 
-    let mut backlog = Backlog::new(view, &plan.tick.snapshot, &now)?;
-    let mut bytes = 0;
-    let mut last_txid = 0;
-    'pages: while let Some(page) = backlog.next_page(view)? {
-        wait::check_interrupts();
-        for row in &page {
-            if bytes >= SLICE_BYTES && row.txid != last_txid && row.txid >= plan.tick.snapshot.xmax
-            {
-                plan.upto = now.cut(row.txid);
-                plan.more = true;
-                break 'pages;
+impl Watch {
+    /// Looks at the inbox, registers new names, and digests if it is time. The caller holds the digest lock.
+    pub fn look(&mut self, when: When) -> std::result::Result<Look, Failure> {
+        let outcome = self.try_look(when);
+        if outcome.is_err() {
+            // What was seen may not be registered.
+            *self = Self::default();
+        }
+        outcome
+    }
+
+    fn try_look(&mut self, when: When) -> std::result::Result<Look, Failure> {
+        let plan = xact::worker(|| self.plan(when))?;
+        let mut look = Look {
+            waiting: self.waiting.events,
+            more: plan.more,
+            ..Look::default()
+        };
+        if !plan.learnt.is_empty() {
+            failpoint::hit("digest.before_registry");
+            xact::worker(|| register(&plan.learnt))?;
+            look.schema_changed = true;
+        }
+        if !plan.is_due() {
+            return Ok(look);
+        }
+        look.events = xact::worker(|| write(&plan))?;
+        self.tick_id = plan.tick.id + 1;
+        self.rounds += 1;
+        if let Some(slice) = &plan.slice {
+            self.served.insert(slice.project_id, self.rounds);
+            if slice.ends {
+                self.served.remove(&slice.project_id);
             }
-            bytes += row.payload.len();
-            last_txid = row.txid;
-            plan.events += row.n as u64;
-            plan.oldest_us = plan.oldest_us.min(row.received_at_us);
-            if registry.project(row.project_id)?.is_none() {
-                continue;
+        }
+        if plan.tick_moves {
+            self.waiting = Waiting::default();
+            self.last_tick = Some(Instant::now());
+            look.waiting = 0;
+        }
+        Ok(look)
+    }
+
+    /// First transaction: what waits, whether it is due, and what in it is new. Read-only.
+    fn plan(&mut self, when: When) -> Result<Plan> {
+        // A transaction with an id of its own would count itself as finished in its own snapshot.
+        if xact::has_xid() {
+            return Err(PgError::internal(
+                "a digest must not begin in a writing transaction",
+            ));
+        }
+        let view = View::Under(Snapshot::active());
+        let tick = inbox::tick(view)?;
+        let lags = backlog::lagging(view)?;
+        let now = present(view)?;
+        if self.tick_id != tick.id {
+            // Somebody else digested, or nobody has looked yet.
+            self.tick_id = tick.id;
+            self.seen = tick.snapshot.clone();
+            self.waiting = Waiting::default();
+        }
+        let mut learner = Learner::new(view);
+        let cut = self.see(view, &now, &lags, &mut learner)?;
+        let is_cut = cut.is_some();
+        self.seen = cut.unwrap_or_else(|| now.clone());
+
+        let waiting = &self.waiting;
+        let rested = self.last_tick.is_none_or(|t| t.elapsed() >= FAIR_INTERVAL);
+        let begin_to_lag: Vec<i32> = waiting.heavy.iter().copied().collect();
+        let mut tick_moves = match when {
+            When::Now => waiting.events > 0 || waiting.is_due(),
+            When::Due => waiting.is_due() || !lags.is_empty() && waiting.events > 0 && rested,
+        } || is_cut;
+        let mut apart: Vec<i32> = lags.iter().map(|lag| lag.project_id).collect();
+        apart.extend(&begin_to_lag);
+
+        let next = apart
+            .iter()
+            .copied()
+            .min_by_key(|id| self.served.get(id).copied().unwrap_or(0));
+        let slice = match next {
+            Some(project_id) => {
+                let from = lags
+                    .iter()
+                    .find(|lag| lag.project_id == project_id)
+                    .map_or(&tick.snapshot, |lag| &lag.snapshot);
+                let upto = slice_end(view, project_id, from, &now, &mut learner)?;
+                // The tick and the project meet where both have come to this very snapshot.
+                let ends = upto.is_none() && !is_cut;
+                tick_moves |= ends;
+                Some(Slice {
+                    project_id,
+                    from: from.clone(),
+                    upto: upto.unwrap_or_else(|| now.clone()),
+                    ends,
+                })
             }
-            let learner =
-                match registry.collection(row)? {
-                    Some(collection) => {
-                        use std::collections::hash_map::Entry;
-                        Some(match learners.entry(collection.id) {
-                            Entry::Occupied(known) => known.into_mut(),
-                            Entry::Vacant(entry) => {
-                                let schema = registry::schema(view, &collection)?;
-                                entry.insert(Discovery::new(&schema, max_fields))
-                            }
-                        })
-                    }
-                    None => {
-                        let key = (row.project_id, row.collection.clone());
-                        Some(strangers.entry(key).or_insert_with(|| {
-                            Discovery::new(&Schema::new(1, Vec::new()), max_fields)
-                        }))
-                    }
-                };
-            if let Some(learner) = learner {
-                for event in events(row).flatten() {
-                    // A panic teaches nothing; the event is parked when it is written.
-                    let _ = catch_unwind(AssertUnwindSafe(|| learner.observe(event)));
+            None => None,
+        };
+        let left = apart.len() - usize::from(slice.as_ref().is_some_and(|s| s.ends));
+        Ok(Plan {
+            upto: if tick_moves {
+                self.seen.clone()
+            } else {
+                tick.snapshot.clone()
+            },
+            tick,
+            tick_moves,
+            more: is_cut || left > 0,
+            apart,
+            begin_to_lag,
+            slice,
+            learnt: learner.finish(),
+        })
+    }
+
+    /// Sees everybody's rows that are new since the last look. The snapshot to stop at, if there are too many.
+    fn see(
+        &mut self,
+        view: View,
+        now: &XidSnapshot,
+        lags: &[Lag],
+        learner: &mut Learner,
+    ) -> Result<Option<XidSnapshot>> {
+        let mut apart: Vec<i32> = lags.iter().map(|lag| lag.project_id).collect();
+        apart.extend(&self.waiting.heavy);
+        let mut rows = Backlog::new(view, &self.seen, now, Whose::Except(apart))?;
+        let mut last_txid = 0;
+        loop {
+            // The bytes that wait before each row.
+            let mut before = Vec::new();
+            let waiting = &mut self.waiting;
+            let page = rows.next_page(view, |head| {
+                before.push(waiting.bytes);
+                waiting.count(head)
+            })?;
+            let Some(page) = page else {
+                return Ok(None);
+            };
+            wait::check_interrupts();
+            learner.prepare(&page)?;
+            for (row, bytes) in page.iter().zip(before) {
+                let begins = row.txid != last_txid && row.txid >= self.seen.xmax;
+                if begins && bytes >= SLICE_BYTES {
+                    return Ok(Some(now.cut(row.txid)));
                 }
+                last_txid = row.txid;
+                learner.learn(row)?;
             }
         }
     }
-    plan.new_collections = strangers
-        .into_iter()
-        .map(|(key, learner)| (key, learner.new_fields()))
-        .collect();
-    plan.new_fields = learners
-        .into_iter()
-        .map(|(id, learner)| (id, learner.new_fields()))
-        .filter(|(_, fields)| !fields.is_empty())
-        .collect();
-    Ok(plan)
+}
+
+/// Where a slice of a lagging project's rows ends; None: with all of them.
+fn slice_end(
+    view: View,
+    project_id: i32,
+    from: &XidSnapshot,
+    now: &XidSnapshot,
+    learner: &mut Learner,
+) -> Result<Option<XidSnapshot>> {
+    let mut rows = Backlog::new(view, from, now, Whose::Only(project_id))?;
+    let mut bytes = 0;
+    let mut last_txid = 0;
+    while let Some(page) = rows.next_page(view, |_| true)? {
+        wait::check_interrupts();
+        learner.prepare(&page)?;
+        for row in &page {
+            let begins = row.txid != last_txid && row.txid >= from.xmax;
+            if begins && bytes >= LAG_SLICE_BYTES {
+                return Ok(Some(now.cut(row.txid)));
+            }
+            bytes += row.payload.len();
+            last_txid = row.txid;
+            learner.learn(row)?;
+        }
+    }
+    Ok(None)
+}
+
+/// Learns new names from events.
+struct Learner {
+    registry: Registry,
+    known: HashMap<i32, Discovery>,
+    strangers: BTreeMap<(i32, String), Discovery>,
+    max_fields: usize,
+}
+
+impl Learner {
+    fn new(view: View) -> Self {
+        Self {
+            registry: Registry::new(view),
+            known: HashMap::new(),
+            strangers: BTreeMap::new(),
+            max_fields: guc::max_fields(),
+        }
+    }
+
+    fn prepare(&mut self, page: &[TailRow]) -> Result<()> {
+        self.registry.prepare(page)
+    }
+
+    fn learn(&mut self, row: &TailRow) -> Result<()> {
+        if row.payload.is_empty() {
+            return Ok(());
+        }
+        let max_fields = self.max_fields;
+        let learner = match self.registry.find(row)? {
+            Found::NoProject => return Ok(()),
+            Found::Place(place) => self
+                .known
+                .entry(place.collection.id)
+                .or_insert_with(|| Discovery::new(&place.schema, max_fields)),
+            Found::NoCollection => {
+                let key = (row.project_id, row.collection.clone());
+                self.strangers
+                    .entry(key)
+                    .or_insert_with(|| Discovery::new(&Schema::new(1, Vec::new()), max_fields))
+            }
+        };
+        for line in row.payload.split(|&b| b == b'\n') {
+            let Ok(event) = std::str::from_utf8(line) else {
+                continue;
+            };
+            if !event.is_empty() {
+                // A panic teaches nothing; the event is parked when it is written.
+                let _ = catch_unwind(AssertUnwindSafe(|| learner.observe(event)));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Learnt {
+        Learnt {
+            collections: self
+                .strangers
+                .into_iter()
+                .map(|(key, learner)| (key, learner.new_fields()))
+                .collect(),
+            fields: self
+                .known
+                .into_iter()
+                .map(|(id, learner)| (id, learner.new_fields()))
+                .filter(|(_, fields)| !fields.is_empty())
+                .collect(),
+        }
+    }
 }
 
 /// Second transaction: names, in sorted order, before the data that uses them.
-fn register(plan: &Plan) -> Result<()> {
-    for ((project_id, name), fields) in &plan.new_collections {
+fn register(learnt: &Learnt) -> Result<()> {
+    for ((project_id, name), fields) in &learnt.collections {
         registry::add_collection(*project_id, name)?;
         if let Some(collection) = registry::collection_named(View::Current, *project_id, name)? {
             registry::add_fields(collection.id, fields, false)?;
         }
     }
-    for (collection_id, fields) in &plan.new_fields {
+    for (collection_id, fields) in &learnt.fields {
         registry::add_fields(*collection_id, fields, false)?;
     }
     Ok(())
 }
 
-/// The chunk of a collection in the making.
-struct Making {
-    project: ProjectRow,
-    collection: Collection,
-    schema: Schema,
-    builder: BatchBuilder,
-}
-
-impl Making {
-    fn builder(schema: &Schema) -> Result<BatchBuilder> {
-        Ok(BatchBuilder::new(schema, Layout::Stored, &limits())?)
-    }
-
-    fn stamp(&self, row: &TailRow) -> EventStamp {
-        stamp(&self.project, row)
-    }
-
-    /// Writes the chunk and begins the next one.
-    fn write(&mut self) -> Result<()> {
-        let next = Self::builder(&self.schema)?;
-        let done = std::mem::replace(&mut self.builder, next);
-        if done.rows() == 0 {
-            return Ok(());
-        }
-        let built = done.finish()?;
-        append(
-            Target {
-                project_id: self.project.id,
-                collection_id: self.collection.id,
-                schema_version: self.schema.version,
-                level: 0,
-            },
-            &built.batch,
-        )?;
-        invalid::record(
-            self.project.id,
-            self.collection.id,
-            &built.invalid,
-            &built.invalid_counts,
-        )
-    }
-
-    /// Adds an event alone: Err is why it cannot be digested. A panic counts as one; the builder it may have
-    /// left half-filled is not used any further.
-    fn push(&mut self, event: &str, stamp: &EventStamp) -> std::result::Result<(), Poison> {
-        match catch_unwind(AssertUnwindSafe(|| self.builder.push(event, stamp))) {
-            Ok(Ok(())) => Ok(()),
-            // The event is fine, the batch is at Arrow's limit: it goes into the next one.
-            Ok(Err(EventError::BatchFull)) if self.builder.rows() > 0 => match self.write() {
-                Ok(()) => self.push(event, stamp),
-                Err(error) => Err(Poison::Failed(error)),
-            },
-            Ok(Err(error)) => Err(Poison::Refused(error.to_string())),
-            Err(_) => Err(Poison::Panicked),
-        }
-    }
-}
-
-thread_local! {
-    /// Events (inbox row, line) that crashed the parser in this process.
-    static CRASHERS: RefCell<HashSet<(i64, usize)>> = RefCell::new(HashSet::new());
-}
-
-enum Poison {
-    Refused(String),
-    /// Not the event's fault: the round fails.
-    Failed(PgError),
-    /// The builder is unusable.
-    Panicked,
-}
-
-/// What the server knows about the events of a row.
-pub fn stamp(project: &ProjectRow, row: &TailRow) -> EventStamp {
-    EventStamp {
-        received_at_us: row.received_at_us,
-        shift_us: row.shift_us,
-        time_min_us: row.received_at_us.saturating_sub(project.time_past_us),
-        time_max_us: row.received_at_us.saturating_add(project.time_future_us),
-        xid: row.txid as i64,
-    }
-}
-
 /// Third transaction: chunks and the tick. Returns the number of events.
 fn write(plan: &Plan) -> Result<u64> {
-    let mut registry = Registry::new(View::Current);
-    let mut making: BTreeMap<i32, Making> = BTreeMap::new();
-    let mut count = 0;
     // The rows are those that the plan saw: the tick's snapshot decides, and this one is newer.
     let view = View::Under(Snapshot::active());
-    let mut backlog = Backlog::new(view, &plan.tick.snapshot, &plan.upto)?;
-    while let Some(page) = backlog.next_page(view)? {
-        wait::check_interrupts();
-        for row in &page {
-            let Some(project) = registry.project(row.project_id)?.cloned() else {
-                // The project was dropped: its events go with it.
-                continue;
-            };
-            let Some(collection) = registry.collection(row)? else {
-                // Registered in the second transaction and dropped since: its events go with it.
-                continue;
-            };
-            let id = collection.id;
-            if let std::collections::btree_map::Entry::Vacant(entry) = making.entry(id) {
-                let schema = registry::schema(View::Current, &collection)?;
-                let builder = Making::builder(&schema)?;
-                entry.insert(Making {
-                    project,
-                    collection,
-                    schema,
-                    builder,
-                });
-            }
-            let Some(target) = making.get_mut(&id) else {
-                continue;
-            };
-            count += digest_row(target, row)?;
-            if target.builder.bytes() >= CHUNK_BYTES || target.builder.rows() >= CHUNK_ROWS {
-                target.write()?;
-            }
-        }
-        if making.values().map(|m| m.builder.bytes()).sum::<usize>() >= BUILDERS_BYTES {
-            for target in making.values_mut() {
-                target.write()?;
-            }
-        }
+    let mut chunks = Chunks {
+        registry: Registry::new(View::Current),
+        making: BTreeMap::new(),
+        events: 0,
+    };
+    if plan.tick_moves {
+        let everybody = Whose::Except(plan.apart.clone());
+        chunks.take(
+            view,
+            Backlog::new(view, &plan.tick.snapshot, &plan.upto, everybody)?,
+        )?;
     }
-    for target in making.values_mut() {
-        wait::check_interrupts();
-        target.write()?;
+    if let Some(slice) = &plan.slice {
+        let project = Whose::Only(slice.project_id);
+        chunks.take(view, Backlog::new(view, &slice.from, &slice.upto, project)?)?;
     }
+    chunks.write()?;
     failpoint::hit("digest.before_tick");
-    inbox::add_tick(plan.tick.id + 1, &plan.upto)?;
+    backlog::add_tick(plan.tick.id + 1, &plan.upto)?;
+    for project_id in &plan.begin_to_lag {
+        backlog::set_lag(*project_id, &plan.tick.snapshot)?;
+    }
+    match &plan.slice {
+        Some(slice) if slice.ends => backlog::end_lag(slice.project_id)?,
+        Some(slice) => backlog::set_lag(slice.project_id, &slice.upto)?,
+        None => {}
+    }
     failpoint::hit("digest.before_commit");
-    Ok(count)
+    Ok(chunks.events)
 }
 
-/// Adds the events of a row to its collection's chunk; what cannot be digested is parked, alone.
-fn digest_row(target: &mut Making, row: &TailRow) -> Result<u64> {
-    let stamp = target.stamp(row);
-    let mut count = 0;
-    let lines = row.payload.split(|&b| b == b'\n').filter(|l| !l.is_empty());
-    for (number, line) in lines.enumerate() {
-        let Ok(event) = std::str::from_utf8(line) else {
-            inbox::park(
-                row,
-                line,
-                target.collection.id,
-                "event is not valid UTF-8 text",
-            )?;
-            continue;
-        };
-        if CRASHERS.with_borrow(|known| known.contains(&(row.id, number))) {
-            inbox::park(
-                row,
-                line,
-                target.collection.id,
-                "the event crashed its parser",
-            )?;
-            continue;
-        }
-        match target.push(event, &stamp) {
-            Ok(()) => count += 1,
-            Err(Poison::Refused(error)) => {
-                inbox::park(row, line, target.collection.id, &error)?;
+/// The chunks that a round makes.
+struct Chunks {
+    registry: Registry,
+    making: BTreeMap<i32, Making>,
+    events: u64,
+}
+
+impl Chunks {
+    fn take(&mut self, view: View, mut backlog: Backlog) -> Result<()> {
+        while let Some(page) = backlog.next_page(view, |_| true)? {
+            wait::check_interrupts();
+            self.registry.prepare(&page)?;
+            for row in &page {
+                // A project or collection that was dropped since: its events go with it.
+                if let Found::Place(place) = self.registry.find(row)? {
+                    self.making
+                        .entry(place.collection.id)
+                        .or_insert_with(|| Making::new(place))
+                        .add(row)?;
+                }
             }
-            Err(Poison::Failed(error)) => return Err(error),
-            // The builder cannot be trusted any more: the round is given up, and repeated with this event
-            // known as poison.
-            Err(Poison::Panicked) => {
-                CRASHERS.with_borrow_mut(|known| known.insert((row.id, number)));
-                return Err(PgError::internal(format!(
-                    "could not digest an event of collection \"{}\"",
-                    target.collection.name
-                )));
+            if self.making.values().map(Making::bytes).sum::<usize>() >= MAKING_BYTES {
+                self.write()?;
             }
         }
+        Ok(())
     }
-    Ok(count)
+
+    fn write(&mut self) -> Result<()> {
+        for (_, mut chunk) in std::mem::take(&mut self.making) {
+            wait::check_interrupts();
+            chunk.write()?;
+            self.events += chunk.written;
+        }
+        Ok(())
+    }
 }
 
 /// Tries parked events again, each in a transaction of its own. Returns how many left the parking.
@@ -470,43 +574,42 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
 
 fn retry(parked: &inbox::Parked) -> Result<bool> {
     let row = &parked.row;
-    let mut registry = Registry::new(View::Current);
-    let project = registry.project(row.project_id)?.cloned();
-    let (Some(project), Some(collection)) = (project, registry.collection(row)?) else {
+    let Found::Place(place) = Registry::new(View::Current).find(row)? else {
         inbox::unpark(row.id)?;
         return Ok(true);
     };
-    let schema = registry::schema(View::Current, &collection)?;
-    let builder = Making::builder(&schema)?;
-    let mut target = Making {
-        project,
-        collection,
-        schema,
-        builder,
-    };
-    let stamp = target.stamp(row);
-    let mut error = String::from("the event is empty");
-    let mut fine = false;
-    for event in events(row) {
-        let pushed = match event {
-            Ok(event) => target.push(event, &stamp),
-            Err(e) => Err(Poison::Refused(e.message)),
-        };
-        match pushed {
-            Ok(()) => fine = true,
-            Err(Poison::Refused(why)) => error = why,
-            Err(Poison::Failed(failure)) => return Err(failure),
-            Err(Poison::Panicked) => "the event crashed its parser".clone_into(&mut error),
+    match Making::new(place).retry(row)? {
+        None => inbox::unpark(row.id).map(|_| true),
+        Some(error) if parked.attempts >= ATTEMPTS_MAX => {
+            inbox::to_dead_letter(row, &error).map(|()| true)
+        }
+        Some(error) => inbox::park_again(row.id, &error).map(|()| false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(project_id: i32, n: i32, bytes: usize) -> Head {
+        Head {
+            project_id,
+            collection_id: project_id,
+            n,
+            bytes,
+            received_at_us: 1,
         }
     }
-    if fine {
-        target.write()?;
-        inbox::unpark(row.id)?;
-    } else if parked.attempts >= ATTEMPTS_MAX {
-        inbox::to_dead_letter(row, &error)?;
-    } else {
-        inbox::park_again(row.id, &error)?;
-        return Ok(false);
+
+    #[test]
+    fn a_project_with_more_than_its_share_counts_apart() {
+        let mut waiting = Waiting::default();
+        assert!(waiting.count(&head(1, 5, 100)));
+        assert!(waiting.count(&head(2, 1, SHARE_BYTES - 1)));
+        assert_eq!((waiting.events, waiting.bytes), (6, SHARE_BYTES + 99));
+        assert!(!waiting.count(&head(2, 1, 1)));
+        assert!(!waiting.count(&head(2, 1, 1)));
+        assert_eq!((waiting.events, waiting.bytes), (5, 100));
+        assert!(waiting.heavy.contains(&2) && waiting.heavy.len() == 1);
     }
-    Ok(true)
 }

@@ -5,3 +5,5 @@ pub mod append;
 pub mod batch;
 pub mod collect;
 pub mod digest;
+mod lookup;
+mod making;

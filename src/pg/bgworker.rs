@@ -117,6 +117,12 @@ impl Handle {
         }
     }
 
+    /// Forgets about the worker, where the handle lives as long as the process: in workers.
+    pub fn release(self) {
+        // SAFETY: allocated by RegisterDynamicBackgroundWorker in a context that is still there.
+        unsafe { pg_sys::pfree(self.0.cast()) };
+    }
+
     pub fn terminate(&self) {
         // SAFETY: as above; a worker that has ended is left alone.
         unsafe { pg_sys::TerminateBackgroundWorker(self.0) };

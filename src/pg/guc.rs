@@ -13,6 +13,8 @@ static DIGEST_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static DIGEST_MAX_AGE: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static DIGEST_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(500);
 static FLUSH_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
+static FLUSH_MAX_AGE: GucSetting<i32> = GucSetting::<i32>::new(24 * 60 * 60);
+static HOT_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static FLUSH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(64);
 static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
@@ -70,7 +72,7 @@ pub fn init() {
     );
     int(
         c"rakam.digest_events",
-        c"Events waiting in the inbox that make a digest due at once.",
+        c"Events of a collection waiting in the inbox that make a digest due at once.",
         &DIGEST_EVENTS,
         1,
         i32::MAX,
@@ -79,12 +81,30 @@ pub fn init() {
     );
     int(
         c"rakam.flush_interval",
-        c"Age of the oldest chunk at which a collection is written to data files.",
+        c"Age of the oldest chunk at which a collection with rakam.min_file_events is written to data files.",
         &FLUSH_INTERVAL,
         1,
         i32::MAX / 1000,
         GucContext::Sighup,
         GucFlags::UNIT_S,
+    );
+    int(
+        c"rakam.flush_max_age",
+        c"Age of the oldest chunk at which a collection is written to data files however few its events.",
+        &FLUSH_MAX_AGE,
+        1,
+        i32::MAX / 1000,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    int(
+        c"rakam.hot_size",
+        c"Size of all chunks of a database beyond which small collections are written to data files, too.",
+        &HOT_SIZE,
+        1,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
     );
     int(
         c"rakam.flush_size",
@@ -244,6 +264,14 @@ pub fn digest_events() -> i64 {
 
 pub fn flush_interval() -> Duration {
     Duration::from_secs(FLUSH_INTERVAL.get() as u64)
+}
+
+pub fn flush_max_age() -> Duration {
+    Duration::from_secs(FLUSH_MAX_AGE.get() as u64)
+}
+
+pub fn hot_size_bytes() -> i64 {
+    i64::from(HOT_SIZE.get()) << 20
 }
 
 pub fn flush_size_bytes() -> i64 {

@@ -23,6 +23,8 @@ pub struct Slot {
     database: AtomicU32,
     /// The resident worker's process id; 0 while there is none.
     pub pid: AtomicI32,
+    /// The process id of the resident's helper; 0 while there is none.
+    pub helper: AtomicI32,
     /// Events committed since the worker last looked.
     pub waiting: AtomicU64,
     /// When the resident started, microseconds since 1970.

@@ -107,6 +107,15 @@ impl XidSnapshot {
             xip,
         }
     }
+
+    /// Whether every transaction that is finished in the other one is finished in this one.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.xmax >= other.xmax
+            && self
+                .xip
+                .iter()
+                .all(|x| *x >= other.xmax || other.xip.contains(x))
+    }
 }
 
 impl std::fmt::Display for XidSnapshot {

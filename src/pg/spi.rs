@@ -61,6 +61,12 @@ pub fn timestamptz_saturating(unix_us: i64) -> Arg {
     Arg(pg_sys::TIMESTAMPTZOID, Some(pg_sys::Datum::from(value)))
 }
 
+/// As [`timestamptz`], of a time that may be unknown.
+pub fn timestamptz_or_null(unix_us: Option<i64>) -> Arg {
+    let value = unix_us.map(|us| pg_sys::Datum::from(us - super::PG_EPOCH_US));
+    Arg(pg_sys::TIMESTAMPTZOID, value)
+}
+
 /// A value of any type by its datum, for instance one that came in as a function's argument.
 pub fn datum(ty: pg_sys::Oid, value: Option<pg_sys::Datum>) -> Arg {
     Arg(ty, value)

@@ -137,8 +137,7 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
         bytes += i64::from(chunk.bytes);
         let data = manifest::chunk_data(view, chunk.chunk_id)?
             .ok_or_else(|| PgError::internal("a chunk vanished under the collection's job lock"))?;
-        let batch = chunk::decode(data.into())?;
-        batches.push(chunk::conform(&batch, &schema.arrow())?);
+        batches.push(chunk::read(chunk.format, data.into(), &schema)?);
         chunk_ids.push(chunk.chunk_id);
     }
     if chunk_ids.is_empty() {

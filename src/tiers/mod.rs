@@ -4,5 +4,6 @@
 pub mod ddl;
 pub mod flush;
 pub mod gc;
+pub mod hot;
 pub mod merge;
 pub mod rotate;

@@ -67,7 +67,7 @@ fn seal(k: usize) -> Result<bool> {
     let view = View::Under(latest.get());
     let tick = inbox::tick(view)?;
     let (any, uncovered) = inbox::table_content(view, k, &tick.snapshot)?;
-    if !any || uncovered {
+    if !any || uncovered || inbox::table_lags(view, k)? {
         return Ok(false);
     }
     inbox::seal(k, tick.id)?;

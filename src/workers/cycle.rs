@@ -1,24 +1,31 @@
 //! One cycle of the resident worker: what is due, in the order in which events flow.
 //!
 //! Digest by volume, or by age when few events arrive; readers see the inbox anyway. Every step has its own
-//! back-off: a failing storage must not stop the digest.
+//! back-off: a failing storage must not stop the digest. Nor must a slow one: flushes run in a process of their own
+//! ([`helper`]) where one is to be had.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::catalog::{job, manifest};
-use crate::ingest::digest::{self, When};
+use super::helper::{self, Helper};
+use crate::catalog::job;
+use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::Slot;
-use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, bgworker, guc};
+use crate::pg::{bgworker, guc};
+use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{ddl, flush, gc, merge, rotate};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
 const TIERS_INTERVAL: Duration = Duration::from_secs(2);
+/// The same while nothing was digested: others may have stored chunks, and chunks get old.
+const QUIET_TIERS_INTERVAL: Duration = Duration::from_secs(10);
+/// Digests and merges each give way to the other steps after so long.
+const DIGEST_TIME: Duration = Duration::from_secs(1);
+const MERGE_TIME: Duration = Duration::from_millis(300);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
@@ -46,14 +53,20 @@ struct BackOff {
 
 pub struct Cycle<'a> {
     slot: &'a Slot,
+    watch: Watch,
+    hot: Hot,
+    helper: Option<Helper>,
     back_off: HashMap<(Step, i32), BackOff>,
     ddl_pending: bool,
     /// Events that were waiting after the last look and were not due yet.
     thin: bool,
+    /// The last digest gave way before it was done.
+    behind: bool,
+    /// Something was digested since the last look at the hot tier.
+    digested: bool,
     last_look: Instant,
     last_tiers: Instant,
     last_upkeep: Instant,
-    hot: bool,
 }
 
 impl<'a> Cycle<'a> {
@@ -63,13 +76,17 @@ impl<'a> Cycle<'a> {
             .unwrap_or_else(Instant::now);
         Self {
             slot,
+            watch: Watch::default(),
+            hot: Hot::default(),
+            helper: None,
             back_off: HashMap::new(),
             ddl_pending: true,
             thin: true,
+            behind: false,
+            digested: true,
             last_look: past,
             last_tiers: past,
             last_upkeep: past,
-            hot: true,
         }
     }
 
@@ -77,18 +94,23 @@ impl<'a> Cycle<'a> {
     pub fn run(&mut self) -> Result<Duration, Failure> {
         let news = self.slot.waiting.load(Ordering::Acquire) > 0;
         let interval = guc::digest_interval();
-        if news && self.last_look.elapsed() < interval {
+        if news && !self.behind && self.last_look.elapsed() < interval {
             // Woken in the middle of the interval: let events gather.
             return Ok(interval.saturating_sub(self.last_look.elapsed()));
         }
-        if news || self.thin || self.last_look.elapsed() >= IDLE_PAUSE {
+        if news || self.thin || self.behind || self.last_look.elapsed() >= IDLE_PAUSE {
             self.digest()?;
         }
         if self.ddl_pending && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
             self.ddl_pending = done.is_none_or(|d| d.busy > 0);
         }
-        if self.hot && self.last_tiers.elapsed() >= TIERS_INTERVAL {
+        let pause = if self.digested || self.helper.is_some() {
+            TIERS_INTERVAL
+        } else {
+            QUIET_TIERS_INTERVAL
+        };
+        if self.last_tiers.elapsed() >= pause {
             self.last_tiers = Instant::now();
             self.tiers()?;
         }
@@ -97,7 +119,9 @@ impl<'a> Cycle<'a> {
             self.upkeep()?;
         }
         self.slot.state.store(0, Ordering::Relaxed);
-        Ok(if self.ddl_pending {
+        Ok(if self.behind && self.may(Step::Digest, 0) {
+            Duration::ZERO
+        } else if self.ddl_pending {
             Duration::from_millis(200)
         } else {
             IDLE_PAUSE
@@ -110,39 +134,84 @@ impl<'a> Cycle<'a> {
         }
         self.last_look = Instant::now();
         self.slot.waiting.store(0, Ordering::Release);
+        let mut watch = std::mem::take(&mut self.watch);
         let outcome = self.attempt(Step::Digest, 0, || {
             let Some(_lock) = SessionLock::try_take(LockOn::Digest) else {
                 return Ok(None);
             };
-            let mut last = digest::look(When::Due)?;
-            let mut schema_changed = last.round.schema_changed;
-            let mut digested = last.round.events > 0;
-            while last.round.more {
-                last = digest::look(When::Now)?;
-                schema_changed |= last.round.schema_changed;
-                digested = true;
+            let began = Instant::now();
+            let mut total = watch.look(When::Due)?;
+            while total.more && began.elapsed() < DIGEST_TIME {
+                let look = watch.look(When::Due)?;
+                total.waiting = look.waiting;
+                total.more = look.more;
+                total.events += look.events;
+                total.schema_changed |= look.schema_changed;
             }
-            Ok(Some((last.waiting_events, schema_changed, digested)))
+            Ok(Some(total))
         })?;
-        if let Some(Some((waiting, schema_changed, digested))) = outcome {
-            self.thin = waiting > 0;
-            self.ddl_pending |= schema_changed;
-            self.hot |= digested;
+        self.watch = watch;
+        self.behind = false;
+        if let Some(Some(look)) = outcome {
+            self.thin = look.waiting > 0;
+            self.behind = look.more;
+            self.ddl_pending |= look.schema_changed;
+            self.digested |= look.events > 0;
         }
         Ok(())
     }
 
     /// Merge and flush, by collection.
     fn tiers(&mut self) -> Result<(), Failure> {
-        let hot = xact::worker(|| manifest::hot_state(View::Current, merge::SMALL_ROWS))?;
-        self.hot = !hot.is_empty();
-        for state in hot {
-            let id = state.collection_id;
-            let old = state.oldest_age_s >= guc::flush_interval().as_secs_f64();
-            if (old || state.bytes >= guc::flush_size_bytes()) && self.may(Step::Flush, id) {
-                self.attempt(Step::Flush, id, || flush::try_collection(id))?;
-            } else if state.small_chunks >= merge::FAN_IN as i64 && self.may(Step::Merge, id) {
-                self.attempt(Step::Merge, id, || merge::collection(id))?;
+        self.digested = false;
+        self.helper_ended()?;
+        self.hot.refresh()?;
+        let began = Instant::now();
+        let mut flushes = Vec::new();
+        for (id, work) in self.hot.due() {
+            match work {
+                Work::Flush if self.is_flushing(id) || !self.may(Step::Flush, id) => {}
+                Work::Flush => flushes.push(id),
+                Work::Merge if self.is_flushing(id) || !self.may(Step::Merge, id) => {}
+                Work::Merge if began.elapsed() < MERGE_TIME => {
+                    self.attempt(Step::Merge, id, || merge::collection(id))?;
+                    self.hot.reread(id)?;
+                }
+                // More is due than there is time for now.
+                Work::Merge => self.digested = true,
+            }
+        }
+        if flushes.is_empty() || self.helper.is_some() {
+            return Ok(());
+        }
+        flushes.truncate(helper::MOST);
+        match Helper::start(flushes) {
+            Ok(helper) => self.helper = Some(helper),
+            Err(flushes) => {
+                // No free slot for a worker: the digest waits meanwhile.
+                for id in flushes {
+                    self.attempt(Step::Flush, id, || flush::try_collection(id))?;
+                    self.hot.reread(id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_flushing(&self, id: i32) -> bool {
+        self.helper.as_ref().is_some_and(|h| h.works_on(id))
+    }
+
+    /// Notes what the helper has done, once it is through; what it could not flush is put off.
+    fn helper_ended(&mut self) -> Result<(), Failure> {
+        let Some(collections) = Helper::ended(&mut self.helper) else {
+            return Ok(());
+        };
+        for id in collections {
+            if self.hot.reread(id)? {
+                self.back_off.remove(&(Step::Flush, id));
+            } else {
+                self.put_off(Step::Flush, id);
             }
         }
         Ok(())
@@ -196,14 +265,15 @@ impl<'a> Cycle<'a> {
             }
             Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
             Err(Failure::Error(error)) => {
-                self.put_off(step, id, &error);
+                self.put_off(step, id);
+                error.clone().warn();
                 xact::worker(|| job::failed(step.name(), id, &error.message))?;
                 Ok(None)
             }
         }
     }
 
-    fn put_off(&mut self, step: Step, id: i32, error: &PgError) {
+    fn put_off(&mut self, step: Step, id: i32) {
         let entry = self.back_off.entry((step, id)).or_insert(BackOff {
             failures: 0,
             until: Instant::now(),
@@ -211,6 +281,5 @@ impl<'a> Cycle<'a> {
         let pause = Duration::from_secs(1 << entry.failures.min(6)).min(BACK_OFF_MAX);
         entry.failures += 1;
         entry.until = Instant::now() + pause;
-        error.clone().warn();
     }
 }

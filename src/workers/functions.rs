@@ -10,12 +10,13 @@ use serde_json::json;
 
 use super::task::{self, Scope, Task};
 use crate::catalog::projects::{self, Right};
-use crate::catalog::{manifest, registry};
-use crate::ingest::digest::{self, When};
+use crate::catalog::registry;
+use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
+use crate::pg::{PgError, Result, not_null, security, types, wait};
+use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{ddl, flush, gc, merge, rotate};
 
 /// One round of all background work, covering everything committed before the call.
@@ -171,29 +172,20 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
     }
 }
 
-/// Digests until everything that was committed at the start is digested.
-fn digest_all() -> std::result::Result<(), Failure> {
-    let _lock = SessionLock::take(LockOn::Digest);
-    while digest::look(When::Now)?.round.more {}
-    Ok(())
-}
-
 fn perform_tick() -> std::result::Result<(), Failure> {
-    digest_all()?;
+    digest::catch_up(None)?;
     sync_for(Duration::from_secs(1))?;
     {
         let _lock = SessionLock::take(LockOn::Digest);
         digest::retry_parked()?;
         rotate::run()?;
     }
-    for state in xact::worker(|| manifest::hot_state(View::Current, merge::SMALL_ROWS))? {
-        let id = state.collection_id;
-        if state.oldest_age_s >= guc::flush_interval().as_secs_f64()
-            || state.bytes >= guc::flush_size_bytes()
-        {
-            flush::try_collection(id)?;
-        } else if state.small_chunks >= merge::FAN_IN as i64 {
-            merge::collection(id)?;
+    let mut hot = Hot::default();
+    hot.refresh()?;
+    for (id, work) in hot.due() {
+        match work {
+            Work::Flush => flush::try_collection(id).map(|_| ())?,
+            Work::Merge => merge::collection(id).map(|_| ())?,
         }
     }
     gc::run()?;
@@ -201,7 +193,7 @@ fn perform_tick() -> std::result::Result<(), Failure> {
 }
 
 fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
-    digest_all()?;
+    digest::catch_up(scope.projects.as_deref())?;
     sync_for(Duration::from_millis(500))?;
     let targets = xact::worker(|| {
         registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())

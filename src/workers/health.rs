@@ -120,6 +120,20 @@ fn inbox_finding(view: View) -> Result<Finding> {
         |row| Ok(row.get(1)),
     )?
     .flatten();
+    let lagging = spi::query(
+        view,
+        "SELECT p.name || ' for ' || extract(epoch FROM pg_catalog.clock_timestamp() - l.since)::int8 || ' s'
+         FROM rakam_internal.inbox_lag l JOIN rakam_internal.project p USING (project_id) ORDER BY l.since LIMIT 5",
+        &[],
+        |row| row.must::<String>(1),
+    )?;
+    if !lagging.is_empty() {
+        return Ok(Finding::warning(
+            "inbox",
+            format!("more comes than is digested of: {}", lagging.join(", ")),
+        )
+        .hint("Queries read it all the same, and other projects do not wait; send less, or limit it by a quota."));
+    }
     let limit_s = guc::digest_max_age().as_secs_f64() + 30.0;
     Ok(match age_s {
         None => Finding::ok("inbox", "everything is digested"),

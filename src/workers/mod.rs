@@ -8,6 +8,7 @@
 pub mod cycle;
 pub mod functions;
 mod health;
+pub mod helper;
 pub mod launcher;
 pub mod resident;
 pub mod status;

@@ -158,8 +158,16 @@ fn stop(database: pg_sys::Oid) {
     slot.not_before_ms
         .store(xact::now_us() / 1000 + 15_000, Ordering::Release);
     wait::terminate(pid);
+    let helper = slot.helper.load(Ordering::Acquire);
+    if helper != 0 {
+        wait::terminate(helper);
+    }
     let deadline = Instant::now() + Duration::from_secs(5);
-    while slot.pid.load(Ordering::Acquire) == pid && Instant::now() < deadline {
+    let here = || {
+        slot.pid.load(Ordering::Acquire) == pid
+            || helper != 0 && slot.helper.load(Ordering::Acquire) == helper
+    };
+    while here() && Instant::now() < deadline {
         wait::wait(None, Duration::from_millis(10));
     }
 }

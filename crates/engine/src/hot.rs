@@ -1,11 +1,13 @@
 //! The hot tiers as one operator: chunks and the inbox tail, asked from the [`Broker`] and adapted to the targets.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
 use datafusion::common::Result as DfResult;
 use datafusion::common::utils::memory::get_record_batch_memory_size;
 use datafusion::execution::TaskContext;
@@ -19,7 +21,11 @@ use datafusion::physical_plan::{
     SendableRecordBatchStream,
 };
 use futures::{StreamExt, stream};
-use rakam_lake::chunk;
+use rakam_event::batch::Layout;
+use rakam_event::schema::Field;
+use rakam_lake::LakeError;
+use rakam_lake::chunk::{self, ChunkFormat};
+use rakam_lake::row_chunk::Rows;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapt::{Stored, Table, adapt};
@@ -29,6 +35,12 @@ use crate::scan::{Broker, ChunkRef};
 
 /// Chunks that may be held at once: each is megabytes, and the server side answers them one after the other anyway.
 const CHUNKS_IN_FLIGHT: usize = 4;
+
+/// Rows that were made in the layout of the table: nothing is to be promoted.
+const IN_TABLE_LAYOUT: Stored = Stored {
+    has_extra: false,
+    version: None,
+};
 
 /// What one [`HotExec`] reads.
 #[derive(Debug, Clone)]
@@ -218,21 +230,45 @@ impl HotReader {
         // Before it is asked for: the server side would otherwise copy what nobody may hold.
         self.memory.try_grow(chunk.bytes as usize)?;
         let bytes = self.broker.chunk(chunk.id).await?;
-        let batch =
-            chunk::decode_projected(bytes, &self.table.needs(chunk.has_extra)).map_err(|e| {
-                EngineError::CorruptChunk {
-                    id: chunk.id,
-                    reason: e.to_string(),
-                }
+        let (batch, stored) = self
+            .decode(chunk, bytes)
+            .map_err(|e| EngineError::CorruptChunk {
+                id: chunk.id,
+                reason: e.to_string(),
             })?;
         self.memory
             .try_resize(get_record_batch_memory_size(&batch))?;
         self.counters.chunks_read.fetch_add(1, Ordering::Relaxed);
-        let stored = Stored {
-            has_extra: chunk.has_extra,
-            version: Some(chunk.schema_version),
-        };
         self.loaded(batch, stored, Some(permit)).map(Some)
+    }
+
+    /// The columns of a chunk that the scan needs, and how they relate to the table.
+    fn decode(&self, chunk: &ChunkRef, bytes: Bytes) -> Result<(RecordBatch, Stored), LakeError> {
+        match chunk.format {
+            ChunkFormat::Arrow => {
+                let needs = self.table.needs(chunk.has_extra);
+                let stored = Stored {
+                    has_extra: chunk.has_extra,
+                    version: Some(chunk.schema_version),
+                };
+                Ok((chunk::decode_projected(bytes, &needs)?, stored))
+            }
+            ChunkFormat::Rows => {
+                let wanted = self.table.targets.iter().map(|field| field.id).collect();
+                let layout = Layout::Table {
+                    projection: Some(wanted),
+                };
+                // What was no field at the digest stays in `_extra` as it came until it is a column.
+                let mut schema = Cow::Borrowed(&self.table.schema);
+                let came_later =
+                    |f: &Field| !f.column_ready && f.added_version > chunk.schema_version;
+                if schema.fields.iter().any(came_later) {
+                    schema.to_mut().fields.retain(|f| !came_later(f));
+                }
+                let batch = Rows::decode(bytes)?.batch(&schema, &layout)?;
+                Ok((batch, IN_TABLE_LAYOUT))
+            }
+        }
     }
 
     async fn load_tail(&mut self) -> DfResult<Option<Loaded>> {
@@ -244,12 +280,7 @@ impl HotReader {
         self.counters
             .tail_rows
             .fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
-        // In the layout of the table already: nothing to promote.
-        let stored = Stored {
-            has_extra: false,
-            version: None,
-        };
-        self.loaded(batch, stored, None).map(Some)
+        self.loaded(batch, IN_TABLE_LAYOUT, None).map(Some)
     }
 
     fn loaded(

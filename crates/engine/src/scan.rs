@@ -29,6 +29,7 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use object_store::ObjectStore;
 use rakam_event::schema::{Field, Schema};
+use rakam_lake::chunk::ChunkFormat;
 
 use crate::adapt::{FileAdapterFactory, Table};
 use crate::context::EngineContext;
@@ -75,6 +76,7 @@ pub struct FileRef {
 #[derive(Debug, Clone, Copy)]
 pub struct ChunkRef {
     pub id: i64,
+    pub format: ChunkFormat,
     pub n: u32,
     pub bytes: u32,
     pub schema_version: i32,

@@ -15,9 +15,14 @@ use arrow::ipc::reader::read_record_batch;
 use arrow::ipc::writer::{IpcWriteOptions, StreamWriter};
 use arrow::ipc::{self, CompressionType, Message, root_as_message};
 use bytes::Bytes;
-use rakam_event::schema::{EXTRA, FIELD_ID_KEY, TIME, XID};
+use rakam_event::batch::Layout;
+use rakam_event::extra;
+use rakam_event::schema::{
+    EXTRA, FIELD_ID_KEY, Field as EventField, Schema as EventSchema, TIME, XID,
+};
 
 use crate::error::LakeError;
+use crate::row_chunk::Rows;
 use crate::seal;
 
 const MAGIC: [u8; 4] = *b"RKC1";
@@ -28,6 +33,83 @@ const MAX_BYTES: usize = 1_000_000_000;
 const MAX_EXPANSION: u64 = 255;
 const EXPANSION_SLACK: u64 = 1024;
 const CONTINUATION: [u8; 4] = [0xff; 4];
+
+/// How the bytes of a chunk are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChunkFormat {
+    /// As this module writes it.
+    Arrow,
+    /// As [`crate::row_chunk`] writes it.
+    Rows,
+}
+
+impl ChunkFormat {
+    /// As the manifest spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Arrow => "arrow",
+            Self::Rows => "rows",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Arrow, Self::Rows]
+            .into_iter()
+            .find(|format| format.as_str() == text)
+    }
+}
+
+/// The events of a chunk of either format, in the stored layout of the present schema.
+pub fn read(
+    format: ChunkFormat,
+    chunk: Bytes,
+    schema: &EventSchema,
+) -> Result<RecordBatch, LakeError> {
+    match format {
+        ChunkFormat::Arrow => upgrade(&decode(chunk)?, schema),
+        ChunkFormat::Rows => of_rows(&Rows::decode(chunk)?, schema),
+    }
+}
+
+/// The events of a row chunk in the stored layout of the present schema.
+pub fn of_rows(rows: &Rows, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+    rows.batch(schema, &Layout::Stored)
+}
+
+/// A batch of an older schema version in the present one: values of fields that came since move from `_extra`, where
+/// they lie, to their columns. Whoever only widened it ([`conform`]) would hide them from every reader, who looks into
+/// `_extra` for fields that the chunk or file does not have.
+fn upgrade(batch: &RecordBatch, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+    let known = positions(&batch.schema())?;
+    let newer: Vec<&EventField> = schema
+        .fields
+        .iter()
+        .filter(|field| field.is_user() && !known.contains_key(&field.id))
+        .collect();
+    let extra = batch
+        .schema()
+        .index_of(EXTRA)
+        .ok()
+        .and_then(|at| Some((at, batch.column(at).as_string_opt::<i32>()?)))
+        .filter(|(_, extra)| extra.null_count() < extra.len());
+    let Some((at, extra)) = extra.filter(|_| !newer.is_empty()) else {
+        return conform(batch, &schema.arrow());
+    };
+    let malformed = |e| LakeError::corrupt(WHAT, e);
+    let mut fields = batch.schema().fields().to_vec();
+    let mut columns = batch.columns().to_vec();
+    columns[at] = Arc::new(extra::merge_extra(extra, &newer, &[]).map_err(malformed)?);
+    for (field, column) in newer
+        .iter()
+        .zip(extra::promote(extra, &newer).map_err(malformed)?)
+    {
+        fields.push(Arc::new(field.arrow()));
+        columns.push(column);
+    }
+    let wider = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
+        .map_err(|e| LakeError::corrupt(WHAT, e))?;
+    conform(&wider, &schema.arrow())
+}
 
 /// What the row of a chunk says about its events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,7 +314,7 @@ pub fn info(batch: &RecordBatch) -> Result<ChunkInfo, LakeError> {
     })
 }
 
-/// A batch of an older schema version in the target schema: columns by field id, missing ones NULL.
+/// A batch with the columns of the target schema: by field id, missing ones NULL.
 pub fn conform(batch: &RecordBatch, target: &SchemaRef) -> Result<RecordBatch, LakeError> {
     let schema = batch.schema();
     if Arc::ptr_eq(&schema, target) {

@@ -1,6 +1,6 @@
 //! The lake: how events lie in chunks and data files, and how files are found, skipped and kept.
 //!
-//! Pure code: no server. Start reading at [`chunk`] (the hot tier), then [`period`], [`sort`] and [`mod@write`] (the road
+//! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`period`], [`sort`] and [`mod@write`] (the road
 //! of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files), [`storage`] (where files lie).
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ pub mod footer;
 pub mod parts;
 pub mod period;
 pub mod prune;
+pub mod row_chunk;
 pub mod scalar;
 pub mod sort;
 pub mod stats;
@@ -20,5 +21,6 @@ pub mod write;
 mod seal;
 #[cfg(test)]
 mod testing;
+mod varint;
 
 pub use error::LakeError;

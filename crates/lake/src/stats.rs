@@ -17,6 +17,7 @@ use rakam_event::types::FieldType;
 use crate::error::LakeError;
 use crate::scalar::to_minimal_be;
 use crate::seal;
+use crate::varint::{get_number, put_number};
 
 const MAGIC: [u8; 4] = *b"RKS1";
 const WHAT: &str = "file statistics";
@@ -347,31 +348,6 @@ fn read_all(rest: &mut &[u8]) -> Option<Vec<ColumnStat>> {
         });
     }
     Some(stats)
-}
-
-/// LEB128.
-fn put_number(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-fn get_number(rest: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let byte = *rest.split_off_first()?;
-        let bits = u64::from(byte & 0x7f);
-        if bits.leading_zeros() < shift {
-            return None;
-        }
-        value |= bits << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 #[cfg(test)]

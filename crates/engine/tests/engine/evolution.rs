@@ -180,3 +180,61 @@ async fn a_field_of_another_type_is_an_error() {
     assert_eq!(error.sqlstate(), "XX001");
     assert!(futures::StreamExt::next(&mut stream).await.is_none());
 }
+
+/// A row chunk answers as the Arrow chunk of the same events, whatever became of the schema since the digest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_chunks_answer_as_arrow_chunks() {
+    let events = [
+        r#"{"n":1,"price":"12.50","tags":["a",1],"color":"red","deep":{"b":[1, 2],"a":null}}"#,
+        r#"{"n":"2","price":"dear","tags":"one","color":7,"day":"2024-02-30"}"#,
+        r#"{"n":{"no":"number"},"price":null,"tags":[],"color":true,"day":"2024-02-29"}"#,
+        r#"{"n":4.0,"price":1e3,"long":"abcdefghijklmnopqrstuvwxyz","day":5,"xmin":1}"#,
+        r#"{"N":5,"price":[1],"color":null,"day":"2024-02-29T10:00:00Z","_user":"u","_time":1699999999}"#,
+        r#"{"n":6,"_time":"1999-01-01","deep":"flat","tags":{"a":1},"long":""}"#,
+        r#"{}"#,
+    ];
+    let price = |ready| {
+        field(
+            17,
+            "price",
+            FieldType::Numeric {
+                precision: 9,
+                scale: 2,
+            },
+            2,
+            ready,
+        )
+    };
+    let tags = |ready| field(18, "tags", FieldType::TextArray, 2, ready);
+    let color = |ready| field(19, "color", FieldType::Text, 3, ready);
+    let day = |ready| field(20, "day", FieldType::Date, 3, ready);
+    let long = |ready| field(21, "long", FieldType::Text, 3, ready);
+    let old = user(&[price(false), tags(true)], 2);
+    let ctx = context();
+    for ready in [false, true] {
+        let all = [
+            price(true),
+            tags(true),
+            color(true),
+            day(ready),
+            long(ready),
+        ];
+        let new = user(&all, 3);
+        let mut ids = vec![1, 2, 9, EXTRA, 16, 17, 18, 19];
+        if ready {
+            ids.extend([20, 21]);
+        }
+        let (mut arrow, mut rows) = (Tiers::default(), Tiers::default());
+        arrow.digested_chunk(&old, &events);
+        rows.row_chunk(&old, &events);
+        for wanted in [&ids[..], &ids[..3], &ids[4..], &[]] {
+            let (left, _) = arrow.scan(&new, plan(wanted, None, None), &ctx).await;
+            let (right, _) = rows.scan(&new, plan(wanted, None, None), &ctx).await;
+            assert_eq!(left, right, "ready {ready}, columns {wanted:?}");
+            assert_eq!(left.len(), events.len());
+        }
+        let filter = eq(19, Scalar::Text("7".into()));
+        let (found, _) = rows.scan(&new, plan(&[16], Some(filter), None), &ctx).await;
+        assert_eq!(found, [vec![Some(Scalar::Int8(2))]]);
+    }
+}

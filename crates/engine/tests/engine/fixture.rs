@@ -19,8 +19,12 @@ use rakam_engine::{
     Broker, ChunkRef, EngineContext, EngineError, Expr, FileRef, ScanInput, ScanPlan, ScanStream,
     execute,
 };
+use rakam_event::batch::{BatchBuilder, Layout};
+use rakam_event::entry::Limits;
 use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
+use rakam_lake::chunk::ChunkFormat;
+use rakam_lake::row_chunk::{Origin, Rows, Rules};
 use rakam_lake::scalar::Scalar;
 
 /// SplitMix64.
@@ -320,6 +324,18 @@ impl Broker for MemoryBroker {
     }
 }
 
+/// Where the events of row chunks come from.
+pub const ORIGIN: Origin = Origin {
+    received_at_us: 1_700_000_000_000_000,
+    shift_us: 0,
+    xid: 700,
+    rules: Rules {
+        time_past_us: 1_000_000_000,
+        time_future_us: 0,
+        max_string_bytes: 20,
+    },
+};
+
 /// The tiers of one collection.
 #[derive(Default)]
 pub struct Tiers {
@@ -367,15 +383,53 @@ impl Tiers {
     pub fn chunk(&mut self, schema: &Schema, rows: &[Row]) {
         let batch = batch(schema, rows);
         let data = Bytes::from(rakam_lake::chunk::encode(&batch, schema.version).unwrap());
+        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data);
+    }
+
+    fn add_chunk(
+        &mut self,
+        format: ChunkFormat,
+        schema: &Schema,
+        batch: &RecordBatch,
+        data: Bytes,
+    ) {
         let id = 100 + self.chunks.len() as i64;
         self.chunks.push(ChunkRef {
             id,
-            n: rows.len() as u32,
+            format,
+            n: batch.num_rows() as u32,
             bytes: data.len() as u32,
             schema_version: schema.version,
-            has_extra: has_extra(&batch),
+            has_extra: has_extra(batch),
         });
         self.broker.chunks.insert(id, data);
+    }
+
+    /// Events as text, as a row chunk.
+    pub fn row_chunk(&mut self, schema: &Schema, events: &[&str]) {
+        let mut rows = Rows::default();
+        for event in events {
+            rows.push(event, ORIGIN);
+        }
+        let batch = rows.batch(schema, &Layout::Stored).unwrap();
+        let data = Bytes::from(rows.encode(schema.version).unwrap());
+        self.add_chunk(ChunkFormat::Rows, schema, &batch, data);
+    }
+
+    /// The same events as the digest makes an Arrow chunk of them.
+    pub fn digested_chunk(&mut self, schema: &Schema, events: &[&str]) {
+        let limits = Limits {
+            max_string_bytes: ORIGIN.rules.max_string_bytes,
+            max_fields: 0,
+            ..Limits::default()
+        };
+        let mut builder = BatchBuilder::new(schema, Layout::Stored, &limits).unwrap();
+        for event in events {
+            builder.push(event, &ORIGIN.stamp()).unwrap();
+        }
+        let batch = builder.finish().unwrap().batch;
+        let data = Bytes::from(rakam_lake::chunk::encode(&batch, schema.version).unwrap());
+        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data);
     }
 
     pub fn tail(&mut self, schema: &Schema, rows: &[Row]) {

@@ -1,6 +1,7 @@
 use super::*;
 use crate::testing::{Rng, all_types, batch};
 use rakam_event::schema::Schema;
+use rakam_event::types::FieldType;
 
 #[test]
 fn batches_round_trip() {
@@ -87,6 +88,65 @@ fn merge_lines_fields_up_by_id() {
     other.fields[12].ty = rakam_event::types::FieldType::Text;
     let error = merge(&[b], other.arrow()).unwrap_err();
     assert_eq!(error.sqlstate(), "XX001");
+}
+
+#[test]
+fn values_of_newer_fields_leave_extra() {
+    let field = |id, name: &str, ty| EventField {
+        id,
+        name: name.to_owned(),
+        ty,
+        added_version: id - 15,
+        column_ready: false,
+    };
+    let origin = crate::row_chunk::Origin {
+        received_at_us: 1_700_000_000_000_000,
+        shift_us: 0,
+        xid: 7,
+        rules: crate::row_chunk::Rules {
+            time_past_us: 0,
+            time_future_us: 0,
+            max_string_bytes: 1_000,
+        },
+    };
+    let mut rows = Rows::default();
+    for event in [
+        r#"{"n":1,"late":"7","other":true}"#,
+        r#"{"n":2,"late":"no"}"#,
+        r#"{"n":3,"late":8}"#,
+        r#"{"n":4}"#,
+    ] {
+        rows.push(event, origin);
+    }
+    let old = Schema::new(1, vec![field(16, "n", FieldType::Float8)]);
+    let mut new = old.clone();
+    new.fields.push(field(17, "late", FieldType::Int4));
+    let arrow = encode(&of_rows(&rows, &old).unwrap(), 1).unwrap();
+    let text = rows.encode(1).unwrap();
+    let read = |format, chunk: &[u8], schema| {
+        super::read(format, Bytes::copy_from_slice(chunk), schema).unwrap()
+    };
+    for schema in [&old, &new] {
+        let columns = read(ChunkFormat::Arrow, &arrow, schema);
+        assert_eq!(columns, read(ChunkFormat::Rows, &text, schema));
+        assert_eq!(columns.schema(), schema.arrow());
+    }
+    let upgraded = read(ChunkFormat::Arrow, &arrow, &new);
+    let extra = upgraded
+        .column_by_name(EXTRA)
+        .unwrap()
+        .as_string::<i32>()
+        .clone();
+    let left: Vec<Option<&str>> = extra.iter().collect();
+    assert_eq!(
+        left,
+        [
+            Some(r#"{"other":true}"#),
+            Some(r#"{"late":"no"}"#),
+            None,
+            None
+        ]
+    );
 }
 
 #[test]
