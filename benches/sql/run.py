@@ -152,6 +152,61 @@ class Bench:
             )  # fmt: skip
         for what, cpu in (("digest and merge", digest), ("flush", flush)):
             self.table.add(f"{what}, worker CPU per event", f"{cpu / events * 1e6:.1f} µs", "", None, "")
+        self.bulk(names, part)
+
+    def bulk(self, names: list[str], events: list[dict]) -> None:
+        """COPY and INSERT … SELECT of the same rows into a collection and into a heap table of the same types."""
+        self.db.project("loaded")
+        self.db.admin.execute("SELECT rakam.create_collection('loaded', 'departure')")
+        for name, kind in FLIGHT_COLUMNS.items():
+            self.db.admin.execute(
+                "SELECT rakam.add_field('loaded', 'departure', %s, %s)", (name, kind.removesuffix(' COLLATE "C"'))
+            )
+        self.db.tick()
+        self.db.admin.execute("CREATE TABLE heap_bulk (LIKE heap_batch)")
+        columns = ", ".join(names)
+        lines = "".join("\t".join("\\N" if e[n] is None else str(e[n]) for n in names) + "\n" for e in events)
+        session = self.db.connect()
+        pid = session.info.backend_pid
+
+        def copy(table: str, form: str, data: str | bytes) -> float:
+            before = cpu_s(pid)
+            with (
+                session.cursor() as cursor,
+                cursor.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT {form})") as stream,
+            ):
+                stream.write(data)
+            return (cpu_s(pid) - before) / len(events) * 1e6
+
+        def insert(table: str) -> float:
+            before = cpu_s(pid)
+            session.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM heap_once")
+            return (cpu_s(pid) - before) / len(events) * 1e6
+
+        self.db.admin.execute("CREATE TABLE heap_once (LIKE heap_batch)")
+        copy("heap_once", "text", lines)
+        with session.cursor() as cursor, cursor.copy(f"COPY heap_once ({columns}) TO STDOUT (FORMAT binary)") as stream:
+            rows = b"".join(bytes(block) for block in stream)
+        for what, call in (
+            ("COPY text", lambda table: copy(table, "text", lines)),
+            ("COPY binary", lambda table: copy(table, "binary", rows)),
+            ("INSERT … SELECT", insert),
+        ):
+            cost = interleaved(
+                self.repetitions,
+                ours=lambda call=call: call("loaded.departure"),
+                heap=lambda call=call: call("heap_bulk"),
+            )
+            self.table.add(
+                f"{what}, backend CPU per event (speed ratio)",
+                f"{cost['ours']:.1f} µs", f"heap {cost['heap']:.1f} µs", cost["heap"] / cost["ours"], "≥ 1",
+            )  # fmt: skip
+        loaded = self.db.one("SELECT count(*) FROM loaded.departure")
+        assert loaded == self.db.one("SELECT count(*) FROM heap_bulk"), "the two hold the same rows"
+        workers_before = self.workers_cpu()
+        self.db.flush("loaded")
+        cpu = self.workers_cpu() - workers_before
+        self.table.add("flush of what COPY stored, worker CPU per event", f"{cpu / loaded * 1e6:.1f} µs", "", None, "")
 
     def workers_cpu(self) -> float:
         """CPU of the resident worker, and of the task workers that have ended since the server started."""

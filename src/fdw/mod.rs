@@ -7,7 +7,7 @@
 //! - [`scan`]: the executor's; [`execution`] is one run of it, [`tiers`] what it reads, [`broker`] how engine threads get
 //!   at that
 //! - [`tuples`]: Arrow columns as datums
-//! - [`modify`]: INSERT and COPY; [`row`] is a row as an event's JSON
+//! - [`modify`]: INSERT and COPY; [`row`] reads a row, [`bulk`] is where rows gather and are stored
 //! - [`explain`]: what EXPLAIN says
 //!
 //! Invariants: a plan holds names of columns by number and constants only, nothing that depends on a role, a
@@ -17,6 +17,7 @@
 pub mod options;
 
 mod broker;
+mod bulk;
 mod columns;
 mod cost;
 mod execution;

@@ -1,17 +1,23 @@
-//! INSERT and COPY: rows become events of the inbox, as those of collect do.
+//! INSERT and COPY: the executor's callbacks, and who may write.
 //!
-//! Rows gather in a buffer and go to the inbox as few large entries, at the latest when the statement ends. The right
-//! to write is checked here, for the project and for the registered table: a foreign table that somebody else has
-//! made with the same options is refused, whatever its grants say. Nothing that is stored can be changed.
+//! Rows gather in a buffer of the statement ([`super::bulk`]) and are stored when it is large enough, at the latest when
+//! the statement ends. The right to write is checked here, for the project and for the registered table: a foreign
+//! table that somebody else has made with the same options is refused, whatever its grants say. Nothing that is
+//! stored can be changed.
+//!
+//! There are no callbacks for batches of rows: Postgres would copy each row into one, and what is wrong with a row
+//! would be told of the line of a COPY where its batch ended. Each row goes into the buffer's columns at once instead.
+
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
-use rakam_event::entry::{self, Limits};
+use rakam_event::entry::Limits;
 
-use super::columns::Column;
+use super::bulk::{Buffer, Statement};
 use super::node;
 use super::options;
-use super::row::{self, Event, Target};
-use crate::catalog::inbox::{self, Entry};
+use super::row::{self, Row, Target};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
@@ -19,30 +25,22 @@ use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
 use crate::pg::{PG_EPOCH_US, PgError, Result, guc, xact};
 
-/// An inbox row takes events up to this size.
-const ENTRY_BYTES: usize = 1 << 20;
-
 const DELETE_HINT: &str =
     "Events cannot be changed; rakam.delete_events, to come in a later version, will remove them.";
 
 /// What an INSERT or COPY into one collection needs.
 struct Insert {
-    project_id: i32,
-    collection_id: i32,
-    collection: String,
     is_admin: bool,
     targets: Vec<Target>,
-    time_past_us: i64,
-    time_future_us: i64,
-    limits: Limits,
+    max_string_bytes: usize,
     /// The clock at the call: when all events of the statement are received.
     now_us: i64,
+    statement: Rc<Statement>,
+    buffer: Rc<RefCell<Buffer>>,
+    /// A trigger may look for a row as soon as it was inserted: nothing is kept back.
+    write_through: bool,
     /// Scratch, emptied after each row.
     memory: pg_sys::MemoryContext,
-    /// Events that wait, one a line, all received at the same time.
-    payload: String,
-    n: i32,
-    received_at_us: i64,
 }
 
 /// UPDATE, DELETE and MERGE end here, at planning.
@@ -153,16 +151,31 @@ unsafe fn start(estate: *mut pg_sys::EState, target: *mut pg_sys::ResultRelInfo)
     unsafe {
         let relation = (*target).ri_RelationDesc;
         let user = effective_user(estate, target);
-        let columns = node::columns((*relation).rd_att);
+        let query = (*estate).es_query_cxt;
+        let targets = node::columns((*relation).rd_att)
+            .iter()
+            .map(|column| Target::of(column, query))
+            .collect();
         let memory = pg_sys::AllocSetContextCreateInternal(
-            (*estate).es_query_cxt,
+            query,
             c"rakam insert".as_ptr(),
             pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
             pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
             pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
         );
-        let insert = Insert::new((*relation).rd_id, user, &columns, memory).or_raise();
-        let insert = PgMemoryContexts::For((*estate).es_query_cxt).leak_and_drop_on_delete(insert);
+        let (buffer, is_admin) = writable((*relation).rd_id, user).or_raise();
+        let statement = Statement::of(estate.addr());
+        let insert = Insert {
+            is_admin,
+            targets,
+            max_string_bytes: guc::max_string_bytes(),
+            now_us: xact::now_us(),
+            buffer: statement.join(buffer),
+            statement,
+            write_through: has_after_triggers(target),
+            memory,
+        };
+        let insert = PgMemoryContexts::For(query).leak_and_drop_on_delete(insert);
         (*target).ri_FdwState = insert.cast();
     }
 }
@@ -211,11 +224,18 @@ pub unsafe extern "C-unwind" fn insert(
     unsafe {
         let state = &mut *(*target).ri_FdwState.cast::<Insert>();
         pg_sys::slot_getallattrs(slot);
-        let event = PgMemoryContexts::For(state.memory)
-            .switch_to(|_| row::event(&state.targets, (*slot).tts_values, (*slot).tts_isnull))
+        let (time_us, received_at_us) = PgMemoryContexts::For(state.memory)
+            .switch_to(|_| {
+                let row = row::read(
+                    &mut state.targets,
+                    (*slot).tts_values,
+                    (*slot).tts_isnull,
+                    state.max_string_bytes,
+                )?;
+                state.add(row)
+            })
             .or_raise();
         pg_sys::MemoryContextReset(state.memory);
-        let (time_us, received_at_us) = state.add(&event).or_raise();
         if wants_row(target) {
             state.complete(slot, time_us, received_at_us);
         }
@@ -231,8 +251,23 @@ pub unsafe extern "C-unwind" fn end(
     // SAFETY: the state made by `start`; none for EXPLAIN without ANALYZE.
     unsafe {
         if let Some(state) = (*target).ri_FdwState.cast::<Insert>().as_mut() {
-            state.flush().or_raise();
+            PgMemoryContexts::For(state.memory)
+                .switch_to(|_| state.buffer.borrow_mut().flush())
+                .or_raise();
+            pg_sys::MemoryContextReset(state.memory);
         }
+    }
+}
+
+/// Whether triggers will run after rows of this target, or of the partitioned table that it belongs to, were stored.
+/// They do before the statement ends for us.
+unsafe fn has_after_triggers(target: *mut pg_sys::ResultRelInfo) -> bool {
+    // SAFETY: the executor's own structures; a partition names its root.
+    unsafe {
+        [target, (*target).ri_RootResultRelInfo]
+            .into_iter()
+            .filter_map(|target| target.as_ref()?.ri_TrigDesc.as_ref())
+            .any(|triggers| triggers.trig_insert_after_row || triggers.trig_insert_after_statement)
     }
 }
 
@@ -247,63 +282,44 @@ unsafe fn wants_row(target: *mut pg_sys::ResultRelInfo) -> bool {
     }
 }
 
-impl Insert {
-    fn new(
-        relation: pg_sys::Oid,
-        user: pg_sys::Oid,
-        columns: &[Column],
-        memory: pg_sys::MemoryContext,
-    ) -> Result<Self> {
-        let options = options::of_table(relation);
-        if options.is_all() {
-            return Err(refuse_all());
-        }
-        xact::ensure_writable("insert events")?;
-        let no_project = || PgError::no_project(&options.project);
-        let (project, collection) =
-            registered(&options.project, &options.collection)?.ok_or_else(no_project)?;
-        let is_admin =
-            security::is_superuser(user) || security::has_privileges_of(user, project.admin_role);
-        let is_writer = is_admin || security::has_privileges_of(user, project.write_role);
-        if !is_writer {
-            return Err(no_project());
-        }
-        if collection.ft != Some(relation) {
-            return Err(PgError::new(
-                "42501",
-                format!(
-                    "foreign table is not the table of collection \"{}\"",
-                    collection.name
-                ),
-            )
-            .hint("Insert into the table that rakam has made in the project's schema."));
-        }
-        let now_us = xact::now_us();
-        Ok(Self {
-            project_id: project.id,
-            collection_id: collection.id,
-            collection: collection.name,
-            is_admin,
-            targets: columns.iter().map(Target::of).collect(),
-            time_past_us: project.time_past_us,
-            time_future_us: project.time_future_us,
-            limits: Limits {
-                max_event_bytes: guc::max_event_bytes(),
-                max_string_bytes: guc::max_string_bytes(),
-                max_fields: guc::max_fields(),
-            },
-            now_us,
-            memory,
-            payload: String::new(),
-            n: 0,
-            received_at_us: now_us,
-        })
+/// The buffer for rows of a table, and whether `user` is an admin of its project; an error if he may not write it.
+fn writable(relation: pg_sys::Oid, user: pg_sys::Oid) -> Result<(Buffer, bool)> {
+    let options = options::of_table(relation);
+    if options.is_all() {
+        return Err(refuse_all());
     }
+    xact::ensure_writable("insert events")?;
+    let no_project = || PgError::no_project(&options.project);
+    let (project, collection) =
+        registered(&options.project, &options.collection)?.ok_or_else(no_project)?;
+    let is_admin =
+        security::is_superuser(user) || security::has_privileges_of(user, project.admin_role);
+    let is_writer = is_admin || security::has_privileges_of(user, project.write_role);
+    if !is_writer {
+        return Err(no_project());
+    }
+    if collection.ft != Some(relation) {
+        return Err(PgError::new(
+            "42501",
+            format!(
+                "foreign table is not the table of collection \"{}\"",
+                collection.name
+            ),
+        )
+        .hint("Insert into the table that rakam has made in the project's schema."));
+    }
+    let limits = Limits {
+        max_event_bytes: guc::max_event_bytes(),
+        max_string_bytes: guc::max_string_bytes(),
+        max_fields: guc::max_fields(),
+    };
+    Ok((Buffer::new(project, collection, limits), is_admin))
+}
 
-    /// Takes an event in; answers its `_time` and `_received_at`.
-    fn add(&mut self, event: &Event) -> Result<(i64, i64)> {
-        let line = entry::check_row(&event.json, &self.limits)?;
-        let received_at_us = match event.received_at_us {
+impl Insert {
+    /// Takes a row in; answers its `_time` and `_received_at`.
+    fn add(&self, row: Row<'_>) -> Result<(i64, i64)> {
+        let received_at_us = match row.received_at_us {
             None => self.now_us,
             Some(micros) if self.is_admin => micros,
             Some(_) => {
@@ -313,42 +329,13 @@ impl Insert {
                 );
             }
         };
-        let full = self.payload.len() + line.len() > ENTRY_BYTES;
-        if self.n > 0 && (full || received_at_us != self.received_at_us) {
-            self.flush()?;
+        let time_us = self
+            .statement
+            .add(&self.buffer, row, &self.targets, received_at_us)?;
+        if self.write_through {
+            self.buffer.borrow_mut().flush()?;
         }
-        self.received_at_us = received_at_us;
-        if self.n > 0 {
-            self.payload.push('\n');
-        }
-        self.payload.push_str(&line);
-        self.n += 1;
-        // What the digest will make of a time outside the project's bounds.
-        let bounds = received_at_us.saturating_sub(self.time_past_us)
-            ..=received_at_us.saturating_add(self.time_future_us);
-        let time_us = event
-            .time_us
-            .filter(|micros| bounds.contains(micros))
-            .unwrap_or(received_at_us);
         Ok((time_us, received_at_us))
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if self.n == 0 {
-            return Ok(());
-        }
-        inbox::append(&Entry {
-            project_id: self.project_id,
-            collection_id: self.collection_id,
-            collection: &self.collection,
-            n: self.n,
-            received_at_us: self.received_at_us,
-            shift_us: 0,
-            payload: self.payload.as_bytes(),
-        })?;
-        self.payload.clear();
-        self.n = 0;
-        Ok(())
     }
 
     /// Puts the times that the server has set into the row that RETURNING and triggers see.

@@ -228,8 +228,9 @@ impl<'a> Cycle<'a> {
                 gc::run()
             })?;
         }
-        // A column or table may have been dropped or denied by hand.
+        // A column or table may have been dropped or denied by hand; a COPY has made chunks without a digest.
         self.ddl_pending = true;
+        self.hot = true;
         Ok(())
     }
 

@@ -22,6 +22,10 @@ use crate::schema::{self, Schema};
 use crate::time;
 use crate::types::FieldType;
 
+mod values;
+
+pub use values::TypedRow;
+
 /// An Arrow text column holds less than 2 GiB.
 const MAX_BATCH_BYTES: usize = i32::MAX as usize;
 /// No event becomes more than so many times its own bytes: numbers in plain notation, escaped twice.
@@ -259,14 +263,7 @@ impl BatchBuilder {
                 }
             }
         }
-        self.append(self.time, Value::Timestamptz(event_time));
-        self.append(self.received_at, Value::Timestamptz(stamp.received_at_us));
-        self.append(self.xid, Value::Int8(stamp.xid));
-        if let (Some(column), Some(text)) = (self.extra, self.extra_text.finish()) {
-            let value = Value::Json(Cow::Borrowed(text));
-            self.bytes += self.columns[column].append(self.rows, value);
-        }
-        self.rows += 1;
+        self.finish_row(event_time, stamp);
         Ok(())
     }
 
@@ -304,6 +301,18 @@ impl BatchBuilder {
             invalid: log.samples,
             invalid_counts,
         })
+    }
+
+    /// What the server adds to a row, and what has gathered for its `_extra`.
+    fn finish_row(&mut self, time_us: i64, stamp: &EventStamp) {
+        self.append(self.time, Value::Timestamptz(time_us));
+        self.append(self.received_at, Value::Timestamptz(stamp.received_at_us));
+        self.append(self.xid, Value::Int8(stamp.xid));
+        if let (Some(column), Some(text)) = (self.extra, self.extra_text.finish()) {
+            let value = Value::Json(Cow::Borrowed(text));
+            self.bytes += self.columns[column].append(self.rows, value);
+        }
+        self.rows += 1;
     }
 
     fn append(&mut self, column: Option<usize>, value: Value<'_>) {
@@ -416,9 +425,7 @@ impl BatchBuilder {
 fn checked_time(raw: &str, stamp: &EventStamp) -> Result<i64, String> {
     let sent = time::event_time(raw).ok_or("value is not a time")?;
     let micros = sent.saturating_add(stamp.shift_us);
-    let bounds =
-        stamp.time_min_us.max(time::MIN_TIME_US)..=stamp.time_max_us.min(time::MAX_TIME_US);
-    if bounds.contains(&micros) {
+    if stamp.takes(micros) {
         Ok(micros)
     } else {
         Err("time is outside the bounds of the project".to_owned())
