@@ -230,6 +230,7 @@ impl Buffer {
                 collection_id: self.collection.id,
                 schema_version: chunk.schema.version,
                 level: 0,
+                since_us: None,
             },
             &built.batch,
         )

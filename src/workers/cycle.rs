@@ -228,9 +228,8 @@ impl<'a> Cycle<'a> {
                 gc::run()
             })?;
         }
-        // A column or table may have been dropped or denied by hand; a COPY has made chunks without a digest.
+        // A column or table may have been dropped or denied by hand.
         self.ddl_pending = true;
-        self.hot = true;
         Ok(())
     }
 
