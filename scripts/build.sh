@@ -21,6 +21,7 @@ place() {
   fi
 }
 
+claim_target
 flags=()
 [ "$RAKAM_PROFILE" = release ] || flags+=(--debug)
 say "building rakam for PostgreSQL $major ($RAKAM_PROFILE; the first time compiles for about $([ "$RAKAM_PROFILE" = release ] && echo 20 || echo 6) minutes on two cores)"

@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$RAKAM_ROOT"
 flags=(--release --pg-config "$(pg_config_system "$(pg_major)")")
 [ "$(id -u)" = 0 ] || flags+=(--sudo)
+claim_target
 cargo pgrx install "${flags[@]}"

@@ -41,6 +41,16 @@ if [ -z "${RUSTUP_TOOLCHAIN:-}" ] && command -v rustup >/dev/null; then
   fi
 fi
 
+# claim_target: before cargo runs. Two checkouts share one target folder, and cargo, which looks at the age of files only,
+# would take what the other one has compiled since for ours.
+claim_target() {
+  mkdir -p "$CARGO_TARGET_DIR"
+  if [ "$(cat "$CARGO_TARGET_DIR/checkout" 2>/dev/null)" != "$RAKAM_ROOT" ]; then
+    find "$RAKAM_ROOT/src" "$RAKAM_ROOT/crates" "$RAKAM_ROOT/sql" -type f -exec touch {} +
+    echo "$RAKAM_ROOT" >"$CARGO_TARGET_DIR/checkout"
+  fi
+}
+
 # say TEXT...: one line of progress.
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 

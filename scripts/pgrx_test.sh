@@ -11,4 +11,5 @@ if [ "$(id -u)" = 0 ]; then
   chown postgres: "$folder"
   flags+=(--runas postgres --pgdata "$folder")
 fi
+claim_target
 cargo pgrx test "pg$(pg_major)" "${flags[@]}" "$@"

@@ -78,6 +78,7 @@ closing() {
 
 phases=("$@")
 [ "${#phases[@]}" -gt 0 ] || phases=(fmt clippy crates rules build regress isolation e2e)
+claim_target
 declare -A outcome
 failed=0
 for phase in "${phases[@]}"; do
