@@ -392,3 +392,29 @@ def test_a_poison_event_parks_alone(db, project):
     db.flush(PROJECT, "poisoned")
     assert db.tiers(PROJECT, "poisoned")["cold"] == 3
     db.admin.execute("DELETE FROM rakam_internal.inbox_parked")
+
+
+def test_schema_versions(db, project):
+    """Every version stays readable as Avro, its fields under ids that never change."""
+    db.admin.execute("SELECT rakam.create_collection('acme', 'versioned')")
+    for field, kind in (("price", "numeric(10,2)"), ("größe", "text"), ("tags", "text[]")):
+        db.admin.execute("SELECT rakam.add_field('acme', 'versioned', %s, %s)", (field, kind))
+    rows = db.all(
+        "SELECT version, avro_schema, created_at FROM rakam.schema_versions"
+        " WHERE project = 'acme' AND collection = 'versioned' ORDER BY version"
+    )
+    assert [version for version, _, _ in rows] == [1, 2, 3, 4]
+    assert [len(schema["fields"]) for _, schema, _ in rows] == [10, 11, 12, 13]
+    assert [created for _, _, created in rows] == sorted(created for _, _, created in rows)
+    assert rows[3][1]["fields"][:12] == rows[2][1]["fields"]
+    added = rows[3][1]["fields"][10:]
+    ids = db.all("SELECT field_id FROM rakam.fields WHERE collection = 'versioned' ORDER BY 1")
+    assert [(field["field-id"],) for field in added] == ids
+    assert [(field["name"], field["rakam-type"]) for field in added] == [
+        ("price", "numeric(10,2)"),
+        ("gr_uf6__udf_e", "text"),
+        ("tags", "text[]"),
+    ]
+    assert added[1]["rakam-name"] == "größe"
+    assert added[0]["type"] == ["null", {"type": "bytes", "logicalType": "decimal", "precision": 10, "scale": 2}]
+    assert rows[0][1]["fields"][0]["type"] == ["null", {"type": "long", "logicalType": "timestamp-micros"}]
