@@ -273,12 +273,14 @@ def test_the_worker_flushes_chunks_that_no_digest_has_made(db, table):
     db.flush(PROJECT)
     time.sleep(2.5)  # until the worker has looked at the tiers again, and found nothing hot
     db.admin.execute("ALTER SYSTEM SET rakam.flush_interval = '1s'")
+    db.admin.execute("ALTER SYSTEM SET rakam.min_file_events = 1000")
     db.admin.execute("SELECT pg_reload_conf()")
     try:
         db.admin.execute(f"INSERT INTO {table} (n) SELECT g FROM generate_series(1, 1000) g")
         wait_until(lambda: db.tiers(PROJECT, name)["cold"] == 1_000, "a data file", 40, 0.2)
     finally:
         db.admin.execute("ALTER SYSTEM RESET rakam.flush_interval")
+        db.admin.execute("ALTER SYSTEM RESET rakam.min_file_events")
         db.admin.execute("SELECT pg_reload_conf()")
 
 
