@@ -42,6 +42,8 @@ pub struct Buffer {
     project: ProjectRow,
     collection: Collection,
     limits: Limits,
+    /// The transaction, once there is a row.
+    xid: Option<u64>,
     road: Road,
     /// Events that go to the inbox in any case.
     lines: Lines,
@@ -94,6 +96,7 @@ impl Buffer {
             project,
             collection,
             limits,
+            xid: None,
             road: Road::First(Lines::default()),
             lines: Lines::default(),
         }
@@ -237,13 +240,13 @@ impl Buffer {
     }
 
     /// What the digest would know about an event of this transaction.
-    fn stamp(&self, received_at_us: i64) -> EventStamp {
+    fn stamp(&mut self, received_at_us: i64) -> EventStamp {
         EventStamp {
             received_at_us,
             shift_us: 0,
             time_min_us: received_at_us.saturating_sub(self.project.time_past_us),
             time_max_us: received_at_us.saturating_add(self.project.time_future_us),
-            xid: xact::top_xid() as i64,
+            xid: *self.xid.get_or_insert_with(xact::top_xid) as i64,
         }
     }
 
