@@ -31,8 +31,8 @@ const LINES_BYTES: usize = 1 << 20;
 /// A chunk is written at this many rows or bytes in memory; it takes about a third of them in the table.
 const CHUNK_ROWS: usize = 1 << 16;
 const CHUNK_BYTES: usize = 16 << 20;
-/// What all buffers of a statement may take. Above it the largest one is written.
-const STATEMENT_BYTES: usize = 64 << 20;
+/// What all buffers of a statement may hold; growing ones take up to twice as much. Above it the largest one is written.
+const STATEMENT_BYTES: usize = 48 << 20;
 /// What a column of a chunk in the making takes before its first value, and about what a NULL takes of it.
 const COLUMN_BYTES: usize = 8 << 10;
 const NULL_BYTES: usize = 4;
