@@ -31,8 +31,8 @@ const LINES_BYTES: usize = 1 << 20;
 /// A chunk is written at this many rows or bytes in memory; it takes about a third of them in the table.
 const CHUNK_ROWS: usize = 1 << 16;
 const CHUNK_BYTES: usize = 16 << 20;
-/// What all buffers of a statement may take. Above it the largest one is written.
-const STATEMENT_BYTES: usize = 64 << 20;
+/// What all buffers of a statement may hold; growing ones take up to twice as much. Above it the largest one is written.
+const STATEMENT_BYTES: usize = 48 << 20;
 /// What a column of a chunk in the making takes before its first value, and about what a NULL takes of it.
 const COLUMN_BYTES: usize = 8 << 10;
 const NULL_BYTES: usize = 4;
@@ -42,6 +42,8 @@ pub struct Buffer {
     project: ProjectRow,
     collection: Collection,
     limits: Limits,
+    /// The transaction, once there is a row.
+    xid: Option<u64>,
     road: Road,
     /// Events that go to the inbox in any case.
     lines: Lines,
@@ -94,6 +96,7 @@ impl Buffer {
             project,
             collection,
             limits,
+            xid: None,
             road: Road::First(Lines::default()),
             lines: Lines::default(),
         }
@@ -237,13 +240,13 @@ impl Buffer {
     }
 
     /// What the digest would know about an event of this transaction.
-    fn stamp(&self, received_at_us: i64) -> EventStamp {
+    fn stamp(&mut self, received_at_us: i64) -> EventStamp {
         EventStamp {
             received_at_us,
             shift_us: 0,
             time_min_us: received_at_us.saturating_sub(self.project.time_past_us),
             time_max_us: received_at_us.saturating_add(self.project.time_future_us),
-            xid: xact::top_xid() as i64,
+            xid: *self.xid.get_or_insert_with(xact::top_xid) as i64,
         }
     }
 

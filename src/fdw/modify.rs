@@ -223,7 +223,9 @@ pub unsafe extern "C-unwind" fn insert(
     // SAFETY: the executor's own structures, and the state made by `start`.
     unsafe {
         let state = &mut *(*target).ri_FdwState.cast::<Insert>();
-        pg_sys::slot_getallattrs(slot);
+        if i32::from((*slot).tts_nvalid) < (*(*slot).tts_tupleDescriptor).natts {
+            pg_sys::slot_getallattrs(slot);
+        }
         let (time_us, received_at_us) = PgMemoryContexts::For(state.memory)
             .switch_to(|_| {
                 let row = row::read(
@@ -235,7 +237,9 @@ pub unsafe extern "C-unwind" fn insert(
                 state.add(row)
             })
             .or_raise();
-        pg_sys::MemoryContextReset(state.memory);
+        if !(*state.memory).isReset {
+            pg_sys::MemoryContextReset(state.memory);
+        }
         if wants_row(target) {
             state.complete(slot, time_us, received_at_us);
         }

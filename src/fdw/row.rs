@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::ffi::CStr;
 
-use pgrx::{FromDatum, pg_sys};
+use pgrx::{FromDatum, pg_sys, varlena};
 use rakam_event::batch::TypedRow;
 use rakam_event::coerce::Value;
 use rakam_event::entry::{self, Limits};
@@ -297,11 +297,25 @@ unsafe fn scalar<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Re
             finite(target, value.is_finite())?;
             Value::Float8(value + 0.0)
         }
-        // SAFETY: a text datum that is not NULL; a copy of one that is not plain is in the current context.
-        _ => Value::Text(Cow::Borrowed(
-            unsafe { <&str>::from_datum(datum, false) }.unwrap_or_default(),
-        )),
+        // SAFETY: a text datum that is not NULL.
+        _ => Value::Text(Cow::Borrowed(unsafe { text(datum) })),
     })
+}
+
+/// The text of a datum; a copy of one that is compressed or stored apart is in the current memory context.
+unsafe fn text<'a>(datum: pg_sys::Datum) -> &'a str {
+    let value = datum.cast_mut_ptr::<pg_sys::varlena>();
+    // SAFETY: a text datum that is not NULL, of a database whose encoding is UTF-8, as CREATE EXTENSION makes sure.
+    // Looked at here because a call into the server costs more than most texts.
+    unsafe {
+        let is_plain = varlena::varatt_is_4b_u(value)
+            || varlena::varatt_is_1b(value) && !varlena::varatt_is_1b_e(value);
+        if is_plain {
+            varlena::text_to_rust_str_unchecked(value)
+        } else {
+            <&str>::from_datum(datum, false).unwrap_or_default()
+        }
+    }
 }
 
 unsafe fn array<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Result<Value<'a>> {
