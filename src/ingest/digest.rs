@@ -11,6 +11,7 @@
 //! whole and a slice of one such project after the other, until it has caught up.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -30,12 +31,15 @@ use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
 
-/// A round takes so many bytes of everybody's JSON (up to the end of a transaction's rows),
-const SLICE_BYTES: usize = 32 << 20;
-/// in which a project has this share: with more it lags behind the tick,
-const SHARE_BYTES: usize = 4 << 20;
-/// and its events are taken in slices of this size, each digested in a fraction of a second.
-const LAG_SLICE_BYTES: usize = 8 << 20;
+/// A round takes about so long, on whatever machine: slices become smaller or larger until it does.
+const ROUND_TIME: Duration = Duration::from_millis(250);
+/// Of a lagging project it takes so many bytes of JSON (up to the end of a transaction's rows),
+const SLICE_BYTES: RangeInclusive<usize> = (256 << 10)..=(16 << 20);
+const FIRST_SLICE_BYTES: usize = 1 << 20;
+/// of everybody else's together so many times as much.
+const EVERYBODY: usize = 4;
+/// No more projects than these are taken apart because everybody's is too much.
+const APART_MOST: usize = 64;
 /// So many waiting bytes make a digest due, whosever they are.
 const DUE_BYTES: usize = 8 << 20;
 /// While some project lags, everybody else's events are digested at least this often.
@@ -70,6 +74,8 @@ pub struct Look {
 /// What waits since the tick, of the projects that do not lag behind it.
 #[derive(Debug, Default)]
 struct Waiting {
+    /// What a round takes of one lagging project.
+    slice: usize,
     events: u64,
     bytes: usize,
     oldest_us: Option<i64>,
@@ -84,6 +90,37 @@ struct Waiting {
 }
 
 impl Waiting {
+    fn new(slice: usize) -> Self {
+        Self {
+            slice,
+            ..Self::default()
+        }
+    }
+
+    /// A project's events are not everybody's any more.
+    fn set_apart(&mut self, project_id: i32) {
+        let (events, bytes) = self.projects.remove(&project_id).unwrap_or_default();
+        self.events -= events;
+        self.bytes -= bytes;
+        self.heavy.insert(project_id);
+    }
+
+    /// Whether a round can take all of it.
+    fn is_bearable(&self) -> bool {
+        self.bytes < EVERYBODY * self.slice
+    }
+
+    /// Takes the largest projects apart until the rest is bearable, or nobody is larger than the others.
+    fn lighten(&mut self) {
+        while !self.is_bearable() && self.heavy.len() < APART_MOST {
+            let largest = self.projects.iter().max_by_key(|(_, (_, bytes))| *bytes);
+            match largest {
+                Some((&id, (_, bytes))) if *bytes >= self.bytes / APART_MOST => self.set_apart(id),
+                _ => return,
+            }
+        }
+    }
+
     /// Counts a row. False: it is one of a project with more than its share.
     fn count(&mut self, row: &Head) -> bool {
         if self.heavy.contains(&row.project_id) {
@@ -97,10 +134,8 @@ impl Waiting {
         self.bytes += row.bytes;
         let oldest = self.oldest_us.unwrap_or(i64::MAX);
         self.oldest_us = Some(oldest.min(row.received_at_us));
-        if *bytes >= SHARE_BYTES {
-            self.events -= *events;
-            self.bytes -= *bytes;
-            self.heavy.insert(row.project_id);
+        if *bytes >= self.slice {
+            self.set_apart(row.project_id);
             return false;
         }
         let of_collection = self
@@ -109,7 +144,8 @@ impl Waiting {
             .or_default();
         *of_collection += n;
         self.most = self.most.max(*of_collection);
-        true
+        self.lighten();
+        !self.heavy.contains(&row.project_id)
     }
 
     fn is_due(&self) -> bool {
@@ -127,6 +163,7 @@ pub struct Watch {
     /// Everything finished in it was seen, and its names are registered.
     seen: XidSnapshot,
     waiting: Waiting,
+    slice_bytes: usize,
     last_tick: Option<Instant>,
     /// Lagging projects by the round that took their last slice.
     served: HashMap<i32, u64>,
@@ -142,7 +179,8 @@ impl Default for Watch {
                 xmax: 0,
                 xip: Vec::new(),
             },
-            waiting: Waiting::default(),
+            waiting: Waiting::new(FIRST_SLICE_BYTES),
+            slice_bytes: FIRST_SLICE_BYTES,
             last_tick: None,
             served: HashMap::new(),
             rounds: 0,
@@ -177,6 +215,7 @@ struct Slice {
     project_id: i32,
     from: XidSnapshot,
     upto: XidSnapshot,
+    bytes: usize,
     /// The project has caught up with the tick.
     ends: bool,
 }
@@ -231,12 +270,17 @@ impl Watch {
         let outcome = self.try_look(when);
         if outcome.is_err() {
             // What was seen may not be registered.
-            *self = Self::default();
+            *self = Self {
+                slice_bytes: self.slice_bytes,
+                waiting: Waiting::new(self.slice_bytes),
+                ..Self::default()
+            };
         }
         outcome
     }
 
     fn try_look(&mut self, when: When) -> std::result::Result<Look, Failure> {
+        let began = Instant::now();
         let plan = xact::worker(|| self.plan(when))?;
         let mut look = Look {
             waiting: self.waiting.events,
@@ -255,13 +299,14 @@ impl Watch {
         self.tick_id = plan.tick.id + 1;
         self.rounds += 1;
         if let Some(slice) = &plan.slice {
+            self.slice_bytes = fitting(self.slice_bytes, slice.bytes, began.elapsed());
             self.served.insert(slice.project_id, self.rounds);
             if slice.ends {
                 self.served.remove(&slice.project_id);
             }
         }
         if plan.tick_moves {
-            self.waiting = Waiting::default();
+            self.waiting = Waiting::new(self.slice_bytes);
             self.last_tick = Some(Instant::now());
             look.waiting = 0;
         }
@@ -284,7 +329,7 @@ impl Watch {
             // Somebody else digested, or nobody has looked yet.
             self.tick_id = tick.id;
             self.seen = tick.snapshot.clone();
-            self.waiting = Waiting::default();
+            self.waiting = Waiting::new(self.slice_bytes);
         }
         let mut learner = Learner::new(view);
         let cut = self.see(view, &now, &lags, &mut learner)?;
@@ -311,7 +356,8 @@ impl Watch {
                     .iter()
                     .find(|lag| lag.project_id == project_id)
                     .map_or(&tick.snapshot, |lag| &lag.snapshot);
-                let upto = slice_end(view, project_id, from, &now, &mut learner)?;
+                let (upto, bytes) =
+                    slice_end(view, project_id, from, &now, self.slice_bytes, &mut learner)?;
                 // The tick and the project meet where both have come to this very snapshot.
                 let ends = upto.is_none() && !is_cut;
                 tick_moves |= ends;
@@ -319,6 +365,7 @@ impl Watch {
                     project_id,
                     from: from.clone(),
                     upto: upto.unwrap_or_else(|| now.clone()),
+                    bytes,
                     ends,
                 })
             }
@@ -354,11 +401,11 @@ impl Watch {
         let mut rows = Backlog::new(view, &self.seen, now, Whose::Except(apart))?;
         let mut last_txid = 0;
         loop {
-            // The bytes that wait before each row.
-            let mut before = Vec::new();
+            // Whether everything before each row is enough for a round.
+            let mut enough = Vec::new();
             let waiting = &mut self.waiting;
             let page = rows.next_page(view, |head| {
-                before.push(waiting.bytes);
+                enough.push(!waiting.is_bearable());
                 waiting.count(head)
             })?;
             let Some(page) = page else {
@@ -366,9 +413,9 @@ impl Watch {
             };
             wait::check_interrupts();
             learner.prepare(&page)?;
-            for (row, bytes) in page.iter().zip(before) {
+            for (row, enough) in page.iter().zip(enough) {
                 let begins = row.txid != last_txid && row.txid >= self.seen.xmax;
-                if begins && bytes >= SLICE_BYTES {
+                if begins && enough {
                     return Ok(Some(now.cut(row.txid)));
                 }
                 last_txid = row.txid;
@@ -378,14 +425,28 @@ impl Watch {
     }
 }
 
-/// Where a slice of a lagging project's rows ends; None: with all of them.
+/// The size of slices after one of these bytes took so long, not far from the present size.
+fn fitting(present: usize, bytes: usize, took: Duration) -> usize {
+    let (smallest, largest) = SLICE_BYTES.into_inner();
+    let in_time = bytes as f64 * ROUND_TIME.as_secs_f64() / took.as_secs_f64().max(0.001);
+    if bytes < present / 2 {
+        // The last of a backlog: what a round costs at least hides what its events cost.
+        return present;
+    }
+    (in_time as usize)
+        .clamp(present / 4, present.saturating_mul(2))
+        .clamp(smallest, largest)
+}
+
+/// Where a slice of a lagging project's rows ends (None: with all of them), and its bytes.
 fn slice_end(
     view: View,
     project_id: i32,
     from: &XidSnapshot,
     now: &XidSnapshot,
+    slice_bytes: usize,
     learner: &mut Learner,
-) -> Result<Option<XidSnapshot>> {
+) -> Result<(Option<XidSnapshot>, usize)> {
     let mut rows = Backlog::new(view, from, now, Whose::Only(project_id))?;
     let mut bytes = 0;
     let mut last_txid = 0;
@@ -394,15 +455,15 @@ fn slice_end(
         learner.prepare(&page)?;
         for row in &page {
             let begins = row.txid != last_txid && row.txid >= from.xmax;
-            if begins && bytes >= LAG_SLICE_BYTES {
-                return Ok(Some(now.cut(row.txid)));
+            if begins && bytes >= slice_bytes {
+                return Ok((Some(now.cut(row.txid)), bytes));
             }
             bytes += row.payload.len();
             last_txid = row.txid;
             learner.learn(row)?;
         }
     }
-    Ok(None)
+    Ok((None, bytes))
 }
 
 /// Learns new names from events.
@@ -603,13 +664,45 @@ mod tests {
 
     #[test]
     fn a_project_with_more_than_its_share_counts_apart() {
-        let mut waiting = Waiting::default();
+        let mut waiting = Waiting::new(1_000);
         assert!(waiting.count(&head(1, 5, 100)));
-        assert!(waiting.count(&head(2, 1, SHARE_BYTES - 1)));
-        assert_eq!((waiting.events, waiting.bytes), (6, SHARE_BYTES + 99));
+        assert!(waiting.count(&head(2, 1, 999)));
+        assert_eq!((waiting.events, waiting.bytes), (6, 1_099));
         assert!(!waiting.count(&head(2, 1, 1)));
         assert!(!waiting.count(&head(2, 1, 1)));
         assert_eq!((waiting.events, waiting.bytes), (5, 100));
         assert!(waiting.heavy.contains(&2) && waiting.heavy.len() == 1);
+    }
+
+    #[test]
+    fn the_largest_go_apart_when_everybody_is_too_much() {
+        let mut waiting = Waiting::new(1_000);
+        for id in 1..=5 {
+            waiting.count(&head(id, 1, 900));
+        }
+        for id in 10..=15 {
+            waiting.count(&head(id, 1, 10));
+        }
+        assert!(waiting.is_bearable());
+        assert_eq!(waiting.heavy.len(), 1);
+        assert!((10..=15).all(|id| !waiting.heavy.contains(&id)));
+        // Where nobody is larger than others, nobody goes apart.
+        let mut waiting = Waiting::new(1_000);
+        for id in 0..500 {
+            waiting.count(&head(id, 1, 10));
+        }
+        assert!(!waiting.is_bearable() && waiting.heavy.is_empty());
+    }
+
+    #[test]
+    fn slices_find_their_size() {
+        let size = 4 << 20;
+        let ms = Duration::from_millis;
+        assert_eq!(fitting(size, size, ms(250)), size);
+        assert_eq!(fitting(size, size, ms(500)), size / 2);
+        assert_eq!(fitting(size, size, ms(10_000)), size / 4);
+        assert_eq!(fitting(size, size, ms(1)), size * 2);
+        assert_eq!(fitting(size, 100, ms(20)), size);
+        assert_eq!(fitting(300 << 10, 300 << 10, ms(10_000)), 256 << 10);
     }
 }

@@ -112,9 +112,9 @@ impl Hot {
         Ok(())
     }
 
-    /// Reads the chunks of a collection again, after work on it. True: its oldest chunk is another one than before.
+    /// Reads the chunks of a collection again, after work on it. True: they are not those that were known.
     pub fn reread(&mut self, collection_id: i32) -> Result<bool, Failure> {
-        let first = |c: &Collection| c.chunks.first().map(|chunk| chunk.chunk_id);
+        let ids = |c: &Collection| -> Vec<i64> { c.chunks.iter().map(|c| c.chunk_id).collect() };
         let before = self.collections.remove(&collection_id);
         let chunks = xact::worker(|| manifest::chunks(View::Current, collection_id, None))?;
         let mut now = Collection::default();
@@ -124,7 +124,7 @@ impl Hot {
                 now.add(chunk);
             }
         }
-        let progress = before.is_none_or(|before| first(&before) != first(&now));
+        let progress = before.is_none_or(|before| ids(&before) != ids(&now));
         if !now.chunks.is_empty() {
             self.changed.insert(collection_id);
             self.collections.insert(collection_id, now);

@@ -40,6 +40,13 @@ enum Step {
 }
 
 impl Step {
+    fn of(work: Work) -> Self {
+        match work {
+            Work::Flush => Self::Flush,
+            Work::Merge => Self::Merge,
+        }
+    }
+
     fn name(self) -> &'static str {
         crate::pg::shared::STATES[self as usize]
     }
@@ -167,51 +174,57 @@ impl<'a> Cycle<'a> {
         self.helper_ended()?;
         self.hot.refresh()?;
         let began = Instant::now();
-        let mut flushes = Vec::new();
+        let mut slow = Vec::new();
         for (id, work) in self.hot.due() {
-            match work {
-                Work::Flush if self.is_flushing(id) || !self.may(Step::Flush, id) => {}
-                Work::Flush => flushes.push(id),
-                Work::Merge if self.is_flushing(id) || !self.may(Step::Merge, id) => {}
-                Work::Merge if began.elapsed() < MERGE_TIME => {
-                    self.attempt(Step::Merge, id, || merge::collection(id))?;
-                    self.hot.reread(id)?;
-                }
+            let helped = self.helper.as_ref().is_some_and(|h| h.works_on(id));
+            if helped || !self.may(Step::of(work), id) {
+                continue;
+            }
+            if work == Work::Flush || self.behind {
+                slow.push((id, work));
+            } else if began.elapsed() < MERGE_TIME {
+                self.work_on(id, work)?;
+            } else {
                 // More is due than there is time for now.
-                Work::Merge => self.digested = true,
+                self.digested = true;
             }
         }
-        if flushes.is_empty() || self.helper.is_some() {
+        if slow.is_empty() || self.helper.is_some() {
             return Ok(());
         }
-        flushes.truncate(helper::MOST);
-        match Helper::start(flushes) {
+        slow.truncate(helper::MOST);
+        match Helper::start(slow) {
             Ok(helper) => self.helper = Some(helper),
-            Err(flushes) => {
+            Err(slow) => {
                 // No free slot for a worker: the digest waits meanwhile.
-                for id in flushes {
-                    self.attempt(Step::Flush, id, || flush::try_collection(id))?;
-                    self.hot.reread(id)?;
+                for (id, work) in slow {
+                    self.work_on(id, work)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn is_flushing(&self, id: i32) -> bool {
-        self.helper.as_ref().is_some_and(|h| h.works_on(id))
+    fn work_on(&mut self, id: i32, work: Work) -> Result<(), Failure> {
+        self.attempt(Step::of(work), id, || match work {
+            Work::Flush => flush::try_collection(id).map(|_| ()),
+            Work::Merge => merge::collection(id).map(|_| ()),
+        })?;
+        self.hot.reread(id)?;
+        Ok(())
     }
 
-    /// Notes what the helper has done, once it is through; what it could not flush is put off.
+    /// Notes what the helper has done, once it is through; what it could not do is put off.
     fn helper_ended(&mut self) -> Result<(), Failure> {
-        let Some(collections) = Helper::ended(&mut self.helper) else {
+        let Some(done) = Helper::ended(&mut self.helper) else {
             return Ok(());
         };
-        for id in collections {
+        for (id, work) in done {
+            let step = Step::of(work);
             if self.hot.reread(id)? {
-                self.back_off.remove(&(Step::Flush, id));
+                self.back_off.remove(&(step, id));
             } else {
-                self.put_off(Step::Flush, id);
+                self.put_off(step, id);
             }
         }
         Ok(())

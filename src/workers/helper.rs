@@ -1,5 +1,5 @@
-//! The resident's helper: a worker that flushes some collections and ends, so that nobody's digest waits for files to be
-//! written. It exists while there is something to flush.
+//! The resident's helper: a worker that flushes and merges some collections and ends, so that nobody's digest waits for
+//! files to be written. It exists while there is something to do.
 
 use std::sync::atomic::Ordering;
 
@@ -7,26 +7,32 @@ use pgrx::{pg_guard, pg_sys};
 
 use crate::catalog::job;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
+use crate::pg::exit;
 use crate::pg::shared;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{Result, exit};
-use crate::tiers::flush;
+use crate::tiers::hot::Work;
+use crate::tiers::{flush, merge};
 
-/// The most collections that a helper is given: what fits a worker's argument block.
+/// The most collections that a helper works on: what fits a worker's argument block.
 pub const MOST: usize = 31;
 
 /// A helper that was started.
 pub struct Helper {
     handle: Handle,
-    collections: Vec<i32>,
+    work: Vec<(i32, Work)>,
 }
 
 impl Helper {
-    /// Starts one for these collections; gives them back if there is no free slot for a worker.
-    pub fn start(collections: Vec<i32>) -> std::result::Result<Self, Vec<i32>> {
-        let mut extra = (collections.len() as u32).to_ne_bytes().to_vec();
-        for id in &collections {
-            extra.extend_from_slice(&id.to_ne_bytes());
+    /// Starts one for this work, at most [`MOST`]; gives it back if there is no free slot for a worker.
+    pub fn start(work: Vec<(i32, Work)>) -> std::result::Result<Self, Vec<(i32, Work)>> {
+        let mut extra = (work.len() as i32).to_ne_bytes().to_vec();
+        for (id, work) in &work {
+            // Ids are positive.
+            let number = match work {
+                Work::Flush => *id,
+                Work::Merge => -id,
+            };
+            extra.extend_from_slice(&number.to_ne_bytes());
         }
         let started = bgworker::start(&Worker {
             kind: "rakam flush",
@@ -38,26 +44,23 @@ impl Helper {
             restart_s: None,
         });
         match started {
-            Ok(handle) => Ok(Self {
-                handle,
-                collections,
-            }),
-            Err(_) => Err(collections),
+            Ok(handle) => Ok(Self { handle, work }),
+            Err(_) => Err(work),
         }
     }
 
     pub fn works_on(&self, collection_id: i32) -> bool {
-        self.collections.contains(&collection_id)
+        self.work.iter().any(|(id, _)| *id == collection_id)
     }
 
-    /// The collections of a helper that has ended, which is taken out then.
-    pub fn ended(helper: &mut Option<Self>) -> Option<Vec<i32>> {
+    /// The work of a helper that has ended, which is taken out then.
+    pub fn ended(helper: &mut Option<Self>) -> Option<Vec<(i32, Work)>> {
         if helper.as_ref()?.handle.status() != Status::Stopped {
             return None;
         }
         let ended = helper.take()?;
         ended.handle.release();
-        Some(ended.collections)
+        Some(ended.work)
     }
 }
 
@@ -76,13 +79,19 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
         .map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
     let n = numbers.next().unwrap_or(0) as usize;
     bgworker::show(Some(c"rakam flush"));
-    for id in numbers.take(n) {
-        let noted = match flush::try_collection(id) {
-            Ok(_) => xact::worker(|| job::succeeded("flush", id)),
+    for number in numbers.take(n) {
+        let id = number.abs();
+        let (step, outcome) = if number > 0 {
+            ("flush", flush::try_collection(id).map(|_| ()))
+        } else {
+            ("merge", merge::collection(id).map(|_| ()))
+        };
+        let noted = match outcome {
+            Ok(()) => xact::worker(|| job::succeeded(step, id)),
             Err(Failure::ExtensionGone) => return,
             Err(Failure::Error(error)) => {
                 error.clone().warn();
-                xact::worker(|| -> Result<()> { job::failed("flush", id, &error.message) })
+                xact::worker(|| job::failed(step, id, &error.message))
             }
         };
         match noted {
