@@ -84,7 +84,8 @@ pub fn projects_by_id(view: View, ids: &[i32]) -> Result<Vec<ProjectRow>> {
     spi::query(
         view,
         "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
-                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
+                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8,
+                collections_max, fields_max, bytes_per_day IS NOT NULL
          FROM rakam_internal.project WHERE project_id = ANY ($1)",
         &[arg(ids.to_vec())],
         project_row,

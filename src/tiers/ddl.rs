@@ -6,9 +6,10 @@
 use rakam_event::error::EventError;
 
 use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::pg::locks::LockOn;
 use crate::pg::spi::{self, View, arg, quote_ident, quote_literal};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{Oid, PgError, Result, relation};
+use crate::pg::{Oid, PgError, Result, locks, relation};
 
 /// A table that is in use is given up soon.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
@@ -54,6 +55,8 @@ fn pending() -> Result<Vec<i32>> {
 
 /// Brings one collection's table up to its registered fields.
 pub fn sync(collection_id: i32) -> Result<()> {
+    // Before anything is read: a called function may be at the same table as the resident worker.
+    locks::transaction(LockOn::Ddl);
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(());
     };

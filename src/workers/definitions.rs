@@ -1,7 +1,7 @@
 //! Taking definitions back: `drop_collection`, `rename_collection`, `drop_field`, in a task worker.
 //!
-//! Each is one transaction that excludes the collection's flush and merge, the digest, and at last whoever reads the
-//! table. Readers are waited for as DDL of the background waits: 100 ms at a time, with nothing held in between, so that
+//! Each is one transaction that excludes the collection's flush and merge, the digest, other DDL of ours, and at last
+//! whoever reads the table. Readers are waited for as DDL of the background waits: 100 ms at a time, with nothing held in between, so that
 //! neither new readers nor the digest stand behind a query that takes hours.
 
 use std::time::{Duration, Instant};
@@ -137,6 +137,7 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
         let outcome = xact::worker(|| {
             locks::transaction(LockOn::Digest);
             locks::transaction(LockOn::Manifest(found.id));
+            locks::transaction(LockOn::Ddl);
             apply(change)
         });
         match outcome {
