@@ -35,8 +35,11 @@ static FAILPOINT: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::n
 /// Which calls the audit log notes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
 pub enum Audit {
+    #[name = c"off"]
     Off,
+    #[name = c"write"]
     Write,
+    #[name = c"all"]
     All,
 }
 
