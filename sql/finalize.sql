@@ -16,3 +16,10 @@ COMMENT ON FUNCTION rakam.collect_batch(text, text, jsonb) IS 'Stores a JSON arr
 COMMENT ON FUNCTION rakam.collect_batch(text, jsonb, jsonb) IS 'Stores a JSON array of events; bad ones are rejected alone';
 COMMENT ON FUNCTION rakam.collect_with_key(text, text, jsonb) IS 'Stores one event in the project of a write or master key';
 COMMENT ON FUNCTION rakam.collect_batch_with_key(text, text, jsonb) IS 'Stores a JSON array of events in the project of a write or master key';
+COMMENT ON FUNCTION rakam.set_quota(text, bigint, bigint, int, int) IS 'Limits what a project may send and have; NULL is no limit';
+COMMENT ON FUNCTION rakam.set_schema_mode(text, text) IS 'open: new fields and collections are taken as they come; fixed: not from the write role';
+COMMENT ON FUNCTION rakam.set_time_bounds(text, interval, interval) IS 'How far back and ahead of its receipt an event''s _time may be';
+COMMENT ON FUNCTION rakam.field_values(text, text, text, text, int) IS 'The most frequent values of a field';
+COMMENT ON FUNCTION rakam.drop_collection(text, text) IS 'Drops a collection with all its events';
+COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collection another name';
+COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';

@@ -65,8 +65,12 @@ SELECT project, collection, inbox_events + hot_events + cold_events AS events, i
          greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - last_event_at)) END AS freshness_s
 FROM rakam_internal.collection_sizes();
 
-GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.schema_versions, rakam.data_files, rakam.invalid_value,
-  rakam.dead_letter, rakam.stat_collection TO PUBLIC;
+-- Calls on one's own projects; those that name no project, or an unknown one, are for superusers.
+CREATE VIEW rakam.audit_log WITH (security_invoker = true) AS
+SELECT at, role, project, call, object, outcome FROM rakam_internal.audit_log;
+
+GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.schema_versions,
+  rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.audit_log TO PUBLIC;
 
 COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
 COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
@@ -76,4 +80,5 @@ COMMENT ON VIEW rakam.schema_versions IS 'Versions of the schemas of one''s proj
 COMMENT ON VIEW rakam.data_files IS 'Parquet objects in which one''s projects'' events lie';
 COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their field; count is exact per field and day';
 COMMENT ON VIEW rakam.dead_letter IS 'Events and records that could not be stored, with the reason';
+COMMENT ON VIEW rakam.audit_log IS 'Calls that change or export something, refused ones included: who, when, project, call, outcome';
 COMMENT ON VIEW rakam.stat_collection IS 'Events and bytes of each collection, tier by tier';

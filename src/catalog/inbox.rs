@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use pgrx::datum::IntoDatum;
 
+use super::former::{self, FormerName, Owner};
 use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
@@ -181,7 +182,11 @@ struct Run {
 /// The un-digested rows of one collection, page by page.
 pub struct Tail {
     project_id: i32,
+    /// 0: known by its name only.
+    collection_id: i32,
     name: String,
+    /// Asked for when the first row is met that was stored by name.
+    former: Option<Vec<FormerName>>,
     runs: VecDeque<Run>,
     /// Of the first run: the last (txid, id) seen.
     after: (u64, i64),
@@ -214,7 +219,9 @@ impl Tail {
             .collect();
         Self {
             project_id,
+            collection_id,
             name: name.to_owned(),
+            former: None,
             runs,
             after: (tick.snapshot.xmax, 0),
             start: tick.snapshot.xmax,
@@ -246,13 +253,7 @@ impl Tail {
                 let next = self.runs.front().and_then(|r| r.only_txid);
                 self.after = (next.unwrap_or(self.start), 0);
             }
-            let rows: Vec<TailRow> = rows
-                .into_iter()
-                .filter(|r| {
-                    r.project_id == self.project_id
-                        && (r.collection_id != 0 || r.collection == self.name)
-                })
-                .collect();
+            let rows = self.own(view, rows)?;
             if !rows.is_empty() {
                 return Ok(Some(rows));
             }
@@ -277,6 +278,27 @@ impl Tail {
                 Ok(None)
             }
         }
+    }
+
+    /// The rows that are this collection's: by its id, or by what their name meant when they were stored.
+    fn own(&mut self, view: View, mut rows: Vec<TailRow>) -> Result<Vec<TailRow>> {
+        rows.retain(|row| row.project_id == self.project_id);
+        if rows.iter().all(|row| row.collection_id != 0) {
+            return Ok(rows);
+        }
+        if self.former.is_none() {
+            self.former = Some(former::names(view, Some(self.project_id))?);
+        }
+        let names = self.former.as_deref().unwrap_or_default();
+        rows.retain(|row| {
+            row.collection_id != 0
+                || match former::owner(names, row) {
+                    Owner::Present => row.collection == self.name,
+                    Owner::Collection(id) => id == self.collection_id,
+                    Owner::Nobody => false,
+                }
+        });
+        Ok(rows)
     }
 
     /// Transactions that ran when the tick was taken and have left rows since: each is a short run of its own.
@@ -449,16 +471,22 @@ pub fn unpark(id: i64) -> Result<u64> {
 
 /// Gives a parked event up: its bytes and the reason are kept as a dead letter.
 pub fn to_dead_letter(parked: &TailRow, error: &str) -> Result<()> {
+    add_dead_letter(parked, &parked.payload, error)?;
+    unpark(parked.id)?;
+    Ok(())
+}
+
+/// Keeps an event of a row, with the reason, where its collection does not take it.
+pub fn add_dead_letter(row: &TailRow, event: &[u8], error: &str) -> Result<()> {
     spi::execute(
         "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error) VALUES ($1, $2, $3, $4)",
         &[
-            arg(parked.project_id),
-            arg(parked.collection.as_str()),
-            arg(parked.payload.as_slice()),
+            arg(row.project_id),
+            arg(row.collection.as_str()),
+            arg(event),
             arg(error),
         ],
     )?;
-    unpark(parked.id)?;
     Ok(())
 }
 

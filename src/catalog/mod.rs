@@ -2,7 +2,10 @@
 //!
 //! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
 
+pub mod audit;
 pub mod backlog;
+pub mod collections;
+pub mod former;
 pub mod inbox;
 pub mod invalid;
 pub mod job;
@@ -10,3 +13,5 @@ pub mod manifest;
 pub mod monitor;
 pub mod projects;
 pub mod registry;
+pub mod retention;
+pub mod usage;

@@ -5,9 +5,10 @@
 //! [`invalidation`] keeps honest: a revoked key or a dropped project is gone at the very next call.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use pgrx::datum::Interval;
 use sha2::{Digest, Sha256};
 
 use crate::pg::security::{self, ActAs};
@@ -27,6 +28,19 @@ pub struct Project {
     pub write_role: Oid,
     pub admin_role: Oid,
     pub storage_id: i32,
+    /// Whether its fields and collections are fixed: for roles other than its admin.
+    pub is_fixed: bool,
+    pub quota: Quota,
+}
+
+/// What a project may send and have; None: no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Quota {
+    pub events_per_second: Option<i64>,
+    pub bytes_per_day: Option<i64>,
+    pub collections: Option<i32>,
+    /// Of all collections together.
+    pub fields: Option<i32>,
 }
 
 /// What a caller wants to do in a project.
@@ -55,6 +69,17 @@ impl Project {
             .iter()
             .any(|&role| security::has_privileges_of(user, role))
             || security::is_superuser(user)
+    }
+
+    /// The project as its admin finds it: nothing is fixed.
+    pub fn for_admin(self: Rc<Self>) -> Rc<Self> {
+        if !self.is_fixed {
+            return self;
+        }
+        Rc::new(Self {
+            is_fixed: false,
+            ..Self::clone(&self)
+        })
     }
 }
 
@@ -102,6 +127,48 @@ pub fn collection_id(project_id: i32, name: &str) -> Result<i32> {
     Ok(found.unwrap_or(0))
 }
 
+/// The names of a collection's fields, for asking whether one is there. A name that is missing may be new since: ask
+/// [`fields_now`] before it matters.
+pub fn fields(collection_id: i32) -> Result<Rc<FieldNames>> {
+    let found = cached(
+        |cache| cache.fields.get(&collection_id).cloned(),
+        |view| load_fields(view, collection_id).map(Some),
+        |cache, names| limited(&mut cache.fields).insert(collection_id, names),
+    )?;
+    Ok(found.unwrap_or_default())
+}
+
+/// As [`fields`], read now.
+pub fn fields_now(collection_id: i32) -> Result<Rc<FieldNames>> {
+    let before = invalidation::generation();
+    let names = {
+        let _owner = ActAs::owner();
+        let latest = Registered::latest();
+        load_fields(View::Under(latest.get()), collection_id)?
+    };
+    if invalidation::generation() == before {
+        at_generation(before, |cache| {
+            limited(&mut cache.fields).insert(collection_id, Rc::clone(&names));
+        });
+    }
+    Ok(names)
+}
+
+fn load_fields(view: View, collection_id: i32) -> Result<Rc<FieldNames>> {
+    let names = spi::query(
+        view,
+        "SELECT name FROM rakam_internal.field WHERE collection_id = $1",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )?;
+    Ok(Rc::new(names.into_iter().collect()))
+}
+
+/// Tells every session, at commit, that fields were dropped: [`fields`] is not to name them any more.
+pub fn announce_dropped_fields() {
+    invalidation::announce(relation::oid("rakam_internal", "collection"));
+}
+
 /// What a key is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyKind {
@@ -142,12 +209,14 @@ pub fn key(text: &str) -> Result<Key> {
         |view| {
             spi::first(
                 view,
-                "SELECT p.project_id, p.name, p.read_role, p.write_role, p.admin_role, p.storage_id, k.kind
+                "SELECT p.project_id, p.name, p.read_role, p.write_role, p.admin_role, p.storage_id,
+                        p.schema_mode = 'fixed', p.events_per_second, p.bytes_per_day, p.collections_max, p.fields_max,
+                        k.kind
                  FROM rakam_internal.api_key k JOIN rakam_internal.project p USING (project_id)
                  WHERE k.hash = $1 AND k.revoked_at IS NULL",
                 &[arg(hash.as_slice())],
                 |row| {
-                    let kind: String = row.must(7)?;
+                    let kind: String = row.must(12)?;
                     Ok(Key {
                         kind: KeyKind::ALL
                             .into_iter()
@@ -240,13 +309,21 @@ fn project_row(row: &spi::Row) -> Result<Project> {
         write_role: row.oid(4).unwrap_or(INVALID_OID),
         admin_role: row.oid(5).unwrap_or(INVALID_OID),
         storage_id: row.must(6)?,
+        is_fixed: row.must(7)?,
+        quota: Quota {
+            events_per_second: row.get(8),
+            bytes_per_day: row.get(9),
+            collections: row.get(10),
+            fields: row.get(11),
+        },
     })
 }
 
 fn load_project(view: View, name: &str) -> Result<Option<Project>> {
     spi::first(
         view,
-        "SELECT project_id, name, read_role, write_role, admin_role, storage_id
+        "SELECT project_id, name, read_role, write_role, admin_role, storage_id, schema_mode = 'fixed',
+                events_per_second, bytes_per_day, collections_max, fields_max
          FROM rakam_internal.project WHERE name = $1",
         &[arg(name)],
         project_row,
@@ -261,7 +338,11 @@ struct Cache {
     collections: HashMap<i32, HashMap<String, i32>>,
     keys: HashMap<[u8; 32], Key>,
     scopes: HashMap<Oid, Rc<Scope>>,
+    fields: HashMap<i32, Rc<FieldNames>>,
 }
+
+/// Names of fields.
+pub type FieldNames = HashSet<String>;
 
 thread_local! {
     static CACHE: RefCell<Cache> = RefCell::new(Cache::default());
@@ -334,6 +415,41 @@ pub fn set_roles(project_id: i32, read: &str, write: &str, admin: &str) -> Resul
         &[arg(project_id), arg(read), arg(write), arg(admin)],
     )?;
     Ok(())
+}
+
+/// Sets a project's quota.
+pub fn set_quota(project_id: i32, quota: &Quota) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.project
+         SET events_per_second = $2, bytes_per_day = $3, collections_max = $4, fields_max = $5 WHERE project_id = $1",
+        &[
+            arg(project_id),
+            arg(quota.events_per_second),
+            arg(quota.bytes_per_day),
+            arg(quota.collections),
+            arg(quota.fields),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Sets whether new fields and collections are taken from the write role: `open` or `fixed`.
+pub fn set_schema_mode(project_id: i32, mode: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.project SET schema_mode = $2 WHERE project_id = $1",
+        &[arg(project_id), arg(mode)],
+    )?;
+    Ok(())
+}
+
+/// Sets the bounds of `_time`, relative to the time of receipt. False: they are negative, or beyond 10,000 years.
+pub fn set_time_bounds(project_id: i32, past: Interval, future: Interval) -> Result<bool> {
+    Ok(spi::execute(
+        "UPDATE rakam_internal.project SET time_past = $2, time_future = $3
+         WHERE project_id = $1 AND $2 BETWEEN interval '0' AND interval '10000 years'
+           AND $3 BETWEEN interval '0' AND interval '10000 years'",
+        &[arg(project_id), arg(past), arg(future)],
+    )? > 0)
 }
 
 /// The ids of a project's collections, in order.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
+use rakam_event::schema::{DroppedField, FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
 
 use crate::pg::spi::{self, View, arg};
@@ -20,6 +20,11 @@ pub struct ProjectRow {
     /// Bounds of `_time` relative to the time of receipt.
     pub time_past_us: i64,
     pub time_future_us: i64,
+    /// Parts of its quota; None: no limit.
+    pub collections_max: Option<i32>,
+    pub fields_max: Option<i32>,
+    /// Whether its bytes are counted, for a quota of them.
+    pub counts_bytes: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -42,6 +47,9 @@ fn project_row(row: &spi::Row) -> Result<ProjectRow> {
         admin_role: row.oid(6).unwrap_or(INVALID_OID),
         time_past_us: row.must(7)?,
         time_future_us: row.must(8)?,
+        collections_max: row.get(9),
+        fields_max: row.get(10),
+        counts_bytes: row.must(11)?,
     })
 }
 
@@ -50,7 +58,8 @@ pub fn project(view: View, name: &str) -> Result<Option<ProjectRow>> {
     spi::first(
         view,
         "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
-                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
+                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8,
+                collections_max, fields_max, bytes_per_day IS NOT NULL
          FROM rakam_internal.project WHERE name = $1",
         &[arg(name)],
         project_row,
@@ -62,7 +71,8 @@ pub fn project_by_id(view: View, id: i32) -> Result<Option<ProjectRow>> {
     spi::first(
         view,
         "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
-                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
+                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8,
+                collections_max, fields_max, bytes_per_day IS NOT NULL
          FROM rakam_internal.project WHERE project_id = $1",
         &[arg(id)],
         project_row,
@@ -74,7 +84,8 @@ pub fn projects_by_id(view: View, ids: &[i32]) -> Result<Vec<ProjectRow>> {
     spi::query(
         view,
         "SELECT project_id, name, storage_id, read_role, write_role, admin_role,
-                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8
+                (extract(epoch FROM time_past) * 1000000)::int8, (extract(epoch FROM time_future) * 1000000)::int8,
+                collections_max, fields_max, bytes_per_day IS NOT NULL
          FROM rakam_internal.project WHERE project_id = ANY ($1)",
         &[arg(ids.to_vec())],
         project_row,
@@ -99,6 +110,16 @@ pub fn collection(view: View, project: &str, name: &str) -> Result<Option<Collec
          FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
          WHERE p.name = $1 AND c.name = $2",
         &[arg(project), arg(name)],
+        collection_row,
+    )
+}
+
+/// The collection whose registered table this is, under whatever name the view knows it, if its user may read it.
+pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>> {
+    spi::first(
+        view,
+        "SELECT collection_id, project_id, name, ft, schema_version FROM rakam_internal.collection WHERE ft = $1",
+        &[arg(table)],
         collection_row,
     )
 }
@@ -148,52 +169,73 @@ pub fn collection_named(view: View, project_id: i32, name: &str) -> Result<Optio
     )
 }
 
-fn field_row(row: &spi::Row) -> Result<Field> {
-    let ty: String = row.must(3)?;
-    Ok(Field {
-        id: row.must(1)?,
-        name: row.must(2)?,
-        ty: FieldType::parse(&ty)
-            .ok_or_else(|| PgError::internal(format!("unknown field type \"{ty}\"")))?,
-        added_version: row.must(4)?,
-        column_ready: row.must(5)?,
-    })
+/// The fields of a collection, as they are read.
+#[derive(Default)]
+struct Fields {
+    present: Vec<Field>,
+    dropped: Vec<DroppedField>,
+}
+
+impl Fields {
+    /// Adds a row: id, name, type (NULL: dropped), version, whether it is a column, when it was dropped.
+    fn add(&mut self, row: &spi::Row) -> Result<()> {
+        let name = row.must(2)?;
+        match row.get::<String>(3) {
+            Some(ty) => self.present.push(Field {
+                id: row.must(1)?,
+                name,
+                ty: FieldType::parse(&ty)
+                    .ok_or_else(|| PgError::internal(format!("unknown field type \"{ty}\"")))?,
+                added_version: row.must(4)?,
+                column_ready: row.must(5)?,
+            }),
+            None => self.dropped.push(DroppedField {
+                name,
+                xid: row.xid8(6).unwrap_or(0) as i64,
+                at_us: row.timestamptz(7).unwrap_or(i64::MIN),
+            }),
+        }
+        Ok(())
+    }
+
+    fn schema(self, version: i32) -> Schema {
+        Schema::new(version, self.present).with_dropped(self.dropped)
+    }
 }
 
 /// The fields of a collection.
 pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
-    let fields = spi::query(
+    let mut fields = Fields::default();
+    spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready
-         FROM rakam_internal.field WHERE collection_id = $1 ORDER BY field_id",
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz
+         FROM rakam_internal.field WHERE collection_id = $1
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at
+         FROM rakam_internal.dropped_field WHERE collection_id = $1",
         &[arg(collection.id)],
-        field_row,
+        |row| fields.add(row),
     )?;
-    Ok(Schema::new(collection.schema_version, fields))
+    Ok(fields.schema(collection.schema_version))
 }
 
 /// The fields of many collections, by collection.
 pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, Schema>> {
     let ids: Vec<i32> = collections.iter().map(|c| c.id).collect();
-    let mut fields: HashMap<i32, Vec<Field>> = HashMap::new();
+    let mut fields: HashMap<i32, Fields> = HashMap::new();
     spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready, collection_id
-         FROM rakam_internal.field WHERE collection_id = ANY ($1)",
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, collection_id
+         FROM rakam_internal.field WHERE collection_id = ANY ($1)
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at, collection_id
+         FROM rakam_internal.dropped_field WHERE collection_id = ANY ($1)",
         &[arg(ids)],
-        |row| {
-            fields
-                .entry(row.must(6)?)
-                .or_default()
-                .push(field_row(row)?);
-            Ok(())
-        },
+        |row| fields.entry(row.must(8)?).or_default().add(row),
     )?;
     Ok(collections
         .iter()
         .map(|c| {
             let own = fields.remove(&c.id).unwrap_or_default();
-            (c.id, Schema::new(c.schema_version, own))
+            (c.id, own.schema(c.schema_version))
         })
         .collect())
 }
@@ -209,19 +251,37 @@ pub fn in_scope(projects: Option<&[i32]>, name: Option<&str>) -> Result<Vec<Coll
     )
 }
 
-/// Registers a collection; nothing happens if it is there. Workers, in a transaction of their own.
-pub fn add_collection(project_id: i32, name: &str) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.collection (project_id, name) VALUES ($1, $2)
+/// Registers a collection; nothing happens if it is there, or (false) if the project may have no more of them.
+/// Workers, in a transaction of their own.
+pub fn add_collection(project_id: i32, name: &str) -> Result<bool> {
+    let added = spi::execute(
+        "INSERT INTO rakam_internal.collection (project_id, name)
+         SELECT $1, $2 FROM rakam_internal.project p WHERE p.project_id = $1
+           AND (p.collections_max IS NULL OR p.collections_max >
+                (SELECT count(*) FROM rakam_internal.collection c WHERE c.project_id = $1))
          ON CONFLICT (project_id, name) DO NOTHING",
         &[arg(project_id), arg(name)],
     )?;
-    Ok(())
+    Ok(added > 0 || collection_named(View::Current, project_id, name)?.is_some())
 }
 
-/// Registers fields under the next schema version, skipping names that exist. Returns how many were new.
+/// How many collections and fields a project has, all collections together.
+pub fn counts(view: View, project_id: i32) -> Result<(i64, i64)> {
+    Ok(spi::first(
+        view,
+        "SELECT (SELECT count(*) FROM rakam_internal.collection WHERE project_id = $1),
+                (SELECT count(*) FROM rakam_internal.field WHERE project_id = $1)",
+        &[arg(project_id)],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )?
+    .unwrap_or_default())
+}
+
+/// Registers fields under the next schema version, skipping names that exist, and what is beyond the project's
+/// quota. Returns how many were new.
 ///
-/// The collection's row lock orders concurrent callers, so ids and versions are dense and never reused.
+/// The collection's row lock orders concurrent callers, so ids and versions are dense and never reused, not even
+/// after a field was dropped.
 pub fn add_fields(
     collection_id: i32,
     fields: &[(String, FieldType)],
@@ -240,9 +300,14 @@ pub fn add_fields(
     for (name, ty) in fields {
         added += spi::execute(
             "INSERT INTO rakam_internal.field (collection_id, field_id, project_id, name, type, declared, added_version)
-             SELECT $1, greatest((SELECT max(field_id) FROM rakam_internal.field WHERE collection_id = $1) + 1, $2),
+             SELECT $1, greatest((SELECT max(field_id) FROM rakam_internal.field WHERE collection_id = $1) + 1,
+                                 (SELECT max(field_id) FROM rakam_internal.dropped_field WHERE collection_id = $1) + 1,
+                                 $2),
                     $3, $4, $5, $6,
                     (SELECT schema_version + 1 FROM rakam_internal.collection WHERE collection_id = $1)
+             FROM rakam_internal.project p WHERE p.project_id = $3
+               AND (p.fields_max IS NULL OR p.fields_max >
+                    (SELECT count(*) FROM rakam_internal.field f WHERE f.project_id = $3))
              ON CONFLICT (collection_id, name) DO NOTHING",
             &[
                 arg(collection_id),

@@ -17,8 +17,10 @@ use rakam_event::schema::Schema;
 
 use super::row::{Row, Target};
 use crate::catalog::inbox::{self, Entry};
+use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::ingest::append::{self, append};
+use crate::ingest::quota;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
@@ -197,6 +199,14 @@ impl Buffer {
     fn write_lines(&mut self) -> Result<()> {
         wait::check_interrupts();
         let lines = std::mem::take(&mut self.lines);
+        let bytes: usize = lines.by_receipt.values().map(|(_, text)| text.len()).sum();
+        // Line breaks are ours.
+        let breaks = lines.events - lines.by_receipt.len();
+        quota::charge(
+            &*self.charged()?,
+            lines.events as i64,
+            (bytes - breaks) as i64,
+        )?;
         for (received_at_us, (n, text)) in &lines.by_receipt {
             inbox::append(&Entry {
                 project_id: self.project.id,
@@ -219,24 +229,34 @@ impl Buffer {
         let Some(builder) = chunk.builder.take() else {
             return Ok(());
         };
+        let schema_version = chunk.schema.version;
         wait::check_interrupts();
+        // There is no JSON: of these events the values count.
+        let (rows, bytes) = (builder.rows() as i64, builder.bytes() as i64);
         let built = builder.finish()?;
         if !built.invalid_counts.is_empty() {
             return Err(PgError::internal(
                 "a row of a chunk has a value to be logged",
             ));
         }
+        quota::charge_stored(&*self.charged()?, rows, bytes)?;
         let _owner = ActAs::owner();
         append(
             append::Target {
                 project_id: self.project.id,
                 collection_id: self.collection.id,
-                schema_version: chunk.schema.version,
+                schema_version,
                 level: 0,
                 since_us: None,
             },
             &built.batch,
         )
+    }
+
+    /// The project whose quota counts.
+    fn charged(&self) -> Result<Rc<Project>> {
+        projects::by_name(&self.project.name)?
+            .ok_or_else(|| PgError::no_project(&self.project.name))
     }
 
     /// What the digest would know about an event of this transaction.

@@ -249,7 +249,12 @@ impl ForeignScan {
         let _user = ActAs::user(self.user);
         let view = self.view();
         if self.visible.is_none() {
-            self.visible = Some(tiers::look_up(view, &self.options, &self.columns)?);
+            self.visible = Some(tiers::look_up(
+                view,
+                self.relation,
+                &self.options,
+                &self.columns,
+            )?);
         }
         let Some(Some(visible)) = &self.visible else {
             // Nothing that this user may see: no rows, and no word about it.

@@ -27,7 +27,7 @@ use crate::catalog::registry::{self, Collection};
 use crate::pg::runtime::Sender;
 use crate::pg::security::ActAs;
 use crate::pg::spi::View;
-use crate::pg::{PgError, Result};
+use crate::pg::{Oid, PgError, Result};
 
 /// The field `_time`, by which files and chunks are skipped first.
 const TIME_FIELD_ID: i32 = 1;
@@ -49,7 +49,12 @@ pub struct Seen {
 }
 
 /// Looks the table's project and collection up. None: there is nothing that this user may read.
-pub fn look_up(view: View, options: &TableOptions, columns: &[Column]) -> Result<Option<Visible>> {
+pub fn look_up(
+    view: View,
+    table: Oid,
+    options: &TableOptions,
+    columns: &[Column],
+) -> Result<Option<Visible>> {
     let Some(project) = registry::project(view, &options.project)? else {
         return Ok(None);
     };
@@ -70,9 +75,13 @@ pub fn look_up(view: View, options: &TableOptions, columns: &[Column]) -> Result
         }
         all
     } else {
-        registry::collection(view, &options.project, &options.collection)?
-            .into_iter()
-            .collect()
+        let named = registry::collection(view, &options.project, &options.collection)?;
+        // To an older snapshot a collection that was renamed since has its former name.
+        let renamed = match &named {
+            Some(named) if named.ft == Some(table) => None,
+            _ => registry::collection_of_table(view, table)?,
+        };
+        renamed.or(named).into_iter().collect()
     };
     let parts = collections
         .into_iter()

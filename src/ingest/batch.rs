@@ -9,7 +9,9 @@ use rakam_event::error::EventError;
 use rakam_event::names::CollectionName;
 use rakam_event::{json, time};
 
+use super::admission::Admission;
 use super::collect::{limits, project_of_key, writable_project};
+use super::quota;
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::projects::{self, Project};
 use crate::pg::jsonb::JsonbText;
@@ -123,9 +125,17 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
             payload: row.payload.as_bytes(),
         })
     };
-    for (index, item) in entry::split_batch(text, &limits())?.into_iter().enumerate() {
+    let items = entry::split_batch(text, &limits())?;
+    charge(project, &items)?;
+    let mut admission = Admission::new(project);
+    for (index, item) in items.into_iter().enumerate() {
         match item {
             Ok(item) => {
+                let name = item.collection.as_str();
+                if let Some(refusal) = admission.refusal(name, &item.properties)? {
+                    rejected.add(index, &refusal);
+                    continue;
+                }
                 stored += 1;
                 if let Some((collection, full)) = rows.add(item) {
                     append(&collection, &full)?;
@@ -142,6 +152,16 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
         .with(rejected.indexes.len() as i64)
         .with(rejected.indexes)
         .with(JsonbText(format!("[{}]", rejected.errors))))
+}
+
+/// Takes the well-formed events of a batch in, all or none.
+fn charge(project: &Project, items: &[std::result::Result<BatchItem, EventError>]) -> Result<()> {
+    let (mut events, mut bytes) = (0, 0);
+    for item in items.iter().flatten() {
+        events += 1;
+        bytes += item.properties.len() as i64;
+    }
+    quota::charge(project, events, bytes)
 }
 
 /// Options of a batch.

@@ -7,14 +7,17 @@ use pgrx::pg_extern;
 use rakam_event::entry::{self, Limits};
 use rakam_event::names::CollectionName;
 
+use super::admission::Admission;
+use super::quota;
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::projects::{self, KeyKind, Project, Right};
 use crate::pg::jsonb::JsonbText;
-use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, xact};
+use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, security, xact};
 
 /// Stores one event. SQL: `rakam.collect(project text, collection text, properties jsonb)`.
 /// Errors: 42501 no such project or no right to write, 22004 NULL argument, 42602 / 42939 a name that is not
-/// usable / reserved, 22023 properties are not an object, 54000 too large or too deep, 25006 read-only.
+/// usable / reserved, 22023 properties are not an object, 54000 too large or too deep, 25006 read-only, 42703 a new
+/// field or collection where they are fixed, 53400 beyond the project's quota.
 #[pg_extern(volatile, parallel_unsafe)]
 fn collect(
     project: Option<&str>,
@@ -45,6 +48,10 @@ fn store_one(
     let collection = CollectionName::parse(not_null(collection, "collection")?)?;
     let properties = not_null(properties, "properties")?.0;
     let event = entry::check_event(&properties, &limits())?;
+    if let Some(refusal) = Admission::new(project).refusal(collection.as_str(), &event)? {
+        return Err(refusal.into());
+    }
+    quota::charge(project, 1, event.len() as i64)?;
     inbox::append(&Entry {
         project_id: project.id,
         collection_id: projects::collection_id(project.id, collection.as_str())?,
@@ -59,7 +66,11 @@ fn store_one(
 /// The project of this name, if the effective user may collect into it now.
 pub fn writable_project(name: &str) -> Result<Rc<Project>> {
     xact::ensure_writable("collect events")?;
-    projects::authorize(name, Right::Write)
+    let project = projects::authorize(name, Right::Write)?;
+    if project.is_fixed && project.allows(security::current_user(), Right::Admin) {
+        return Ok(project.for_admin());
+    }
+    Ok(project)
 }
 
 /// The project of a key, if the key is for writing.
@@ -68,7 +79,8 @@ pub fn project_of_key(text: &str) -> Result<Rc<Project>> {
     xact::ensure_writable("collect events")?;
     let key = projects::key(text)?;
     match key.kind {
-        KeyKind::Write | KeyKind::Master => Ok(key.project),
+        KeyKind::Write => Ok(key.project),
+        KeyKind::Master => Ok(key.project.for_admin()),
         KeyKind::Read => Err(
             PgError::new("42501", "the key does not allow to collect events")
                 .hint("Use the project's write key."),

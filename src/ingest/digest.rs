@@ -16,15 +16,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use rakam_event::discovery::Discovery;
+use rakam_event::error::EventError;
 use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
 use super::lookup::{Found, Registry};
 use super::making::Making;
 pub use super::making::limits;
+use super::quota;
 use crate::catalog::backlog::{self, Backlog, Head, Lag, Whose};
 use crate::catalog::inbox::{self, TailRow, Tick};
-use crate::catalog::registry;
+use crate::catalog::registry::{self, ProjectRow};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
@@ -289,13 +291,14 @@ impl Watch {
         };
         if !plan.learnt.is_empty() {
             failpoint::hit("digest.before_registry");
-            xact::worker(|| register(&plan.learnt))?;
-            look.schema_changed = true;
+            look.schema_changed = xact::worker(|| register(&plan.learnt))?;
         }
         if !plan.is_due() {
             return Ok(look);
         }
-        look.events = xact::worker(|| write(&plan))?;
+        let (events, usage) = xact::worker(|| write(&plan))?;
+        usage.tell();
+        look.events = events;
         self.tick_id = plan.tick.id + 1;
         self.rounds += 1;
         if let Some(slice) = &plan.slice {
@@ -494,12 +497,12 @@ impl Learner {
         }
         let max_fields = self.max_fields;
         let learner = match self.registry.find(row)? {
-            Found::NoProject => return Ok(()),
+            Found::Dropped => return Ok(()),
             Found::Place(place) => self
                 .known
                 .entry(place.collection.id)
                 .or_insert_with(|| Discovery::new(&place.schema, max_fields)),
-            Found::NoCollection => {
+            Found::NoCollection(_) => {
                 let key = (row.project_id, row.collection.clone());
                 self.strangers
                     .entry(key)
@@ -512,7 +515,9 @@ impl Learner {
             };
             if !event.is_empty() {
                 // A panic teaches nothing; the event is parked when it is written.
-                let _ = catch_unwind(AssertUnwindSafe(|| learner.observe(event)));
+                let _ = catch_unwind(AssertUnwindSafe(|| {
+                    learner.observe(event, row.txid as i64, row.received_at_us);
+                }));
             }
         }
         Ok(())
@@ -535,28 +540,34 @@ impl Learner {
     }
 }
 
-/// Second transaction: names, in sorted order, before the data that uses them.
-fn register(learnt: &Learnt) -> Result<()> {
+/// Second transaction: names, in sorted order, before the data that uses them. What the project's quota has no room
+/// for is left out. Answers whether anything was new.
+fn register(learnt: &Learnt) -> Result<bool> {
+    let mut changed = false;
     for ((project_id, name), fields) in &learnt.collections {
-        registry::add_collection(*project_id, name)?;
+        if !registry::add_collection(*project_id, name)? {
+            continue;
+        }
+        changed = true;
         if let Some(collection) = registry::collection_named(View::Current, *project_id, name)? {
             registry::add_fields(collection.id, fields, false)?;
         }
     }
     for (collection_id, fields) in &learnt.fields {
-        registry::add_fields(*collection_id, fields, false)?;
+        changed |= registry::add_fields(*collection_id, fields, false)? > 0;
     }
-    Ok(())
+    Ok(changed)
 }
 
-/// Third transaction: chunks and the tick. Returns the number of events.
-fn write(plan: &Plan) -> Result<u64> {
+/// Third transaction: chunks and the tick. Returns the number of events, and the bytes to be told after the commit.
+fn write(plan: &Plan) -> Result<(u64, quota::Digested)> {
     // The rows are those that the plan saw: the tick's snapshot decides, and this one is newer.
     let view = View::Under(Snapshot::active());
     let mut chunks = Chunks {
         registry: Registry::new(View::Current),
         making: BTreeMap::new(),
         events: 0,
+        usage: quota::Digested::default(),
     };
     if plan.tick_moves {
         let everybody = Whose::Except(plan.apart.clone());
@@ -570,6 +581,7 @@ fn write(plan: &Plan) -> Result<u64> {
         chunks.take(view, Backlog::new(view, &slice.from, &slice.upto, project)?)?;
     }
     chunks.write()?;
+    chunks.usage.store()?;
     failpoint::hit("digest.before_tick");
     backlog::add_tick(plan.tick.id + 1, &plan.upto)?;
     for project_id in &plan.begin_to_lag {
@@ -581,7 +593,7 @@ fn write(plan: &Plan) -> Result<u64> {
         None => {}
     }
     failpoint::hit("digest.before_commit");
-    Ok(chunks.events)
+    Ok((chunks.events, chunks.usage))
 }
 
 /// The chunks that a round makes.
@@ -589,6 +601,7 @@ struct Chunks {
     registry: Registry,
     making: BTreeMap<i32, Making>,
     events: u64,
+    usage: quota::Digested,
 }
 
 impl Chunks {
@@ -597,12 +610,19 @@ impl Chunks {
             wait::check_interrupts();
             self.registry.prepare(&page)?;
             for row in &page {
-                // A project or collection that was dropped since: its events go with it.
-                if let Found::Place(place) = self.registry.find(row)? {
-                    self.making
-                        .entry(place.collection.id)
-                        .or_insert_with(|| Making::new(place))
-                        .add(row)?;
+                match self.registry.find(row)? {
+                    Found::Place(place) => {
+                        self.usage.add(&place.project, row);
+                        self.making
+                            .entry(place.collection.id)
+                            .or_insert_with(|| Making::new(place))
+                            .add(row)?;
+                    }
+                    Found::NoCollection(project) => {
+                        self.usage.add(&project, row);
+                        refuse(&project, row)?;
+                    }
+                    Found::Dropped => {}
                 }
             }
             if self.making.values().map(Making::bytes).sum::<usize>() >= MAKING_BYTES {
@@ -620,6 +640,19 @@ impl Chunks {
         }
         Ok(())
     }
+}
+
+/// Makes dead letters of the events of a row whose collection the second transaction did not register.
+fn refuse(project: &ProjectRow, row: &TailRow) -> Result<()> {
+    let why = match project.collections_max {
+        Some(most) => EventError::TooManyCollections(most).to_string(),
+        // The quota was lifted in this very moment.
+        None => "collection could not be registered".to_owned(),
+    };
+    for event in row.payload.split(|&b| b == b'\n').filter(|e| !e.is_empty()) {
+        inbox::add_dead_letter(row, event, &why)?;
+    }
+    Ok(())
 }
 
 /// Tries parked events again, each in a transaction of its own. Returns how many left the parking.

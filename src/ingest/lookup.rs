@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use rakam_event::schema::Schema;
 
+use crate::catalog::former::{self, FormerName, Owner};
 use crate::catalog::inbox::TailRow;
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::Result;
@@ -23,9 +24,9 @@ pub struct Place {
 pub enum Found {
     Place(Place),
     /// The project is there, a collection of this name is not.
-    NoCollection,
-    /// The project was dropped.
-    NoProject,
+    NoCollection(Rc<ProjectRow>),
+    /// The project, or the collection that the events were sent to, was dropped: they go with it.
+    Dropped,
 }
 
 pub struct Registry {
@@ -33,6 +34,8 @@ pub struct Registry {
     projects: HashMap<i32, Option<Rc<ProjectRow>>>,
     by_id: HashMap<i32, Option<Place>>,
     by_name: HashMap<(i32, String), Option<Place>>,
+    /// Asked for when the first row is met that was stored by name.
+    former: Option<Vec<FormerName>>,
 }
 
 impl Registry {
@@ -42,6 +45,7 @@ impl Registry {
             projects: HashMap::new(),
             by_id: HashMap::new(),
             by_name: HashMap::new(),
+            former: None,
         }
     }
 
@@ -59,11 +63,12 @@ impl Registry {
                 self.projects.insert(project.id, Some(Rc::new(project)));
             }
         }
-        let unknown: HashSet<i32> = page
-            .iter()
-            .map(|row| row.collection_id)
-            .filter(|id| *id != 0 && !self.by_id.contains_key(id))
-            .collect();
+        self.prepare_collections(page.iter().map(|row| row.collection_id).collect())
+    }
+
+    /// Reads the collections of these ids. Their projects are known.
+    fn prepare_collections(&mut self, mut unknown: HashSet<i32>) -> Result<()> {
+        unknown.retain(|id| *id != 0 && !self.by_id.contains_key(id));
         self.by_id.extend(unknown.iter().map(|&id| (id, None)));
         if unknown.is_empty() {
             return Ok(());
@@ -89,7 +94,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Where a row belongs, by id or by name.
+    /// Where a row belongs: by its id, or by what its name meant when it was stored.
     pub fn find(&mut self, row: &TailRow) -> Result<Found> {
         if !self.projects.contains_key(&row.project_id)
             || row.collection_id != 0 && !self.by_id.contains_key(&row.collection_id)
@@ -97,18 +102,39 @@ impl Registry {
             self.prepare(std::slice::from_ref(row))?;
         }
         let Some(project) = self.projects.get(&row.project_id).cloned().flatten() else {
-            return Ok(Found::NoProject);
+            return Ok(Found::Dropped);
         };
-        if let Some(Some(place)) = self.by_id.get(&row.collection_id) {
-            return Ok(Found::Place(place.clone()));
+        if row.collection_id != 0 {
+            return Ok(self.registered(row.collection_id));
         }
-        let key = (row.project_id, row.collection.clone());
+        if self.former.is_none() {
+            self.former = Some(former::names(self.view, None)?);
+        }
+        match former::owner(self.former.as_deref().unwrap_or_default(), row) {
+            Owner::Present => self.find_name(project, &row.collection),
+            Owner::Nobody => Ok(Found::Dropped),
+            Owner::Collection(id) => {
+                self.prepare_collections(HashSet::from([id]))?;
+                Ok(self.registered(id))
+            }
+        }
+    }
+
+    fn registered(&self, id: i32) -> Found {
+        match self.by_id.get(&id) {
+            Some(Some(place)) => Found::Place(place.clone()),
+            _ => Found::Dropped,
+        }
+    }
+
+    fn find_name(&mut self, project: Rc<ProjectRow>, name: &str) -> Result<Found> {
+        let key = (project.id, name.to_owned());
         if !self.by_name.contains_key(&key) {
             let place = match registry::collection_named(self.view, key.0, &key.1)? {
                 Some(collection) => Some(Place {
                     schema: Rc::new(registry::schema(self.view, &collection)?),
                     collection: Rc::new(collection),
-                    project,
+                    project: Rc::clone(&project),
                 }),
                 None => None,
             };
@@ -116,7 +142,7 @@ impl Registry {
         }
         Ok(match &self.by_name[&key] {
             Some(place) => Found::Place(place.clone()),
-            None => Found::NoCollection,
+            None => Found::NoCollection(project),
         })
     }
 }

@@ -1,9 +1,11 @@
 //! The ways in: collect, the digest of what it left in the inbox, and [`append`], the one door through which a
 //! batch of events enters the hot tier.
 
+pub mod admission;
 pub mod append;
 pub mod batch;
 pub mod collect;
 pub mod digest;
 mod lookup;
 mod making;
+pub mod quota;

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::time::Duration;
 
-use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum, pg_sys};
 
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
 static THREADS: GucSetting<i32> = GucSetting::<i32>::new(0);
@@ -23,10 +23,25 @@ static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
 static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
 static MAX_STRING_BYTES: GucSetting<i32> = GucSetting::<i32>::new(64 << 10);
 static MAX_FIELDS: GucSetting<i32> = GucSetting::<i32>::new(500);
+static AUDIT: GucSetting<Audit> = GucSetting::<Audit>::new(Audit::Write);
+static AUDIT_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(365 * 24 * 60);
+static INVALID_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
+static DEAD_LETTER_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static ALLOW_PROJECT_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 static ROLE_PREFIX: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"rakam_"));
 static FAILPOINT: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+
+/// Which calls the audit log notes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+pub enum Audit {
+    #[name = c"off"]
+    Off,
+    #[name = c"write"]
+    Write,
+    #[name = c"all"]
+    All,
+}
 
 pub fn init() {
     let plain = GucFlags::default();
@@ -178,6 +193,41 @@ pub fn init() {
         GucContext::Suset,
         plain,
     );
+    GucRegistry::define_enum_guc(
+        c"rakam.audit",
+        c"Calls that rakam.audit_log notes: none, those that change or export something, or all.",
+        c"",
+        &AUDIT,
+        GucContext::Suset,
+        plain,
+    );
+    for (name, what, setting) in [
+        (
+            c"rakam.audit_retention",
+            c"Time that entries of the audit log are kept; -1: for ever.",
+            &AUDIT_RETENTION,
+        ),
+        (
+            c"rakam.invalid_retention",
+            c"Time that samples of values that did not fit are kept; -1: for ever.",
+            &INVALID_RETENTION,
+        ),
+        (
+            c"rakam.dead_letter_retention",
+            c"Time that dead letters are kept; -1: until they are replayed.",
+            &DEAD_LETTER_RETENTION,
+        ),
+    ] {
+        int(
+            name,
+            what,
+            setting,
+            -1,
+            i32::MAX,
+            GucContext::Sighup,
+            GucFlags::UNIT_MIN,
+        );
+    }
     bool_guc(
         c"rakam.allow_project_drop",
         c"Allows rakam.drop_project.",
@@ -304,6 +354,31 @@ pub fn max_string_bytes() -> usize {
 
 pub fn max_fields() -> usize {
     MAX_FIELDS.get() as usize
+}
+
+pub fn audit() -> Audit {
+    AUDIT.get()
+}
+
+/// None: for ever.
+pub fn audit_retention() -> Option<Duration> {
+    age(&AUDIT_RETENTION)
+}
+
+/// None: for ever.
+pub fn invalid_retention() -> Option<Duration> {
+    age(&INVALID_RETENTION)
+}
+
+/// None: for ever.
+pub fn dead_letter_retention() -> Option<Duration> {
+    age(&DEAD_LETTER_RETENTION)
+}
+
+fn age(minutes: &GucSetting<i32>) -> Option<Duration> {
+    u64::try_from(minutes.get())
+        .ok()
+        .map(|minutes| Duration::from_secs(minutes * 60))
 }
 
 pub fn allow_project_drop() -> bool {

@@ -2,6 +2,8 @@
 //!
 //! `pg_advisory_lock` uses advisory tags with field4 1 or 2; ours start at 100, so no tenant can stop a worker.
 
+use std::time::Duration;
+
 use pgrx::pg_sys;
 
 /// What a lock is on. The discriminant is the tag's field4.
@@ -94,6 +96,16 @@ fn acquire(on: LockOn, session: bool, no_wait: bool) -> bool {
     let result =
         unsafe { pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, session, no_wait) };
     result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+}
+
+/// How long this session waits for a lock at most (`lock_timeout`); None: as long as it takes.
+pub fn timeout() -> Option<Duration> {
+    // SAFETY: reads a backend variable.
+    let ms = unsafe { pg_sys::LockTimeout };
+    u64::try_from(ms)
+        .ok()
+        .filter(|ms| *ms > 0)
+        .map(Duration::from_millis)
 }
 
 /// Locks a relation to the end of the transaction, waiting for it.

@@ -4,6 +4,8 @@ use std::ffi::CString;
 
 use pgrx::pg_sys;
 
+use super::spi::quote_ident;
+
 /// The oid of a relation of ours; InvalidOid if it is not there.
 pub fn oid(schema: &str, name: &str) -> pg_sys::Oid {
     let (Ok(schema), Ok(name)) = (CString::new(schema), CString::new(name)) else {
@@ -16,6 +18,22 @@ pub fn oid(schema: &str, name: &str) -> pg_sys::Oid {
             return pg_sys::InvalidOid;
         }
         pg_sys::get_relname_relid(name.as_ptr(), namespace)
+    }
+}
+
+/// The name of a relation as SQL text, with its schema. None: it is not there (any more).
+pub fn qualified_name(relation: pg_sys::Oid) -> Option<String> {
+    // SAFETY: syscache look-ups by oid; both results are NULL or NUL-terminated copies.
+    unsafe {
+        let name = pg_sys::get_rel_name(relation);
+        let schema = pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relation));
+        if name.is_null() || schema.is_null() {
+            return None;
+        }
+        let text = |name: *mut std::ffi::c_char| {
+            quote_ident(&std::ffi::CStr::from_ptr(name).to_string_lossy())
+        };
+        Some(format!("{}.{}", text(schema), text(name)))
     }
 }
 

@@ -8,6 +8,12 @@ pub fn current_user() -> pg_sys::Oid {
     unsafe { pg_sys::GetUserId() }
 }
 
+/// Who has logged in (or become somebody else with SET SESSION AUTHORIZATION).
+pub fn session_user() -> pg_sys::Oid {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::GetSessionUserId() }
+}
+
 /// Acts as `user` until dropped, with SET ROLE and SET SESSION AUTHORIZATION refused meanwhile. Restored on
 /// an error too: by Drop while it unwinds, and by the (sub)transaction's abort.
 pub struct ActAs {

@@ -145,6 +145,16 @@ pub enum View {
     Current,
 }
 
+impl View {
+    /// The snapshot, and whether the statement only reads.
+    fn for_spi(self) -> (pg_sys::Snapshot, bool) {
+        match self {
+            Self::Under(snapshot) => (snapshot.as_ptr(), true),
+            Self::Current => (std::ptr::null_mut(), false),
+        }
+    }
+}
+
 /// Runs `sql` and calls `each` for every row. Returns the number of rows processed.
 ///
 /// `sql` must name every relation and function with its schema; operators resolve in pg_catalog only,
@@ -158,18 +168,8 @@ pub fn run(
     let _path = PinnedPath::enter();
     let _spi = Connection::open();
     let plan = plan(sql, args);
-    let mut values: Vec<pg_sys::Datum> = args
-        .iter()
-        .map(|a| a.1.unwrap_or(pg_sys::Datum::from(0usize)))
-        .collect();
-    let nulls: Vec<std::ffi::c_char> = args
-        .iter()
-        .map(|a| if a.1.is_some() { b' ' } else { b'n' } as std::ffi::c_char)
-        .collect();
-    let (snapshot, read_only) = match view {
-        View::Under(snapshot) => (snapshot.as_ptr(), true),
-        View::Current => (std::ptr::null_mut(), false),
-    };
+    let (mut values, nulls) = split(args);
+    let (snapshot, read_only) = view.for_spi();
     // SAFETY: connected to SPI; the plan is kept; values and nulls have one entry per argument.
     let status = unsafe {
         pg_sys::SPI_execute_snapshot(
@@ -183,6 +183,11 @@ pub fn run(
             0,
         )
     };
+    each_row(status, &mut each)
+}
+
+/// Calls `each` for the rows of the statement just run; their number, or that of the rows it touched.
+fn each_row(status: i32, each: &mut dyn FnMut(&Row) -> Result<()>) -> Result<u64> {
     if status < 0 {
         return Err(PgError::internal(format!("SPI returned {status}")));
     }
@@ -242,6 +247,55 @@ pub fn execute_text(sql: &str) -> Result<()> {
         return Err(PgError::internal(format!("SPI returned {status}")));
     }
     Ok(())
+}
+
+/// The rows of a query whose text is made at run time: its plan is not kept. Identifiers and values in the text must
+/// have gone through [`quote_ident`] and [`quote_literal`].
+pub fn query_text<T>(
+    view: View,
+    sql: &str,
+    args: &[Arg],
+    mut map: impl FnMut(&Row) -> Result<T>,
+) -> Result<Vec<T>> {
+    let _path = PinnedPath::enter();
+    let _spi = Connection::open();
+    let text = CString::new(sql).map_err(|_| PgError::internal("NUL byte in SQL text"))?;
+    let mut types: Vec<pg_sys::Oid> = args.iter().map(|a| a.0).collect();
+    let (mut values, nulls) = split(args);
+    let (snapshot, read_only) = view.for_spi();
+    // SAFETY: connected to SPI; one type, value and null flag per argument; the plan goes with the connection.
+    let status = unsafe {
+        let plan = pg_sys::SPI_prepare(text.as_ptr(), types.len() as i32, types.as_mut_ptr());
+        if plan.is_null() {
+            return Err(PgError::internal("SPI refused a query"));
+        }
+        pg_sys::SPI_execute_snapshot(
+            plan,
+            values.as_mut_ptr(),
+            nulls.as_ptr(),
+            snapshot,
+            std::ptr::null_mut(),
+            read_only,
+            true,
+            0,
+        )
+    };
+    let mut rows = Vec::new();
+    each_row(status, &mut |row| {
+        rows.push(map(row)?);
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
+/// The values of arguments, and which of them are NULL, as SPI wants them.
+fn split(args: &[Arg]) -> (Vec<pg_sys::Datum>, Vec<std::ffi::c_char>) {
+    args.iter()
+        .map(|a| match a.1 {
+            Some(value) => (value, b' ' as std::ffi::c_char),
+            None => (pg_sys::Datum::from(0usize), b'n' as std::ffi::c_char),
+        })
+        .unzip()
 }
 
 /// An identifier as SQL text.

@@ -5,11 +5,14 @@ mod access;
 mod keys;
 mod objects;
 mod schemas;
+mod settings;
+mod values;
 
 use pgrx::iter::TableIterator;
 use pgrx::{default, name, pg_extern};
 use rakam_event::names::ProjectName;
 
+use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
@@ -37,7 +40,9 @@ fn create_project(
     >,
     ErrorReport,
 > {
-    let (project, keys) = create(not_null(name, "name")?, storage)?;
+    let (project, keys) = audit::call("create_project", name, storage, || {
+        create(not_null(name, "name")?, storage)
+    })?;
     Ok(TableIterator::once((
         project,
         keys.id,
@@ -66,7 +71,9 @@ fn create(name: &str, storage: Option<&str>) -> Result<(String, KeySet)> {
 /// Errors: 42501 no such project or neither superuser nor rakam_admin, 55000 `rakam.allow_project_drop` is off.
 #[pg_extern(volatile, parallel_unsafe)]
 fn drop_project(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
-    Ok(drop_by_name(not_null(name, "name")?)?)
+    Ok(audit::call("drop_project", name, None, || {
+        drop_by_name(not_null(name, "name")?)
+    })?)
 }
 
 fn drop_by_name(name: &str) -> Result<()> {
@@ -108,7 +115,9 @@ fn create_keys(
     >,
     ErrorReport,
 > {
-    let keys = new_keys(not_null(project, "project")?)?;
+    let keys = audit::call("create_keys", project, None, || {
+        new_keys(not_null(project, "project")?)
+    })?;
     Ok(TableIterator::once((
         keys.id,
         keys.read,
@@ -131,9 +140,12 @@ fn revoke_keys(
     project: Option<&str>,
     key_id: Option<pgrx::Uuid>,
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(revoke(
-        not_null(project, "project")?,
-        not_null(key_id, "key_id")?,
+    let object = key_id.map(|id| id.to_string());
+    Ok(audit::call(
+        "revoke_keys",
+        project,
+        object.as_deref(),
+        || revoke(not_null(project, "project")?, not_null(key_id, "key_id")?),
     )?)
 }
 

@@ -3,10 +3,18 @@
 //! Never in the way of anybody: a table that is being read is tried again later; the attempt gives up after 100 ms,
 //! so that new readers queue behind it no longer than that.
 
+use rakam_event::error::EventError;
+
 use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::pg::locks::LockOn;
 use crate::pg::spi::{self, View, arg, quote_ident, quote_literal};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{Oid, PgError, Result};
+use crate::pg::{Oid, PgError, Result, locks, relation};
+
+/// A table that is in use is given up soon.
+const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
+/// dependent_objects_still_exist.
+const DEPENDENTS: &str = "2BP01";
 
 /// What is left to do.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,13 +55,15 @@ fn pending() -> Result<Vec<i32>> {
 
 /// Brings one collection's table up to its registered fields.
 pub fn sync(collection_id: i32) -> Result<()> {
+    // Before anything is read: a called function may be at the same table as the resident worker.
+    locks::transaction(LockOn::Ddl);
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(());
     };
     let Some(project) = registry::project_by_id(View::Current, collection.project_id)? else {
         return Ok(());
     };
-    spi::execute_text("SET LOCAL lock_timeout = '100ms'")?;
+    spi::execute_text(LOCK_TIMEOUT)?;
     match collection.ft {
         None => create(&project, &collection),
         Some(_) => add_columns(&project, &collection),
@@ -161,9 +171,56 @@ fn role_name(role: Oid) -> Result<Option<String>> {
     )
 }
 
+/// Drops a collection's table; an error if views depend on it, or if somebody uses it.
+pub fn drop_table(collection: &Collection) -> Result<()> {
+    restricted(collection, |table| format!("DROP FOREIGN TABLE {table}"))
+}
+
+/// Drops a column of a collection's table; an error if views depend on it, or if somebody uses the table.
+pub fn drop_column(collection: &Collection, name: &str) -> Result<()> {
+    let column = quote_ident(name);
+    restricted(collection, |table| {
+        format!("ALTER FOREIGN TABLE {table} DROP COLUMN IF EXISTS {column}")
+    })
+}
+
+/// Gives a collection's table another name, and the option by which it is read.
+pub fn rename_table(collection: &Collection, name: &str) -> Result<()> {
+    let (new, literal) = (quote_ident(name), quote_literal(name));
+    with_table(collection, |table| {
+        format!("ALTER FOREIGN TABLE {table} OPTIONS (SET collection {literal})")
+    })?;
+    with_table(collection, |table| {
+        format!("ALTER FOREIGN TABLE {table} RENAME TO {new}")
+    })
+}
+
+/// Runs a statement on a collection's table, if it has been made. The lock is waited for as in [`sync`].
+fn with_table(collection: &Collection, statement: impl FnOnce(&str) -> String) -> Result<()> {
+    let Some(table) = collection.ft.and_then(relation::qualified_name) else {
+        return Ok(());
+    };
+    spi::execute_text(LOCK_TIMEOUT)?;
+    spi::execute_text(&statement(&table))
+}
+
+/// As [`with_table`]; what depends on the table stays, with an error that names it.
+fn restricted(collection: &Collection, statement: impl FnOnce(&str) -> String) -> Result<()> {
+    match xact::catch(|| with_table(collection, statement)).and_then(|outcome| outcome) {
+        Err(error) if error.sqlstate == DEPENDENTS => {
+            Err(error.hint("Drop the objects that depend on it first."))
+        }
+        outcome => outcome,
+    }
+}
+
 /// Makes a collection's table now, for a caller who waits for it. Nothing happens if it is there.
 pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
-    registry::add_collection(project_id, name)?;
+    if !registry::add_collection(project_id, name)? {
+        let project = registry::project_by_id(View::Current, project_id)?;
+        let most = project.and_then(|p| p.collections_max).unwrap_or(0);
+        return Err(EventError::TooManyCollections(most).into());
+    }
     let collection = registry::collection_named(View::Current, project_id, name)?
         .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
     sync(collection.id)

@@ -7,3 +7,4 @@ pub mod gc;
 pub mod hot;
 pub mod merge;
 pub mod rotate;
+pub mod upkeep;

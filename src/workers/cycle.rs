@@ -9,14 +9,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::helper::{self, Helper};
-use crate::catalog::job;
+use crate::catalog::{audit, job};
 use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::Slot;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{bgworker, guc};
+use crate::pg::{bgworker, guc, notes};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, merge, rotate};
+use crate::tiers::{ddl, flush, gc, merge, rotate, upkeep};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
@@ -107,6 +107,11 @@ impl<'a> Cycle<'a> {
         }
         if news || self.thin || self.behind || self.last_look.elapsed() >= IDLE_PAUSE {
             self.digest()?;
+        }
+        match notes::take(|left| xact::worker(|| audit::store(left))) {
+            // They wait for the next cycle.
+            Err(Failure::Error(error)) => error.warn(),
+            outcome => outcome?,
         }
         if self.ddl_pending && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
@@ -237,6 +242,7 @@ impl<'a> Cycle<'a> {
                 if let Some(_lock) = SessionLock::try_take(LockOn::Digest) {
                     digest::retry_parked()?;
                     rotate::run()?;
+                    upkeep::run()?;
                 }
                 gc::run()
             })?;

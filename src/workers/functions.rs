@@ -4,20 +4,22 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use rakam_event::error::EventError;
 use rakam_event::names::{self, CollectionName};
 use rakam_event::types::FieldType;
 use serde_json::json;
 
+use super::definitions;
 use super::task::{self, Scope, Task};
 use crate::catalog::projects::{self, Right};
-use crate::catalog::registry;
+use crate::catalog::{audit, registry};
 use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, not_null, security, types, wait};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, merge, rotate};
+use crate::tiers::{ddl, flush, gc, merge, rotate, upkeep};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -53,8 +55,10 @@ fn flush(
     >,
     ErrorReport,
 > {
-    let scope = scope(project, collection)?;
-    let rows = task::run(&Task::Flush { scope })?;
+    let rows = audit::call("flush", project, collection, || {
+        let scope = scope(project, collection)?;
+        task::run(&Task::Flush { scope })
+    })?;
     let rows: Vec<(String, i64, i64, i64)> = serde_json::from_value(rows)
         .map_err(|e| PgError::internal(format!("malformed reply of a flush: {e}")))?;
     Ok(TableIterator::new(rows))
@@ -94,13 +98,20 @@ fn create_collection(
     project: Option<&str>,
     collection: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
-    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-    let name = collection_name(collection)?;
-    task::run(&Task::CreateCollection {
-        project_id: project.id,
-        name: name.as_str().to_owned(),
-    })?;
-    Ok(())
+    Ok(audit::call(
+        "create_collection",
+        project,
+        collection,
+        || {
+            let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+            let name = collection_name(collection)?;
+            task::run(&Task::CreateCollection {
+                project_id: project.id,
+                name: name.as_str().to_owned(),
+            })?;
+            Ok(())
+        },
+    )?)
 }
 
 /// Declares a field ahead of use; nothing happens if it exists with this type.
@@ -114,6 +125,21 @@ fn add_field(
     field: Option<&str>,
     type_name: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
+    let object = collection.zip(field).map(|(c, f)| format!("{c}.{f}"));
+    Ok(audit::call(
+        "add_field",
+        project,
+        object.as_deref(),
+        || declare_field(project, collection, field, type_name),
+    )?)
+}
+
+fn declare_field(
+    project: Option<&str>,
+    collection: Option<&str>,
+    field: Option<&str>,
+    type_name: Option<&str>,
+) -> Result<()> {
     let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
     let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
@@ -122,8 +148,7 @@ fn add_field(
             "42602",
             format!("field name \"{field}\" cannot be a column"),
         )
-        .hint("Names of system columns and names over 63 bytes stay in \"_extra\".")
-        .into());
+        .hint("Names of system columns and names over 63 bytes stay in \"_extra\"."));
     }
     let ty = field_type(not_null(type_name, "type")?)?;
     task::run(&Task::AddField {
@@ -169,6 +194,7 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
             field,
             ty,
         } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
+        Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
     }
 }
 
@@ -179,6 +205,7 @@ fn perform_tick() -> std::result::Result<(), Failure> {
         let _lock = SessionLock::take(LockOn::Digest);
         digest::retry_parked()?;
         rotate::run()?;
+        upkeep::run()?;
     }
     let mut hot = Hot::default();
     hot.refresh()?;
@@ -251,7 +278,11 @@ fn perform_add_field(
             .hint(
                 "A field never changes its type: values that do not fit are kept in \"_extra\".",
             )),
-            None => Err(PgError::internal("a field just registered is not there")),
+            None => {
+                let project = registry::project_by_id(View::Current, project_id)?;
+                let most = project.and_then(|p| p.fields_max).unwrap_or(0);
+                Err(EventError::TooManyFields(most).into())
+            }
         }
     })?;
     sync_until(Duration::from_secs(5), || ddl::sync(id))

@@ -11,7 +11,7 @@ use pgrx::{pg_guard, pg_sys};
 
 use crate::pg::bgworker::{self, Worker};
 use crate::pg::shared::{self, Shared, Slot};
-use crate::pg::{PgError, relation, wait, xact};
+use crate::pg::{PgError, notes, relation, wait, xact};
 
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a resident that ended by itself is started again: the wait doubles up to the maximum.
@@ -58,6 +58,7 @@ fn look(shared: &Shared) {
         }
     };
     shared.keep_only(&databases);
+    notes::keep_only(&databases);
     let now_ms = xact::now_us() / 1000;
     for database in databases {
         let Some(slot) = shared.find_or_take(database) else {

@@ -6,6 +6,7 @@
 //! crash: the launcher starts it again, later each time.
 
 pub mod cycle;
+pub mod definitions;
 pub mod functions;
 mod health;
 pub mod helper;
@@ -15,12 +16,14 @@ pub mod status;
 pub mod stop;
 pub mod task;
 
-use crate::pg::shared;
+use crate::pg::{meter, notes, shared};
 
 /// In the postmaster: registers what starts with the server.
 pub fn init() {
     shared::set_preloaded();
     shared::init();
+    meter::init();
+    notes::init();
     launcher::init();
     stop::init();
 }

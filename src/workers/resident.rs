@@ -9,7 +9,7 @@ use super::cycle::Cycle;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::{self, Slot};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{bgworker, exit, wait};
+use crate::pg::{bgworker, exit, notes, wait};
 
 /// How long a resident waits for a CREATE EXTENSION that is not committed yet.
 const WAIT_FOR_EXTENSION: Duration = Duration::from_secs(30);
@@ -34,6 +34,7 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
     slot.since_us.store(xact::now_us(), Ordering::Release);
     slot.pid.store(bgworker::my_pid(), Ordering::Release);
     exit::on_exit(leave);
+    notes::begin();
 
     let mut cycle = Cycle::new(slot);
     loop {

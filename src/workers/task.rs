@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use pgrx::{pg_guard, pg_sys};
 use serde::{Deserialize, Serialize};
 
-use super::functions;
+use super::{definitions, functions};
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
 use crate::pg::spi::{self, View, arg};
@@ -35,6 +35,8 @@ pub enum Task {
         field: String,
         ty: String,
     },
+    /// Drops or renames a definition.
+    Change(definitions::Change),
 }
 
 /// The collections a task is about.

@@ -11,7 +11,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, RecordBatch, RecordBatchOptions};
-use arrow::datatypes::{DataType, Schema as ArrowSchema, SchemaRef};
+use arrow::datatypes::{
+    DataType, Int64Type, Schema as ArrowSchema, SchemaRef, TimestampMicrosecondType,
+};
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::common::{Result as DfResult, ScalarValue};
 use datafusion::logical_expr::ColumnarValue;
@@ -19,7 +21,11 @@ use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr::expressions::{CastExpr, Column, Literal};
 use datafusion::physical_expr_adapter::{PhysicalExprAdapter, PhysicalExprAdapterFactory};
 use rakam_event::extra;
-use rakam_event::schema::{EXTRA, FIELD_ID_KEY, FIRST_USER_FIELD_ID, Field, Schema};
+use rakam_event::schema::{
+    DroppedField, EXTRA, FIELD_ID_KEY, FIRST_USER_FIELD_ID, Field, RECEIVED_AT, Schema, XID,
+    XID_FIELD_ID,
+};
+use rakam_event::types::FieldType;
 
 use crate::error::EngineError;
 use crate::translate::{Filter, target_name};
@@ -27,6 +33,7 @@ use crate::translate::{Filter, target_name};
 type Physical = Arc<dyn PhysicalExpr>;
 
 pub(crate) const EXTRA_FIELD_ID: i32 = 10;
+const RECEIVED_AT_FIELD_ID: i32 = 9;
 
 /// What a scan produces and the collection it reads.
 #[derive(Debug)]
@@ -58,6 +65,9 @@ impl Table {
         let wants_extra = ids.contains(&EXTRA_FIELD_ID);
         if has_extra && !wants_extra {
             ids.push(EXTRA_FIELD_ID);
+        }
+        if has_extra && !self.schema.dropped.is_empty() {
+            ids.extend([XID_FIELD_ID, RECEIVED_AT_FIELD_ID]);
         }
         if wants_extra {
             let pending = self.schema.fields.iter().filter(|f| !f.column_ready);
@@ -91,12 +101,35 @@ impl Table {
         null(target)
     }
 
-    /// The file's `_extra` as it is stored.
+    /// The file's `_extra` without what fields had there that have been dropped since.
     fn extra_column(&self, file: &FileColumns<'_>) -> Result<Option<Physical>, EngineError> {
-        match self.schema.field(EXTRA) {
+        let column = |name| match self.schema.field(name) {
             Some(field) => file.column(field),
             None => Ok(None),
+        };
+        let Some(extra) = column(EXTRA)? else {
+            return Ok(None);
+        };
+        if self.schema.dropped.is_empty() {
+            return Ok(Some(extra));
         }
+        let xid = Field {
+            id: XID_FIELD_ID,
+            name: XID.to_owned(),
+            ty: FieldType::Int8,
+            added_version: 0,
+            column_ready: false,
+        };
+        let (Some(xid), Some(received_at)) = (file.column(&xid)?, column(RECEIVED_AT)?) else {
+            return Err(EngineError::CorruptFile {
+                reason: "it does not say where its events come from".to_owned(),
+            });
+        };
+        let kind = ExtraKind::Strip(self.schema.dropped.clone());
+        Ok(Some(Arc::new(ExtraExpr {
+            kind,
+            children: vec![extra, xid, received_at],
+        })))
     }
 
     /// `_extra` of the table: the file's, without the fields that are columns now and with those that are not yet.
@@ -106,7 +139,12 @@ impl Table {
         file: &FileColumns<'_>,
         stored: Stored,
     ) -> Result<Physical, EngineError> {
-        let mut children = vec![match file.column(target)? {
+        let column = if stored.has_extra {
+            self.extra_column(file)?
+        } else {
+            file.column(target)?
+        };
+        let mut children = vec![match column {
             Some(column) => column,
             None => null(target)?,
         }];
@@ -308,6 +346,8 @@ impl FileAdapter {
 pub(crate) enum ExtraKind {
     /// Child: `_extra`. The field's value there, as far as it fits.
     Promote(Field),
+    /// Children: `_extra`, `_xid`, `_received_at`. `_extra` without what older rows have of dropped fields.
+    Strip(Vec<DroppedField>),
     /// Children: `_extra`, then one column for each of `add`.
     Merge { drop: Vec<Field>, add: Vec<Field> },
 }
@@ -323,6 +363,7 @@ impl fmt::Display for ExtraExpr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.kind {
             ExtraKind::Promote(field) => write!(f, "promote(#{})", field.id),
+            ExtraKind::Strip(fields) => write!(f, "strip_extra(-{})", fields.len()),
             ExtraKind::Merge { drop, add } => {
                 write!(f, "merge_extra(-{}, +{})", drop.len(), add.len())
             }
@@ -334,7 +375,7 @@ impl PhysicalExpr for ExtraExpr {
     fn data_type(&self, _input: &ArrowSchema) -> DfResult<DataType> {
         Ok(match &self.kind {
             ExtraKind::Promote(field) => field.arrow().data_type().clone(),
-            ExtraKind::Merge { .. } => DataType::Utf8,
+            ExtraKind::Strip(_) | ExtraKind::Merge { .. } => DataType::Utf8,
         })
     }
 
@@ -354,6 +395,21 @@ impl PhysicalExpr for ExtraExpr {
         let array = match &self.kind {
             ExtraKind::Promote(field) => {
                 extra::promote(stored, &[field]).map(|mut promoted| promoted.pop())
+            }
+            ExtraKind::Strip(dropped) => {
+                let (xid, received_at) = (columns.next(), columns.next());
+                let unexpected =
+                    || EngineError::Internal("the origin of events is of another type".to_owned());
+                let xid = xid
+                    .as_ref()
+                    .and_then(|c| c.as_primitive_opt::<Int64Type>())
+                    .ok_or_else(unexpected)?;
+                let received_at = received_at
+                    .as_ref()
+                    .and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>())
+                    .ok_or_else(unexpected)?;
+                extra::strip(stored, xid, received_at, dropped)
+                    .map(|stripped| Some(Arc::new(stripped) as _))
             }
             ExtraKind::Merge { drop, add } => {
                 let drop: Vec<&Field> = drop.iter().collect();

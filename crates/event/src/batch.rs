@@ -18,7 +18,7 @@ use crate::error::EventError;
 use crate::infer::{Inferred, infer};
 use crate::json::{self, Cutter, ObjectWriter};
 use crate::keys::{NameKind, Walk};
-use crate::schema::{self, Schema};
+use crate::schema::{self, DroppedField, Schema};
 use crate::time;
 use crate::types::FieldType;
 
@@ -126,6 +126,7 @@ pub struct BatchBuilder {
     extra: Option<usize>,
     extra_text: ObjectWriter,
     max_string_bytes: usize,
+    dropped: Vec<DroppedField>,
     log: Option<InvalidLog>,
     rows: usize,
     bytes: usize,
@@ -196,6 +197,7 @@ impl BatchBuilder {
             fields,
             extra_text: ObjectWriter::default(),
             max_string_bytes: limits.max_string_bytes,
+            dropped: schema.dropped.clone(),
             log: stored.then(InvalidLog::default),
             rows: 0,
             bytes: 0,
@@ -222,7 +224,7 @@ impl BatchBuilder {
         for at in 0..self.walk.sights().len() {
             let sight = self.walk.sights()[at];
             let raw = sight.raw(event);
-            if raw == "null" {
+            if raw == "null" || self.is_dropped(&self.walk.slots()[sight.slot].name, stamp) {
                 continue;
             }
             match self.roles[sight.slot] {
@@ -254,7 +256,7 @@ impl BatchBuilder {
                         self.keep(sight.slot, raw);
                     }
                 },
-                Role::Members => self.members(raw),
+                Role::Members => self.members(raw, stamp),
                 Role::Keep => {
                     if let Some(bytes) = self.keep(sight.slot, raw) {
                         let error = self.cut_message(bytes);
@@ -371,14 +373,28 @@ impl BatchBuilder {
         cutter.cut_from
     }
 
+    /// Whether a field of this name was dropped after the event: nearly always there is none at all.
+    fn is_dropped(&self, name: &str, stamp: &EventStamp) -> bool {
+        self.dropped
+            .iter()
+            .any(|field| field.name == name && field.hides(stamp.xid, stamp.received_at_us))
+    }
+
     /// Puts the members of an object into `_extra`.
-    fn members(&mut self, raw: &str) {
+    fn members(&mut self, raw: &str, stamp: &EventStamp) {
         let Self {
             extra_text,
             max_string_bytes,
+            dropped,
             ..
         } = self;
         let put = |key: &str, value: &str| {
+            if dropped
+                .iter()
+                .any(|field| field.name == key && field.hides(stamp.xid, stamp.received_at_us))
+            {
+                return;
+            }
             let mut cutter = Cutter::new(*max_string_bytes);
             json::write_compact(value, &mut cutter, extra_text.key(key));
         };

@@ -2,7 +2,7 @@
 
 use crate::infer::{Inferred, infer};
 use crate::keys::{NameKind, Walk};
-use crate::schema::Schema;
+use crate::schema::{DroppedField, Schema};
 use crate::types::FieldType;
 
 /// Collects the new fields of many events against a schema.
@@ -13,6 +13,7 @@ pub struct Discovery {
     known: usize,
     /// How many fields the collection may still get.
     room: usize,
+    dropped: Vec<DroppedField>,
 }
 
 impl Discovery {
@@ -24,20 +25,27 @@ impl Discovery {
             known: types.len(),
             types,
             room: room(schema, max_fields),
+            dropped: schema.dropped.clone(),
         }
     }
 
     /// Learns from one event. The first event that shows a typable value of a field decides its type. An event
-    /// that [`crate::batch::BatchBuilder::push`] refuses teaches nothing.
-    pub fn observe(&mut self, event: &str) {
+    /// that [`crate::batch::BatchBuilder::push`] refuses teaches nothing, nor does one from before the drop of a
+    /// field about that field. `xid` and `received_at_us` are those of the event.
+    pub fn observe(&mut self, event: &str, xid: i64, received_at_us: i64) {
         if self.room == 0 || self.walk.event(event).is_err() {
             return;
         }
         self.types.resize(self.walk.slots().len(), None);
         for sight in self.walk.sights() {
             let ty = &mut self.types[sight.slot];
-            let is_field = self.walk.slots()[sight.slot].kind == NameKind::Field;
-            if ty.is_some() || !is_field || self.room == 0 {
+            let slot = &self.walk.slots()[sight.slot];
+            if ty.is_some() || slot.kind != NameKind::Field || self.room == 0 {
+                continue;
+            }
+            let is_dropped =
+                |d: &DroppedField| *d.name == *slot.name && d.hides(xid, received_at_us);
+            if self.dropped.iter().any(is_dropped) {
                 continue;
             }
             if let Inferred::Type(inferred) = infer(sight.raw(event)) {
@@ -76,7 +84,7 @@ mod tests {
     fn learnt(schema: &Schema, max_fields: usize, events: &[&str]) -> Vec<(String, FieldType)> {
         let mut discovery = Discovery::new(schema, max_fields);
         for event in events {
-            discovery.observe(event);
+            discovery.observe(event, 100, 0);
         }
         discovery.new_fields()
     }
@@ -108,6 +116,25 @@ mod tests {
             ("tags", FieldType::TextArray),
         ];
         assert!(fields.iter().map(|(n, t)| (n.as_str(), *t)).eq(expected));
+    }
+
+    #[test]
+    fn an_event_from_before_a_drop_does_not_bring_the_field_back() {
+        let dropped = crate::schema::DroppedField {
+            name: "color".to_owned(),
+            xid: 10,
+            at_us: 1_000,
+        };
+        let schema = Schema::new(1, Vec::new()).with_dropped(vec![dropped]);
+        let found = |xid, at_us| {
+            let mut discovery = Discovery::new(&schema, 500);
+            discovery.observe(r#"{"Color":"red"}"#, xid, at_us);
+            discovery.new_fields().len()
+        };
+        assert_eq!(found(9, 999), 0);
+        // A later transaction, and a later call of an earlier one.
+        assert_eq!(found(11, 999), 1);
+        assert_eq!(found(9, 1_001), 1);
     }
 
     #[test]

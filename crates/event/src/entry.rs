@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use crate::coerce;
 use crate::error::EventError;
+use crate::infer::{Inferred, infer};
 use crate::json::{self, Cutter, Kind, MAX_DEPTH};
 use crate::names::{self, CollectionName};
 use crate::schema;
@@ -107,6 +108,35 @@ fn batch_item(item: &str, limits: &Limits) -> Result<BatchItem, EventError> {
         collection,
         properties: one_line(properties).into_owned(),
     })
+}
+
+/// What an event would add to its collection.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NewNames {
+    /// Every name that is no field, normalised, in the order of the event.
+    pub unknown: Vec<String>,
+    /// Those of them that would become fields by the values they have.
+    pub fields: Vec<String>,
+}
+
+/// The names of a checked event that are neither system fields nor `known`.
+pub fn new_names(properties: &str, known: impl Fn(&str) -> bool) -> Result<NewNames, EventError> {
+    let mut new = NewNames::default();
+    json::object_entries(properties, |key, raw| {
+        let name = names::field_name(key);
+        let is_system = schema::SYSTEM_FIELDS.iter().any(|(_, n, _)| *n == name);
+        if is_system || known(&name) {
+            return;
+        }
+        if names::can_be_column(&name)
+            && matches!(infer(raw), Inferred::Type(_))
+            && !new.fields.iter().any(|field| *field == name)
+        {
+            new.fields.push(name.clone().into_owned());
+        }
+        new.unknown.push(name.into_owned());
+    })?;
+    Ok(new)
 }
 
 fn check_size(properties: &str, limits: &Limits) -> Result<(), EventError> {
@@ -276,6 +306,19 @@ mod tests {
                 ),
             }
         }
+    }
+
+    #[test]
+    fn new_names_are_those_that_nobody_knows() {
+        let event =
+            r#"{"_user":"u","Known":1,"newField":2,"new_field":3,"none":null,"xmin":1,"list":[]}"#;
+        let new = new_names(event, |name| name == "known").unwrap_or_default();
+        assert_eq!(
+            new.unknown,
+            ["new_field", "new_field", "none", "xmin", "list"]
+        );
+        assert_eq!(new.fields, ["new_field"]);
+        assert_eq!(new_names("{}", |_| false), Ok(NewNames::default()));
     }
 
     #[test]

@@ -40,6 +40,14 @@ pub enum EventError {
     NulInCollectionName,
     #[error("collection name \"{0}\" is reserved")]
     ReservedCollectionName(String),
+    #[error("field \"{field}\" of collection \"{collection}\" does not exist")]
+    UnknownField { collection: String, field: String },
+    #[error("collection \"{0}\" does not exist")]
+    UnknownCollection(String),
+    #[error("project has reached its quota of {0} collections")]
+    TooManyCollections(i32),
+    #[error("project has reached its quota of {0} fields")]
+    TooManyFields(i32),
     #[error("could not build a batch of events: {0}")]
     Arrow(String),
 }
@@ -62,6 +70,8 @@ impl EventError {
             | Self::EmptyCollectionName
             | Self::CollectionNameTooLong { .. }
             | Self::NulInCollectionName => "42602",
+            Self::UnknownField { .. } | Self::UnknownCollection(_) => "42703",
+            Self::TooManyCollections(_) | Self::TooManyFields(_) => "53400",
             Self::Arrow(_) => "XX000",
         }
     }
@@ -87,6 +97,18 @@ impl EventError {
             }
             Self::ReservedCollectionName(_) => {
                 "users and names that start with an underscore, continuous_ or materialized_ are used by rakam itself."
+            }
+            Self::UnknownField { .. } => {
+                "The project's schema is fixed: its admin declares fields with rakam.add_field."
+            }
+            Self::UnknownCollection(_) => {
+                "The project's schema is fixed: its admin makes collections with rakam.create_collection."
+            }
+            Self::TooManyCollections(_) => {
+                "Send to a collection that exists, or let an administrator raise the quota with rakam.set_quota."
+            }
+            Self::TooManyFields(_) => {
+                "Send fields that exist, or let an administrator raise the quota with rakam.set_quota."
             }
             _ => return None,
         })

@@ -8,14 +8,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::builder::StringBuilder;
-use arrow::array::{Array, ArrayRef, RecordBatch, StringArray};
+use arrow::array::{
+    Array, ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+};
 
 use crate::coerce::coerce;
 use crate::column::Column;
 use crate::error::EventError;
 use crate::json::{self, Cutter, Kind, ObjectWriter};
 use crate::print::{self, to_json_text};
-use crate::schema::{self, Field};
+use crate::schema::{self, DroppedField, Field};
 
 /// The values of fields that the rows' `_extra` holds under their names, as columns of the fields' Arrow types;
 /// NULL where there is none or it does not fit.
@@ -86,6 +88,34 @@ pub fn merge_extra(
             continue;
         }
         merge_row(text, row, add, drops, &mut object)?;
+        out.append_option(object.finish());
+    }
+    Ok(out.finish())
+}
+
+/// `_extra` without what it has under the names of fields that were dropped after the row's event.
+pub fn strip(
+    extra: &StringArray,
+    xid: &Int64Array,
+    received_at: &TimestampMicrosecondArray,
+    dropped: &[DroppedField],
+) -> Result<StringArray, EventError> {
+    let keys: Vec<String> = dropped.iter().map(|field| quoted(&field.name)).collect();
+    let mut out = StringBuilder::with_capacity(extra.len(), extra.value_data().len());
+    let mut object = ObjectWriter::default();
+    for row in 0..extra.len() {
+        let text = text_of(extra, row);
+        if !text.is_some_and(|text| mentions(text, &keys)) {
+            out.append_option(text);
+            continue;
+        }
+        let (xid, at) = (xid.value(row), received_at.value(row));
+        let hidden = |key: &str, _raw: &str| {
+            dropped
+                .iter()
+                .any(|field| field.name == key && field.hides(xid, at))
+        };
+        merge_row(text, row, &[], hidden, &mut object)?;
         out.append_option(object.finish());
     }
     Ok(out.finish())
@@ -176,14 +206,13 @@ fn json_of(extra: &ArrayRef, row: usize) -> Result<&str, EventError> {
 
 /// The names as `_extra` spells its keys.
 fn quoted_names(fields: &[&Field]) -> Vec<String> {
-    fields
-        .iter()
-        .map(|field| {
-            let mut key = String::new();
-            json::write_string(&field.name, &mut key);
-            key
-        })
-        .collect()
+    fields.iter().map(|field| quoted(&field.name)).collect()
+}
+
+fn quoted(name: &str) -> String {
+    let mut key = String::new();
+    json::write_string(name, &mut key);
+    key
 }
 
 /// Whether parsing is worth it: most rows mention none of the names.

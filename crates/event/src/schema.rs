@@ -78,11 +78,29 @@ pub fn arrow_field(id: i32, name: &str, ty: FieldType) -> ArrowField {
     with_id(ArrowField::new(name, data_type, true), id)
 }
 
+/// A field that is no more. Its id is not used again; its name may be, by another field.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct DroppedField {
+    pub name: String,
+    /// The transaction that dropped it, and when.
+    pub xid: i64,
+    pub at_us: i64,
+}
+
+impl DroppedField {
+    /// Whether the field was dropped after the event: what the event has under the name is gone. Both marks have
+    /// to say so, since a transaction that began before the drop may still send events after it.
+    pub fn hides(&self, xid: i64, received_at_us: i64) -> bool {
+        xid < self.xid && received_at_us <= self.at_us
+    }
+}
+
 /// The registry's view of a collection: system fields, then user fields, in the order of their ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Schema {
     pub version: i32,
     pub fields: Vec<Field>,
+    pub dropped: Vec<DroppedField>,
 }
 
 impl Schema {
@@ -100,7 +118,17 @@ impl Schema {
             })
             .collect();
         fields.extend(user_fields);
-        Self { version, fields }
+        Self {
+            version,
+            fields,
+            dropped: Vec::new(),
+        }
+    }
+
+    /// With the fields that were dropped.
+    pub fn with_dropped(mut self, dropped: Vec<DroppedField>) -> Self {
+        self.dropped = dropped;
+        self
     }
 
     /// The field of this name.

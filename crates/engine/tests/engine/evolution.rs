@@ -1,7 +1,7 @@
 //! Files and chunks of older schema versions, pending fields, and fields dropped and added again.
 
 use rakam_engine::{CmpOp, Expr};
-use rakam_event::schema::{Field, Schema};
+use rakam_event::schema::{DroppedField, Field, Schema};
 use rakam_event::types::FieldType;
 use rakam_lake::scalar::Scalar;
 
@@ -236,5 +236,47 @@ async fn row_chunks_answer_as_arrow_chunks() {
         let filter = eq(19, Scalar::Text("7".into()));
         let (found, _) = rows.scan(&new, plan(&[16], Some(filter), None), &ctx).await;
         assert_eq!(found, [vec![Some(Scalar::Int8(2))]]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dropped_field_left_in_extra_is_not_read() {
+    let before = user(&[], 1);
+    // The fixture's rows are all of transaction 700.
+    let dropped = |xid| DroppedField {
+        name: "x".to_owned(),
+        xid,
+        at_us: 1_000,
+    };
+    let fields = [field(18, "x", FieldType::Text, 3, true)];
+    let received = |at| [(9, Scalar::Timestamptz(at))];
+    let text = Some(r#"{"x": "old", "y": 1}"#);
+    let rows = [
+        row(&before, 0, text, &received(500)),
+        row(&before, 1, text, &received(2_000)),
+    ];
+    for (xid, expected) in [(701, [false, true]), (700, [true, true])] {
+        let schema = user(&fields, 3).with_dropped(vec![dropped(xid)]);
+        for as_file in [true, false] {
+            let mut tiers = Tiers::default();
+            if as_file {
+                tiers.file(&before, &rows, true).await;
+            } else {
+                tiers.chunk(&before, &rows);
+            }
+            let (mut found, _) = tiers
+                .scan(&schema, plan(&[N, 18, EXTRA], None, None), &context())
+                .await;
+            found.sort_by_key(|row| format!("{:?}", row[0]));
+            for (row, there) in found.iter().zip(expected) {
+                assert_eq!(row[1].is_some(), there, "{row:?}");
+                assert_eq!(json(row[2].as_ref()), serde_json::json!({"y": 1}));
+            }
+            let filter = Some(eq(18, Scalar::Text("old".into())));
+            let (found, _) = tiers
+                .scan(&schema, plan(&[N], filter, None), &context())
+                .await;
+            assert_eq!(found.len(), expected.iter().filter(|e| **e).count());
+        }
     }
 }

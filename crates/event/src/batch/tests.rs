@@ -470,7 +470,9 @@ fn a_row_reads_the_same_whenever_its_fields_came() {
             .collect();
         let old = schema(true, &named(&declared[..(seed % 3) as usize * 3]));
         let mut discovery = Discovery::new(&old, 8);
-        events.iter().for_each(|event| discovery.observe(event));
+        events
+            .iter()
+            .for_each(|event| discovery.observe(event, 100, 0));
         let found = discovery.new_fields();
         let all: Vec<(String, FieldType)> = old.fields[10..]
             .iter()
@@ -566,7 +568,7 @@ fn garbage_is_refused_without_panic() {
         let accepted = check_event(&text, &limits);
         let _ = crate::entry::split_batch(&format!("[{text}]"), &limits);
         let mut discovery = Discovery::new(&schema, 10);
-        discovery.observe(&text);
+        discovery.observe(&text, 100, 0);
         let _ = discovery.new_fields();
         for layout in [Layout::Stored, TABLE] {
             let mut builder = BatchBuilder::new(&schema, layout, &limits).expect("a builder");
@@ -589,4 +591,33 @@ fn what_an_insert_wrote_into_extra_stays_there() {
         let expected = r#"{"free":[1,{"a":null}],"known":"x"}"#;
         assert_eq!(texts(&built, "_extra"), [Some(expected)]);
     }
+}
+
+#[test]
+fn an_event_from_before_a_drop_has_no_value_of_the_field() {
+    let dropped = ["color", "shade"].map(|name| schema::DroppedField {
+        name: name.to_owned(),
+        xid: STAMP.xid + 1,
+        at_us: NOW,
+    });
+    let event = r#"{"color":"red","n":1,"_extra":{"shade":"blue","m":2}}"#;
+    let gone = Some(r#"{"n":1,"m":2}"#);
+    let there = Some(r#"{"color":"red","n":1,"shade":"blue","m":2}"#);
+    for (drop, expected) in [(dropped.to_vec(), gone), (Vec::new(), there)] {
+        let schema = schema(true, &[]).with_dropped(drop);
+        for layout in [Layout::Stored, TABLE] {
+            let built = build(&schema, layout, &Limits::default(), &[event]);
+            let extra = texts(&built, schema::EXTRA)[0].map(str::to_owned);
+            assert_eq!(extra.as_deref().map(sorted), expected.map(sorted));
+        }
+    }
+}
+
+/// The members of an object in one order.
+fn sorted(object: &str) -> Vec<String> {
+    let mut members = Vec::new();
+    json::object_entries(object, |key, raw| members.push(format!("{key}={raw}")))
+        .expect("an object");
+    members.sort();
+    members
 }

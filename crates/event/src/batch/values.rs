@@ -41,7 +41,7 @@ impl BatchBuilder {
         // From here on nothing fails.
         self.extra_text.clear();
         if let Some(extra) = row.extra {
-            self.members(extra);
+            self.members(extra, stamp);
         }
         for (position, value) in row.values {
             self.append(Some(position), value);

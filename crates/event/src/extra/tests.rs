@@ -128,3 +128,37 @@ fn properties_of_all() -> Result<(), Box<dyn std::error::Error>> {
     );
     Ok(())
 }
+
+#[test]
+fn what_was_dropped_is_stripped_from_older_rows_only() -> Result<(), EventError> {
+    let dropped = [DroppedField {
+        name: "color".to_owned(),
+        xid: 10,
+        at_us: 1_000,
+    }];
+    let text = r#"{"color":"red","n":1}"#;
+    let only = r#"{"color":"red"}"#;
+    let other = r#"{"colors":"color"}"#;
+    let extra = StringArray::from(vec![
+        Some(text),
+        Some(only),
+        Some(text),
+        Some(text),
+        Some(other),
+        None,
+    ]);
+    let xid = Int64Array::from(vec![9, 9, 11, 9, 9, 9]);
+    let at = TimestampMicrosecondArray::from(vec![999, 1_000, 500, 1_001, 999, 999]);
+    assert_eq!(
+        texts(&strip(&extra, &xid, &at, &dropped)?),
+        [
+            Some(r#"{"n":1}"#),
+            None,
+            Some(text),
+            Some(text),
+            Some(other),
+            None
+        ]
+    );
+    Ok(())
+}

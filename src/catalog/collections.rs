@@ -1,0 +1,74 @@
+//! What goes with a collection, and what follows its new name. Workers only, while nothing of the collection is
+//! digested, merged or flushed.
+
+use super::former;
+use super::registry::Collection;
+use crate::pg::Result;
+use crate::pg::spi::{self, arg};
+
+/// Removes every row of a collection. Objects outside of this database are queued for deletion; events that are
+/// under way under its name go with it.
+pub fn delete(collection: &Collection) -> Result<()> {
+    let id = [arg(collection.id)];
+    for statement in [
+        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
+         SELECT f.storage_id, f.path, f.project_id, 'collection dropped'
+         FROM rakam_internal.data_file f JOIN rakam_internal.storage s USING (storage_id)
+         WHERE f.collection_id = $1 AND s.kind <> 'local' ON CONFLICT DO NOTHING",
+        "DELETE FROM rakam_internal.local_object o USING rakam_internal.data_file f, rakam_internal.storage s
+         WHERE f.collection_id = $1 AND s.storage_id = f.storage_id AND s.kind = 'local' AND o.path = f.path",
+        "DELETE FROM rakam_internal.data_file WHERE collection_id = $1",
+        "DELETE FROM rakam_internal.hot_chunk WHERE collection_id = $1",
+        "DELETE FROM rakam_internal.manifest_log WHERE collection_id = $1",
+        "DELETE FROM rakam_internal.inbox_parked WHERE collection_id = $1",
+        "DELETE FROM rakam_internal.invalid_value WHERE collection_id = $1",
+        "DELETE FROM rakam_internal.dead_letter d USING rakam_internal.collection c
+         WHERE c.collection_id = $1 AND d.project_id = c.project_id AND d.collection = c.name",
+        "DELETE FROM rakam_internal.job WHERE job_key LIKE '%/' || $1::text",
+        // Its fields, statistics and counters go with it.
+        "DELETE FROM rakam_internal.collection WHERE collection_id = $1",
+    ] {
+        spi::execute(statement, &id)?;
+    }
+    former::retire(collection.project_id, &collection.name, None)
+}
+
+/// Gives a collection another name. What is under way under the old one follows.
+pub fn rename(collection: &Collection, name: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.collection SET name = $2 WHERE collection_id = $1",
+        &[arg(collection.id), arg(name)],
+    )?;
+    spi::execute(
+        "UPDATE rakam_internal.dead_letter SET collection = $3 WHERE project_id = $1 AND collection = $2",
+        &[
+            arg(collection.project_id),
+            arg(collection.name.as_str()),
+            arg(name),
+        ],
+    )?;
+    former::retire(collection.project_id, &collection.name, Some(collection.id))
+}
+
+/// Removes a field: from this transaction on nobody reads what events from before have under its name.
+pub fn delete_field(collection: &Collection, field_id: i32) -> Result<()> {
+    let args = [arg(collection.id), arg(field_id)];
+    for statement in [
+        "INSERT INTO rakam_internal.dropped_field (collection_id, field_id, project_id, name)
+         SELECT collection_id, field_id, project_id, name FROM rakam_internal.field
+         WHERE collection_id = $1 AND field_id = $2",
+        "DELETE FROM rakam_internal.invalid_value v USING rakam_internal.field f
+         WHERE f.collection_id = $1 AND f.field_id = $2 AND v.collection_id = $1 AND v.field = f.name",
+        "DELETE FROM rakam_internal.invalid_count v USING rakam_internal.field f
+         WHERE f.collection_id = $1 AND f.field_id = $2 AND v.collection_id = $1 AND v.field = f.name",
+        "DELETE FROM rakam_internal.field WHERE collection_id = $1 AND field_id = $2",
+    ] {
+        spi::execute(statement, &args)?;
+    }
+    spi::execute(
+        "UPDATE rakam_internal.collection SET schema_version = schema_version + 1 WHERE collection_id = $1",
+        &[arg(collection.id)],
+    )?;
+    super::projects::announce_dropped_fields();
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! The quota of what a project sends: events per second and bytes per UTC day. Every way in calls [`charge`] before it
+//! stores; what is refused is refused as a whole, so that a client knows what to send again.
+//!
+//! Rates are measured in shared memory (`pg::meter`). The bytes of a day are stored by the digest with the events
+//! themselves, so that a restart forgets none; a rollback gives them back. Limits on collections and fields are those
+//! of [`super::admission`] and of the registry.
+
+use std::collections::HashMap;
+
+use crate::catalog::inbox::TailRow;
+use crate::catalog::projects::Project;
+use crate::catalog::registry::ProjectRow;
+use crate::catalog::usage;
+use crate::pg::meter::Arrival;
+use crate::pg::security::ActAs;
+use crate::pg::snapshot::Registered;
+use crate::pg::spi::View;
+use crate::pg::{PgError, Result, meter, xact};
+
+/// Takes events of so many bytes of JSON in, on their way to the inbox; 53400 beyond the project's quota.
+pub fn charge(project: &Project, events: i64, bytes: i64) -> Result<()> {
+    take(project, events, bytes, Arrival::Digest)
+}
+
+/// As [`charge`] for events that the caller's transaction stores in the hot tier, without the digest: their bytes are
+/// stored as usage here.
+pub fn charge_stored(project: &Project, events: i64, bytes: i64) -> Result<()> {
+    take(project, events, bytes, Arrival::Commit)?;
+    if project.quota.bytes_per_day.is_some() {
+        let _owner = ActAs::owner();
+        usage::add(project.id, meter::today(xact::now_us()), bytes)?;
+    }
+    Ok(())
+}
+
+fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<()> {
+    let quota = &project.quota;
+    if quota.events_per_second.is_none() && quota.bytes_per_day.is_none() {
+        return Ok(());
+    }
+    let meter = meter::of(project.id);
+    // First what gives back by itself when the second refuses.
+    if let Some(per_day) = quota.bytes_per_day {
+        let stored = |day| {
+            let _owner = ActAs::owner();
+            let latest = Registered::latest();
+            usage::of_day(View::Under(latest.get()), project.id, day)
+        };
+        if !meter.take_bytes(bytes, per_day, arrival, stored)? {
+            return Err(refused(project, &format!("{per_day} bytes per day"))
+                .hint("The day ends at midnight UTC; rakam.set_quota raises the quota."));
+        }
+    }
+    if let Some(per_second) = quota.events_per_second
+        && !meter.take_events(events, per_second)
+    {
+        return Err(
+            refused(project, &format!("{per_second} events per second")).hint(
+                "Send again later, and fewer events in a call than the quota allows for a second.",
+            ),
+        );
+    }
+    Ok(())
+}
+
+fn refused(project: &Project, quota: &str) -> PgError {
+    PgError::new(
+        "53400",
+        format!(
+            "project \"{}\" has reached its quota of {quota}",
+            project.name
+        ),
+    )
+    .detail("Nothing of this call was stored.")
+}
+
+/// Bytes that a digest has taken in, by project.
+#[derive(Default)]
+pub struct Digested {
+    day: i32,
+    bytes: HashMap<i32, i64>,
+    /// The sums of the day, with these bytes.
+    sums: HashMap<i32, i64>,
+}
+
+impl Digested {
+    /// Counts a row of the inbox, if the project's bytes are counted.
+    pub fn add(&mut self, project: &ProjectRow, row: &TailRow) {
+        if !project.counts_bytes {
+            return;
+        }
+        // Line breaks are ours.
+        let bytes = row.payload.len() as i64 - i64::from(row.n) + 1;
+        *self.bytes.entry(row.project_id).or_default() += bytes;
+    }
+
+    /// Stores the bytes, as of today, in the transaction that digests the events.
+    pub fn store(&mut self) -> Result<()> {
+        self.day = meter::today(xact::now_us());
+        for (&project_id, &bytes) in &self.bytes {
+            usage::add(project_id, self.day, bytes)?;
+            let sum = usage::of_day(View::Current, project_id, self.day)?;
+            self.sums.insert(project_id, sum);
+        }
+        Ok(())
+    }
+
+    /// After the commit: they are not on their way any more.
+    pub fn tell(&self) {
+        for (&project_id, &bytes) in &self.bytes {
+            let sum = self.sums.get(&project_id).copied().unwrap_or(bytes);
+            meter::digested(project_id, self.day, sum, bytes);
+        }
+    }
+}

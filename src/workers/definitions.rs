@@ -1,0 +1,215 @@
+//! Taking definitions back: `drop_collection`, `rename_collection`, `drop_field`, in a task worker.
+//!
+//! Each is one transaction that excludes the collection's flush and merge, the digest, other DDL of ours, and at last
+//! whoever reads the table. Readers are waited for as DDL of the background waits: 100 ms at a time, with nothing held in between, so that
+//! neither new readers nor the digest stand behind a query that takes hours.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_extern;
+use pgrx::pg_sys::panic::ErrorReport;
+use rakam_event::names::{self, CollectionName};
+use rakam_event::schema::SYSTEM_FIELDS;
+use serde::{Deserialize, Serialize};
+
+use super::task::{self, Task};
+use crate::catalog::projects::{self, Right};
+use crate::catalog::registry::{self, Collection};
+use crate::catalog::{audit, collections};
+use crate::ingest::digest;
+use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, not_null, wait};
+use crate::tiers::ddl;
+
+/// Between two attempts to lock a table.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What is to be done with a collection.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Change {
+    project_id: i32,
+    collection: String,
+    what: What,
+    /// The caller's `lock_timeout`.
+    patience: Option<Duration>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum What {
+    Drop,
+    Rename(String),
+    DropField(String),
+}
+
+/// Drops a collection with all its events, in every tier. SQL: `rakam.drop_collection(project text, collection text)`.
+/// Errors: 42501 no such project or not its admin, 42704 no such collection, 2BP01 views depend on it, 55P03 the
+/// caller uses it, or `lock_timeout` is over.
+#[pg_extern(volatile, parallel_unsafe)]
+fn drop_collection(
+    project: Option<&str>,
+    collection: Option<&str>,
+) -> std::result::Result<(), ErrorReport> {
+    Ok(audit::call("drop_collection", project, collection, || {
+        change(project, collection, || Ok(What::Drop))
+    })?)
+}
+
+/// Gives a collection another name; its events, also those under way, follow.
+/// SQL: `rakam.rename_collection(project text, collection text, new_name text)`.
+/// Errors: as [`drop_collection`] without 2BP01; 42602 / 42939 the new name is not usable, 42710 it is taken.
+#[pg_extern(volatile, parallel_unsafe)]
+fn rename_collection(
+    project: Option<&str>,
+    collection: Option<&str>,
+    new_name: Option<&str>,
+) -> std::result::Result<(), ErrorReport> {
+    Ok(audit::call(
+        "rename_collection",
+        project,
+        collection,
+        || {
+            change(project, collection, || {
+                let name = CollectionName::parse(not_null(new_name, "new_name")?)?;
+                Ok(What::Rename(name.into_string()))
+            })
+        },
+    )?)
+}
+
+/// Drops a field: its values are read by nobody any more. Another field may take the name later.
+/// SQL: `rakam.drop_field(project text, collection text, field text)`.
+/// Errors: as [`drop_collection`]; 42703 no such field, 42939 a system field.
+#[pg_extern(volatile, parallel_unsafe)]
+fn drop_field(
+    project: Option<&str>,
+    collection: Option<&str>,
+    field: Option<&str>,
+) -> std::result::Result<(), ErrorReport> {
+    let object = collection.zip(field).map(|(c, f)| format!("{c}.{f}"));
+    Ok(audit::call(
+        "drop_field",
+        project,
+        object.as_deref(),
+        || {
+            change(project, collection, || {
+                let field = names::field_name(not_null(field, "field")?).into_owned();
+                if SYSTEM_FIELDS.iter().any(|(_, name, _)| *name == field) {
+                    return Err(PgError::new(
+                        "42939",
+                        format!("cannot drop system field \"{field}\""),
+                    )
+                    .hint(
+                        "Every collection has the fields that begin with _time, _user and so on.",
+                    ));
+                }
+                Ok(What::DropField(field))
+            })
+        },
+    )?)
+}
+
+fn change(
+    project: Option<&str>,
+    collection: Option<&str>,
+    what: impl FnOnce() -> Result<What>,
+) -> Result<()> {
+    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let collection = CollectionName::parse(not_null(collection, "collection")?)?;
+    task::run(&Task::Change(Change {
+        project_id: project.id,
+        collection: collection.into_string(),
+        what: what()?,
+        patience: locks::timeout(),
+    }))?;
+    Ok(())
+}
+
+/// In the task worker.
+pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
+    // What was sent before the call is registered first, under the names of then.
+    digest::catch_up(Some(&[change.project_id]))?;
+    let found = xact::worker(|| find(change))?;
+    let _job = SessionLock::take(LockOn::CollectionJob(found.id));
+    let end = change.patience.map(|patience| Instant::now() + patience);
+    loop {
+        let outcome = xact::worker(|| {
+            locks::transaction(LockOn::Digest);
+            locks::transaction(LockOn::Manifest(found.id));
+            locks::transaction(LockOn::Ddl);
+            apply(change)
+        });
+        match outcome {
+            Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
+                if end.is_some_and(|end| Instant::now() >= end) {
+                    return Err(Failure::Error(in_use(change)));
+                }
+                wait::wait(None, PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn find(change: &Change) -> Result<Collection> {
+    registry::collection_named(View::Current, change.project_id, &change.collection)?.ok_or_else(
+        || {
+            PgError::new(
+                "42704",
+                format!("collection \"{}\" does not exist", change.collection),
+            )
+            .hint("The view rakam.collections lists a project's collections.")
+        },
+    )
+}
+
+fn in_use(change: &Change) -> PgError {
+    PgError::new(
+        "55P03",
+        format!(
+            "could not lock collection \"{}\" within lock_timeout",
+            change.collection
+        ),
+    )
+    .hint("A query or an open transaction uses it: try again later, or raise lock_timeout.")
+}
+
+fn apply(change: &Change) -> Result<()> {
+    // Again, under the locks.
+    let collection = find(change)?;
+    match &change.what {
+        What::Drop => {
+            ddl::drop_table(&collection)?;
+            collections::delete(&collection)
+        }
+        What::Rename(name) => {
+            if registry::collection_named(View::Current, change.project_id, name)?.is_some() {
+                return Err(
+                    PgError::new("42710", format!("collection \"{name}\" already exists"))
+                        .hint("Choose another name."),
+                );
+            }
+            ddl::rename_table(&collection, name)?;
+            collections::rename(&collection, name)
+        }
+        What::DropField(name) => {
+            let schema = registry::schema(View::Current, &collection)?;
+            let field = schema.field(name).filter(|field| field.is_user());
+            let field = field.ok_or_else(|| {
+                PgError::new(
+                    "42703",
+                    format!(
+                        "field \"{name}\" of collection \"{}\" does not exist",
+                        collection.name
+                    ),
+                )
+                .hint("The view rakam.fields lists a collection's fields.")
+            })?;
+            if field.column_ready {
+                ddl::drop_column(&collection, name)?;
+            }
+            collections::delete_field(&collection, field.id)
+        }
+    }
+}
