@@ -9,6 +9,8 @@ use std::collections::{BTreeSet, VecDeque};
 
 use pgrx::datum::IntoDatum;
 
+use super::dead_letter::{self, NewLetter};
+use super::mapper::Stage;
 use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
@@ -449,15 +451,17 @@ pub fn unpark(id: i64) -> Result<u64> {
 
 /// Gives a parked event up: its bytes and the reason are kept as a dead letter.
 pub fn to_dead_letter(parked: &TailRow, error: &str) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error) VALUES ($1, $2, $3, $4)",
-        &[
-            arg(parked.project_id),
-            arg(parked.collection.as_str()),
-            arg(parked.payload.as_slice()),
-            arg(error),
-        ],
-    )?;
+    dead_letter::insert(&NewLetter {
+        project_id: parked.project_id,
+        collection: &parked.collection,
+        payload: &parked.payload,
+        error,
+        received_at_us: parked.received_at_us,
+        shift_us: parked.shift_us,
+        // It has been mapped and checked before it was stored.
+        stage: Stage::Stored,
+        is_row: true,
+    })?;
     unpark(parked.id)?;
     Ok(())
 }

@@ -3,10 +3,14 @@
 //! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
 
 pub mod backlog;
+pub mod dead_letter;
 pub mod inbox;
 pub mod invalid;
 pub mod job;
 pub mod manifest;
+pub mod mapper;
 pub mod monitor;
 pub mod projects;
 pub mod registry;
+pub mod session;
+pub mod track;

@@ -10,7 +10,8 @@ use rakam_event::names::CollectionName;
 use rakam_event::{json, time};
 
 use super::collect::{limits, project_of_key, writable_project};
-use crate::catalog::inbox::{self, Entry};
+use super::mapper::{self, Shape};
+use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::pg::jsonb::JsonbText;
 use crate::pg::record::Record;
@@ -112,8 +113,8 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
     let mut rows = Rows::default();
     let mut rejected = Rejected::default();
     let mut stored = 0i64;
-    let append = |collection: &str, row: &Row| -> Result<()> {
-        inbox::append(&Entry {
+    let append = |collection: &str, row: &Row| -> Result<i64> {
+        let entry = Entry {
             project_id: project.id,
             collection_id: projects::collection_id(project.id, collection)?,
             collection,
@@ -121,21 +122,21 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
             received_at_us,
             shift_us,
             payload: row.payload.as_bytes(),
-        })
+        };
+        mapper::enter(&entry, Shape::Event)
     };
     for (index, item) in entry::split_batch(text, &limits())?.into_iter().enumerate() {
         match item {
             Ok(item) => {
-                stored += 1;
                 if let Some((collection, full)) = rows.add(item) {
-                    append(&collection, &full)?;
+                    stored += append(&collection, &full)?;
                 }
             }
             Err(error) => rejected.add(index, &error),
         }
     }
     for (collection, row) in rows.rest() {
-        append(&collection, &row)?;
+        stored += append(&collection, &row)?;
     }
     Ok(Record::new()
         .with(stored)

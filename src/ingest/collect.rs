@@ -7,7 +7,8 @@ use pgrx::pg_extern;
 use rakam_event::entry::{self, Limits};
 use rakam_event::names::CollectionName;
 
-use crate::catalog::inbox::{self, Entry};
+use super::mapper::{self, Shape};
+use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, KeyKind, Project, Right};
 use crate::pg::jsonb::JsonbText;
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, xact};
@@ -45,7 +46,7 @@ fn store_one(
     let collection = CollectionName::parse(not_null(collection, "collection")?)?;
     let properties = not_null(properties, "properties")?.0;
     let event = entry::check_event(&properties, &limits())?;
-    inbox::append(&Entry {
+    let entry = Entry {
         project_id: project.id,
         collection_id: projects::collection_id(project.id, collection.as_str())?,
         collection: collection.as_str(),
@@ -53,7 +54,9 @@ fn store_one(
         received_at_us: xact::now_us(),
         shift_us: 0,
         payload: event.as_bytes(),
-    })
+    };
+    mapper::enter(&entry, Shape::Event)?;
+    Ok(())
 }
 
 /// The project of this name, if the effective user may collect into it now.

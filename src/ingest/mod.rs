@@ -3,7 +3,11 @@
 
 pub mod append;
 pub mod batch;
+mod builtin;
 pub mod collect;
 pub mod digest;
 mod lookup;
 mod making;
+pub mod mapper;
+mod replay;
+mod track;

@@ -1,6 +1,8 @@
 //! The settings `rakam.*`. Each is read where it applies, at the moment it applies.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
@@ -23,6 +25,9 @@ static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
 static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
 static MAX_STRING_BYTES: GucSetting<i32> = GucSetting::<i32>::new(64 << 10);
 static MAX_FIELDS: GucSetting<i32> = GucSetting::<i32>::new(500);
+static MAPPER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5000);
+static SESSION_GAP: GucSetting<i32> = GucSetting::<i32>::new(30);
+static GEOIP_DATABASE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static ALLOW_PROJECT_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 static ROLE_PREFIX: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"rakam_"));
@@ -178,6 +183,32 @@ pub fn init() {
         GucContext::Suset,
         plain,
     );
+    int(
+        c"rakam.mapper_timeout",
+        c"Longest time that one call of a mapper may take; 0 is no limit of its own.",
+        &MAPPER_TIMEOUT,
+        0,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"rakam.session_gap",
+        c"Pause between two events of a user that begins a session, for rakam.map_session.",
+        &SESSION_GAP,
+        1,
+        60 * 24 * 365,
+        GucContext::Suset,
+        GucFlags::UNIT_MIN,
+    );
+    GucRegistry::define_string_guc(
+        c"rakam.geoip_database",
+        c"File in MaxMind's format from which rakam.map_geoip takes places.",
+        c"",
+        &GEOIP_DATABASE,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
     bool_guc(
         c"rakam.allow_project_drop",
         c"Allows rakam.drop_project.",
@@ -304,6 +335,22 @@ pub fn max_string_bytes() -> usize {
 
 pub fn max_fields() -> usize {
     MAX_FIELDS.get() as usize
+}
+
+pub fn mapper_timeout() -> Duration {
+    Duration::from_millis(MAPPER_TIMEOUT.get() as u64)
+}
+
+pub fn session_gap() -> Duration {
+    Duration::from_secs(SESSION_GAP.get() as u64 * 60)
+}
+
+/// Empty: none is set.
+pub fn geoip_database() -> PathBuf {
+    GEOIP_DATABASE
+        .get()
+        .map(|path| PathBuf::from(OsStr::from_bytes(path.to_bytes())))
+        .unwrap_or_default()
 }
 
 pub fn allow_project_drop() -> bool {

@@ -11,6 +11,7 @@ use pgrx::{default, name, pg_extern};
 use rakam_event::names::ProjectName;
 
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
+use crate::catalog::track;
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
 use keys::KeySet;
@@ -86,6 +87,7 @@ fn drop_by_name(name: &str) -> Result<()> {
     for collection in catalog::collection_ids(project.id)? {
         locks::transaction(locks::LockOn::Manifest(collection));
     }
+    track::drop_triggers(&project.name, None)?;
     catalog::delete(project.id)?;
     objects::drop(&project)
 }
