@@ -326,7 +326,7 @@ def test_what_can_be_a_mapper(db, keys, owner, writer, collection):
 
 def test_a_mapper_runs_as_who_set_it_in_pinned_surroundings(db, owner, writer, collection):
     make(owner, "who", "BEGIN RETURN jsonb_build_object('who', current_user, 'path', current_setting('search_path'),"
-                       " 'zone', current_setting('TimeZone'), 'at', '2024-03-01 12:00'::timestamptz::text,"
+                       " 'zone', current_setting('TimeZone'), 'at', 'at ' || '2024-03-01 12:00'::timestamptz,"
                        " 'rls', current_setting('row_security'), 'memory', current_setting('work_mem')); END")  # fmt: skip
     set_mapper(owner, collection, "acme.who")
     writer.execute("SET TimeZone = 'Asia/Tokyo'; SET search_path = public; SET work_mem = '64kB'; SET DateStyle = german")
@@ -336,7 +336,7 @@ def test_a_mapper_runs_as_who_set_it_in_pinned_surroundings(db, owner, writer, c
     for event in events(db, collection):
         assert event["who"] == "login_acme_admin"
         assert event["path"] == 'pg_catalog, "acme", pg_temp'
-        assert (event["zone"], event["at"], event["rls"]) == ("UTC", "2024-03-01 12:00:00+00", "on")
+        assert (event["zone"], event["at"], event["rls"]) == ("UTC", "at 2024-03-01 12:00:00+00", "on")
         assert event["memory"] == shown
     assert [one(writer, f"SHOW {name}") for name in ("TimeZone", "search_path", "work_mem")] == ["Asia/Tokyo", "public", "64kB"]
     assert one(writer, "SELECT current_user") == "login_acme_write"
@@ -686,9 +686,10 @@ def test_sessions_of_projects_and_of_callers_are_their_own(db, owner, writer, co
     assert found[1] is None and found[0]["_session_id"] == found[2]["_session_id"]
     assert found[0]["_session_id"] != events(db, collection, "properties->>'_session_id'")[0]
     assert db.one("SELECT count(*) FROM rakam_internal.session_span") == spans
-    with refused("42501"):
-        writer.execute("DELETE FROM rakam_internal.session_span")
-    assert one(owner, "SELECT count(*) FROM rakam_internal.session_span") == 0
+    for session in (writer, owner):
+        for statement in ("SELECT count(*)", "DELETE"):
+            with refused("42501"):
+                session.execute(f"{statement} FROM rakam_internal.session_span")
 
 
 def test_sessions_make_nobody_wait(db, owner, writer, collection):

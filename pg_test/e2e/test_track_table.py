@@ -66,11 +66,11 @@ def test_each_changed_row_is_an_event(db, owner, clerk, table):
     clerk.execute(f"UPDATE shop.{table} SET price = 0 WHERE id > 3")
     clerk.execute(f"DELETE FROM shop.{table} WHERE id = 1")
     assert events(db, table, "id", "name", "price") == [
-        ("delete", "1", "pen", "2.50"),
-        ("insert", "1", "pen", "1.50"),
+        ("delete", "1", "pen", "2.5"),
+        ("insert", "1", "pen", "1.5"),
         ("insert", "2", "ink", "9.99"),
         ("insert", "3", "cap", None),
-        ("update", "1", "pen", "2.50"),
+        ("update", "1", "pen", "2.5"),
         ("update", "2", "ink", "10.99"),
     ]
     clerk.execute(f"TRUNCATE shop.{table}")
@@ -130,7 +130,7 @@ def test_types_become_their_json(db, owner, clerk, table):
     (found,) = (row[0] for row in db.all(f"SELECT properties FROM acme._all WHERE _collection = '{table}'"))
     assert found["big"] == 9007199254740993 and found["ratio"] == 0.1234567890123456
     assert (found["flag"], found["day"], found["twice"]) == (True, "2024-02-29", 14)
-    assert found["at"].startswith("2024-02-29T21:00:00+09") or found["at"].startswith("2024-02-29T12:00:00")
+    assert found["at"].startswith("2024-02-29T12:00:00")
     assert (found["plain"][:19], found["span"], found["raw"]) == ("2024-02-29T12:00:00", "1 day", "\\x00ff")
     assert (found["tags"], found["doc"], found["verbatim"]) == (["a", None], {"a": [1]}, {"b": 2})
     assert (found["net"], found["user_name"], found["weird_name"]) == ("10.0.0.1", "ada", "w")
@@ -368,7 +368,18 @@ def test_two_projects_track_one_table(db, owner, table):
     assert events(db, table, "id") == [("insert", "1"), ("insert", "2")]
 
 
-def test_the_extension_goes_with_its_triggers_and_a_dump_keeps_them(cluster, request):
+def test_a_trigger_of_a_project_that_is_gone_only_warns(db, owner, table):
+    """Nothing makes such a trigger but a restore of a table without its project."""
+    create(owner, table)
+    db.admin.execute(f"CREATE TRIGGER stray AFTER INSERT ON shop.{table} REFERENCING NEW TABLE AS n FOR EACH STATEMENT"
+                     " EXECUTE FUNCTION rakam_internal.track_change('no_such', 'x')")  # fmt: skip
+    (notice,) = notices_of(owner, f"INSERT INTO shop.{table} VALUES (1)")
+    assert notice.severity == "WARNING" and "no_such" in notice.message
+    assert one(owner, f"SELECT count(*) FROM shop.{table}") == 1
+
+
+def test_the_extension_goes_with_its_triggers_and_a_dump_keeps_them(cluster):
+    # Last: dropping a database also drops the logins that no other one needs.
     database = Database(cluster, "test_track_dump")
     database.drop()
     database.create()
@@ -376,9 +387,7 @@ def test_the_extension_goes_with_its_triggers_and_a_dump_keeps_them(cluster, req
         database.project("dumped")
         database.admin.execute("CREATE TABLE t (id int)")
         database.admin.execute("SELECT rakam.track_table('dumped', 'changes', 't')")
-        dump = [cluster.binaries / "pg_dump" if hasattr(cluster, "binaries") else "pg_dump"]
-        psql = cluster.psql_command("test_track_dump")
-        dump = [str(psql[0]).replace("psql", "pg_dump"), *psql[1:], "--schema-only", "-t", "t"]
+        dump = ["pg_dump", *cluster.psql_command(database.name)[1:], "--schema-only", "-t", "t"]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         assert text.count("EXECUTE FUNCTION rakam_internal.track_change('dumped', 'changes')") == 4
         with refused("2BP01"):
@@ -388,13 +397,3 @@ def test_the_extension_goes_with_its_triggers_and_a_dump_keeps_them(cluster, req
         assert database.one("SELECT count(*) FROM pg_trigger WHERE tgrelid = 't'::regclass") == 0
     finally:
         database.drop()
-
-
-def test_a_trigger_of_a_project_that_is_gone_only_warns(db, owner, table):
-    """Nothing makes such a trigger but a restore of a table without its project."""
-    create(owner, table)
-    db.admin.execute(f"CREATE TRIGGER stray AFTER INSERT ON shop.{table} REFERENCING NEW TABLE AS n FOR EACH STATEMENT"
-                     " EXECUTE FUNCTION rakam_internal.track_change('no_such', 'x')")  # fmt: skip
-    (notice,) = notices_of(owner, f"INSERT INTO shop.{table} VALUES (1)")
-    assert notice.severity == "WARNING" and "no_such" in notice.message
-    assert one(owner, f"SELECT count(*) FROM shop.{table}") == 1

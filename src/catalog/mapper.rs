@@ -165,10 +165,7 @@ pub fn set(
 pub fn remove(project_id: i32, collection: Option<&str>) -> Result<()> {
     spi::execute(
         "DELETE FROM rakam_internal.mapper WHERE project_id = $1 AND collection = $2",
-        &[
-            arg(project_id),
-            arg(collection.unwrap_or(EVERY_COLLECTION)),
-        ],
+        &[arg(project_id), arg(collection.unwrap_or(EVERY_COLLECTION))],
     )?;
     Ok(())
 }

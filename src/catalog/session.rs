@@ -2,9 +2,9 @@
 
 use rakam_mappers::session::Span;
 
+use crate::pg::Result;
 use crate::pg::security::ActAs;
 use crate::pg::spi::{self, View, arg, timestamptz};
-use crate::pg::Result;
 
 /// The spans of a user that begin before `until_us` and end behind `from_us`, the newest ones.
 pub fn spans(project_id: i32, actor: &[u8], from_us: i64, until_us: i64) -> Result<Vec<Span>> {

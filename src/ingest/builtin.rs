@@ -76,7 +76,9 @@ fn locate(event: &str) -> Result<String> {
         let is_current = found.as_ref().is_some_and(|found| found.is_current(&path));
         if !is_current {
             // The old one goes first: two databases need not be in memory.
-            let warned = found.take().is_some_and(|found| found.file.is_none() && found.path == path);
+            let warned = found
+                .take()
+                .is_some_and(|found| found.file.is_none() && found.path == path);
             *found = Some(Found::open(&path, warned));
         }
         match found.as_ref().and_then(|found| found.file.as_ref()) {

@@ -97,7 +97,7 @@ fn existing(function: Oid) -> Result<Signature> {
     function::signature(function).ok_or_else(|| {
         PgError::new(
             "42883",
-            format!("mapper function {} does not exist", function.to_u32()),
+            format!("function {} does not exist", function.to_u32()),
         )
         .hint("It was dropped: rakam.set_mapper sets another one, or with NULL none.")
     })
@@ -127,7 +127,10 @@ fn ensure_executable(function: Oid, user: Oid) -> Result<()> {
     }
     Err(PgError::new(
         "42501",
-        format!("permission denied for function {}", function::name(function)),
+        format!(
+            "permission denied for function {}",
+            function::name(function)
+        ),
     )
     .hint("A mapper runs as the role that sets it, which needs EXECUTE on the function."))
 }
@@ -370,12 +373,9 @@ impl<'a> Run<'a> {
     }
 
     fn blame(&self, mapper: &Mapper, error: &PgError) -> String {
-        let name = match function::signature(mapper.function) {
-            Some(_) => function::name(mapper.function),
-            None => mapper.function.to_u32().to_string(),
-        };
         format!(
-            "mapper {name} of collection \"{}\": {}",
+            "mapper {} of collection \"{}\": {}",
+            function::name(mapper.function),
             self.entry.collection,
             reason(error)
         )
@@ -420,13 +420,18 @@ impl<'a> Run<'a> {
         let signature = existing(mapper.function)?;
         ensure_mapper(mapper.function, &signature, mapper.every_batch)?;
         let Some(name) = roles::name(mapper.owner) else {
-            return Err(PgError::new("42704", "the role that set the mapper does not exist"));
+            return Err(PgError::new(
+                "42704",
+                "the role that set the mapper does not exist",
+            ));
         };
         let is_superuser = security::is_superuser(mapper.owner);
         if !is_superuser && !security::has_privileges_of(mapper.owner, self.mappers.admin_role) {
             return Err(PgError::new(
                 "42501",
-                format!("role \"{name}\", which set the mapper, is no admin of the project any more"),
+                format!(
+                    "role \"{name}\", which set the mapper, is no admin of the project any more"
+                ),
             ));
         }
         let runner = if is_superuser && !security::is_superuser(signature.owner) {

@@ -16,6 +16,7 @@ use super::mapper::{self, Shape};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project, Right};
 use crate::catalog::track;
+use crate::pg::error::OrRaise;
 use crate::pg::locks::{self, Mode};
 use crate::pg::security::{self, ActAs};
 use crate::pg::transition::{self, Operation, Statement};
@@ -118,7 +119,10 @@ fn stop(project: &Project, source: Oid) -> pg::Result<()> {
         let name = relation::sql_name(source).unwrap_or_else(|| source.to_u32().to_string());
         return Err(PgError::new(
             "42704",
-            format!("table {name} is not tracked in project \"{}\"", project.name),
+            format!(
+                "table {name} is not tracked in project \"{}\"",
+                project.name
+            ),
         ));
     }
     Ok(())
@@ -132,11 +136,16 @@ AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn track_change<'a>(
     trigger: &'a PgTrigger<'a>,
 ) -> std::result::Result<Option<PgHeapTuple<'a, AllocatedByPostgres>>, ErrorReport> {
+    // Raised here: what wraps this function makes a panic of an error that it is given.
+    statement(trigger).or_raise();
+    Ok(None)
+}
+
+fn statement(trigger: &PgTrigger<'_>) -> pg::Result<()> {
     let arguments = trigger
         .extra_args()
         .map_err(|e| PgError::new("39P01", e.to_string()))?;
-    changed(&Statement::of(trigger)?, &arguments)?;
-    Ok(None)
+    changed(&Statement::of(trigger)?, &arguments)
 }
 
 fn changed(statement: &Statement<'_>, arguments: &[String]) -> pg::Result<()> {
@@ -184,7 +193,8 @@ fn write_event(operation: &str, row: &str, out: &mut String) -> pg::Result<()> {
             return;
         }
         let name = names::field_name(column);
-        let taken = name == OPERATION || name == schema::ID || names::server_field(column).is_some();
+        let taken =
+            name == OPERATION || name == schema::ID || names::server_field(column).is_some();
         if taken {
             let renamed = format!("table_{}", name.trim_start_matches(['_', '$']));
             json::write_string(&renamed, out);

@@ -46,14 +46,28 @@ pub fn signature(function: pg_sys::Oid) -> Option<Signature> {
     }
 }
 
-/// `schema.name(argument types)` of an existing function.
+/// `schema.name(argument types)` of a function; its number if there is none (any more).
 pub fn name(function: pg_sys::Oid) -> String {
-    // SAFETY: gives a NUL-terminated text for any oid.
-    unsafe {
-        CStr::from_ptr(pg_sys::format_procedure_qualified(function))
-            .to_string_lossy()
-            .into_owned()
-    }
+    let text = |pointer: *mut std::ffi::c_char| {
+        // SAFETY: NULL, or a NUL-terminated copy.
+        (!pointer.is_null()).then(|| unsafe { CStr::from_ptr(pointer).to_string_lossy() })
+    };
+    let names = signature(function).and_then(|signature| {
+        // SAFETY: look-ups by oid that give NULL, or a text for any type.
+        unsafe {
+            let schema = text(pg_sys::get_namespace_name(pg_sys::get_func_namespace(
+                function,
+            )))?;
+            let name = text(pg_sys::get_func_name(function))?;
+            let arguments: Vec<_> = signature
+                .arguments
+                .iter()
+                .filter_map(|ty| text(pg_sys::format_type_be(*ty)))
+                .collect();
+            Some(format!("{schema}.{name}({})", arguments.join(", ")))
+        }
+    });
+    names.unwrap_or_else(|| function.to_u32().to_string())
 }
 
 /// Whether a user may execute a function.
@@ -112,7 +126,9 @@ impl Calls {
         // SAFETY: argument and result live in the scratch context, emptied after the text is copied out.
         unsafe {
             let result = self.scratch.switch_to(|_| {
-                let argument = JsonbText(text.to_owned()).into_datum().ok_or_else(nul_byte)?;
+                let argument = JsonbText(text.to_owned())
+                    .into_datum()
+                    .ok_or_else(nul_byte)?;
                 Ok::<_, PgError>(
                     invoke(info, argument)
                         .and_then(|datum| JsonbText::from_datum(datum, false))

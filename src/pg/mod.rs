@@ -20,6 +20,7 @@ pub mod relation;
 pub mod roles;
 pub mod runtime;
 pub mod security;
+pub mod settings;
 pub mod shared;
 pub mod snapshot;
 pub mod spi;

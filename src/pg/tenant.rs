@@ -15,7 +15,7 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder};
 
 use super::error::{PgError, Result};
-use super::xact;
+use super::{settings, xact};
 
 /// Who runs it, where its names resolve, and how long it may take.
 pub struct Tenant<'a> {
@@ -89,10 +89,7 @@ pub fn attempt<T>(
         Err(caught) if caught.is_cancel => Err(match timed_out {
             true => Failure::TimedOut(PgError::new(
                 "57014",
-                format!(
-                    "canceled after {} ms",
-                    tenant.timeout.as_millis()
-                ),
+                format!("canceled after {} ms", tenant.timeout.as_millis()),
             )),
             false => Failure::Cancelled(caught.error),
         }),
@@ -127,19 +124,6 @@ fn catch<T>(work: impl FnOnce() -> T) -> std::result::Result<T, Caught> {
     .execute()
 }
 
-/// Settings that change what the same code means or does. The caller's are the caller's own choice, so the tenant's
-/// code gets the defaults.
-const PINNED: [(&CStr, &CStr); 8] = [
-    (c"TimeZone", c"UTC"),
-    (c"DateStyle", c"ISO, MDY"),
-    (c"IntervalStyle", c"postgres"),
-    (c"extra_float_digits", c"1"),
-    (c"bytea_output", c"hex"),
-    (c"row_security", c"on"),
-    (c"transform_null_equals", c"off"),
-    (c"standard_conforming_strings", c"on"),
-];
-
 /// Another user and pinned settings. Left by [`Self::leave`]; after an error the subtransaction's abort does it.
 struct Restricted {
     user: pg_sys::Oid,
@@ -154,15 +138,13 @@ impl Restricted {
         // SAFETY: plain reads and writes of backend variables; a GUC nest level of the subtransaction.
         unsafe {
             let nest_level = pg_sys::NewGUCNestLevel();
-            pin(c"search_path", path);
-            for (name, value) in PINNED {
-                pin(name, value);
-            }
+            settings::pin(c"search_path", path);
+            settings::pin_defaults();
             // What the session was given by the server's configuration, not what the caller has set.
             let memory = pg_sys::GetConfigOptionResetString(c"work_mem".as_ptr());
             if !memory.is_null() {
                 let memory = CStr::from_ptr(memory).to_owned();
-                pin(c"work_mem", &memory);
+                settings::pin(c"work_mem", &memory);
             }
             pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
             pg_sys::SetUserIdAndSecContext(
@@ -185,30 +167,6 @@ impl Restricted {
             pg_sys::AtEOXact_GUC(false, self.nest_level);
             pg_sys::SetUserIdAndSecContext(self.user, self.context);
         }
-    }
-}
-
-/// Sets a variable for the GUC nest level if it differs: setting costs more than looking.
-///
-/// # Safety
-/// Within a GUC nest level.
-unsafe fn pin(name: &CStr, value: &CStr) {
-    // SAFETY: names of variables that exist; the answer is a NUL-terminated text that is not kept.
-    unsafe {
-        let now = pg_sys::GetConfigOption(name.as_ptr(), true, false);
-        if !now.is_null() && CStr::from_ptr(now) == value {
-            return;
-        }
-        pg_sys::set_config_option(
-            name.as_ptr(),
-            value.as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
     }
 }
 

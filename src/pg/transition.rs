@@ -6,6 +6,7 @@ use pgrx::trigger_support::PgTrigger;
 use pgrx::{PgMemoryContexts, direct_function_call_as_datum};
 
 use super::error::{PgError, Result};
+use super::settings::Defaults;
 use super::wait;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,8 @@ impl<'a> Statement<'a> {
         if store.is_null() {
             return Err(PgError::new("39P01", "the trigger has no transition table"));
         }
+        // The writer's settings must not take digits away.
+        let _defaults = Defaults::enter();
         let rows = Rows::of(store, self.data.tg_relation);
         let mut scratch = PgMemoryContexts::new("rakam changed row");
         loop {

@@ -18,7 +18,12 @@ const BYTES_MAX: usize = 8192;
 pub fn map(event: &str) -> Result<Cow<'_, str>, EventError> {
     let [referrer, host, medium, term] = fields(
         event,
-        ["_referrer", "referrer_host", "referrer_medium", "referrer_term"],
+        [
+            "_referrer",
+            "referrer_host",
+            "referrer_medium",
+            "referrer_term",
+        ],
     )?;
     let url = referrer
         .and_then(json::string)
@@ -165,32 +170,100 @@ mod tests {
         json::write_string(referrer, &mut event);
         event.push('}');
         let event = map(&event).expect("an object");
-        fields(&event, ["referrer_host", "referrer_medium", "referrer_term"])
-            .expect("an object")
-            .map(|raw| raw.and_then(json::string).map(Cow::into_owned))
+        fields(
+            &event,
+            ["referrer_host", "referrer_medium", "referrer_term"],
+        )
+        .expect("an object")
+        .map(|raw| raw.and_then(json::string).map(Cow::into_owned))
     }
 
     #[test]
     fn referrers_have_a_medium_and_a_term() {
         for (referrer, host, medium, term) in [
-            ("https://www.google.com/search?q=event+analytics&ie=utf8", "www.google.com", "search", Some("event analytics")),
-            ("https://www.google.co.uk/", "www.google.co.uk", "search", None),
-            ("https://google.com.tr/search?q=%C3%A7ay", "google.com.tr", "search", Some("çay")),
-            ("https://docs.google.com/document?q=x", "docs.google.com", "unknown", None),
-            ("https://google.evil.example/?q=x", "google.evil.example", "unknown", None),
+            (
+                "https://www.google.com/search?q=event+analytics&ie=utf8",
+                "www.google.com",
+                "search",
+                Some("event analytics"),
+            ),
+            (
+                "https://www.google.co.uk/",
+                "www.google.co.uk",
+                "search",
+                None,
+            ),
+            (
+                "https://google.com.tr/search?q=%C3%A7ay",
+                "google.com.tr",
+                "search",
+                Some("çay"),
+            ),
+            (
+                "https://docs.google.com/document?q=x",
+                "docs.google.com",
+                "unknown",
+                None,
+            ),
+            (
+                "https://google.evil.example/?q=x",
+                "google.evil.example",
+                "unknown",
+                None,
+            ),
             ("https://notbing.com/?q=x", "notbing.com", "unknown", None),
-            ("http://WWW.Bing.com/search?q=", "www.bing.com", "search", None),
-            ("https://search.yahoo.com/search?p=a%20b", "search.yahoo.com", "search", Some("a b")),
-            ("https://mail.google.com/mail/u/0/?q=x", "mail.google.com", "email", None),
-            ("https://l.facebook.com/l.php?u=x", "l.facebook.com", "social", None),
+            (
+                "http://WWW.Bing.com/search?q=",
+                "www.bing.com",
+                "search",
+                None,
+            ),
+            (
+                "https://search.yahoo.com/search?p=a%20b",
+                "search.yahoo.com",
+                "search",
+                Some("a b"),
+            ),
+            (
+                "https://mail.google.com/mail/u/0/?q=x",
+                "mail.google.com",
+                "email",
+                None,
+            ),
+            (
+                "https://l.facebook.com/l.php?u=x",
+                "l.facebook.com",
+                "social",
+                None,
+            ),
             ("https://t.co/abc", "t.co", "social", None),
-            ("https://blog.example.org:8080/post?q=x", "blog.example.org", "unknown", None),
-            ("android-app://com.google.android.gm/", "com.google.android.gm", "unknown", None),
+            (
+                "https://blog.example.org:8080/post?q=x",
+                "blog.example.org",
+                "unknown",
+                None,
+            ),
+            (
+                "android-app://com.google.android.gm/",
+                "com.google.android.gm",
+                "unknown",
+                None,
+            ),
         ] {
-            let expected = [Some(host.to_owned()), Some(medium.to_owned()), term.map(str::to_owned)];
+            let expected = [
+                Some(host.to_owned()),
+                Some(medium.to_owned()),
+                term.map(str::to_owned),
+            ];
             assert_eq!(mapped(referrer), expected, "{referrer}");
         }
-        for referrer in ["", "not a url", "/relative", "data:text/plain,x", "https://"] {
+        for referrer in [
+            "",
+            "not a url",
+            "/relative",
+            "data:text/plain,x",
+            "https://",
+        ] {
             assert_eq!(mapped(referrer), [None, None, None], "{referrer}");
         }
     }

@@ -197,7 +197,10 @@ mod tests {
         assert_eq!(second[0], first[0]);
         assert_eq!(grown[0].last_us, 35 * MINUTE);
         // Inside of what is known: nothing new to remember. Late, but within the gap: the same session.
-        assert_eq!(run(spans.clone(), &[3]), (vec![first[0].clone()], Vec::new()));
+        assert_eq!(
+            run(spans.clone(), &[3]),
+            (vec![first[0].clone()], Vec::new())
+        );
         assert_eq!(run(spans.clone(), &[-30]).0[0], first[0]);
         assert_ne!(run(spans.clone(), &[-31]).0[0], first[0]);
         assert_ne!(run(spans, &[36]).0[0], first[0]);
@@ -220,9 +223,19 @@ mod tests {
     fn events_tell_who_and_when() {
         let of = |event: &str| Visit::of(event, 7, 1_000).expect("an object");
         let user = of(r#"{"_user":"ada","_deviceId":"d"}"#);
-        assert_eq!(user, Visit { actor: Some(actor("user", "ada")), at_us: 7, session: None });
+        assert_eq!(
+            user,
+            Visit {
+                actor: Some(actor("user", "ada")),
+                at_us: 7,
+                session: None
+            }
+        );
         assert_eq!(of(r#"{"_user":5}"#).actor, of(r#"{"_user":"5"}"#).actor);
-        assert_eq!(of(r#"{"_device_id":"ada"}"#).actor, Some(actor("device", "ada")));
+        assert_eq!(
+            of(r#"{"_device_id":"ada"}"#).actor,
+            Some(actor("device", "ada"))
+        );
         assert_ne!(of(r#"{"_device_id":"ada"}"#).actor, user.actor);
         assert_eq!(of(r#"{"_user":"","_session_id":"s"}"#).actor, None);
         assert_eq!(of(r#"{"_session_id":"s"}"#).session.as_deref(), Some("s"));

@@ -74,7 +74,8 @@ mod tests {
                           Chrome/120.0.6099.109 Safari/537.36";
     const SAFARI: &str = "Mozilla/5.0 (iPhone; CPU iPhone OS 17_1 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like \
                           Gecko) Version/17.1 Mobile/15E148 Safari/604.1";
-    const FIREFOX: &str = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10.15; rv:121.0) Gecko/20100101 Firefox/121.0";
+    const FIREFOX: &str =
+        "Mozilla/5.0 (Macintosh; Intel Mac OS X 10.15; rv:121.0) Gecko/20100101 Firefox/121.0";
     const ANDROID: &str = "Mozilla/5.0 (Linux; Android 13; Pixel 7) AppleWebKit/537.36 (KHTML, like Gecko) \
                            Chrome/116.0.0.0 Mobile Safari/537.36";
     const BOT: &str = "Mozilla/5.0 (compatible; Googlebot/2.1; +http://www.google.com/bot.html)";
@@ -90,7 +91,10 @@ mod tests {
     #[test]
     fn common_browsers_are_known() {
         for (agent, expected) in [
-            (CHROME, ["Chrome", "120.0.6099.109", "Windows 10", "desktop"]),
+            (
+                CHROME,
+                ["Chrome", "120.0.6099.109", "Windows 10", "desktop"],
+            ),
             (SAFARI, ["Safari", "17.1", "iOS", "iPhone"]),
             (FIREFOX, ["Firefox", "121.0", "macOS", "desktop"]),
             (ANDROID, ["Chrome", "116.0.0.0", "Android", "smartphone"]),
@@ -108,7 +112,10 @@ mod tests {
         let event = format!(r#"{{"_user_agent":"{CHROME}","Browser":"mine","os":null}}"#);
         let out = map(&event).expect("an object");
         assert_eq!(out.matches("rowser\":").count(), 1, "{out}");
-        assert!(out.contains(r#""Browser":"mine""#) && out.contains(r#""os":"Windows 10""#), "{out}");
+        assert!(
+            out.contains(r#""Browser":"mine""#) && out.contains(r#""os":"Windows 10""#),
+            "{out}"
+        );
         for event in [
             r#"{}"#,
             r#"{"_user_agent":""}"#,
