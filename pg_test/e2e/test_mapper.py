@@ -102,6 +102,21 @@ def test_every_way_in_is_mapped(db, owner, writer, keys, collection):
     assert events(db, collection, "properties->>'mapped'", "(properties->>'n')::float")[-1] is None
 
 
+def test_large_inserts_and_copy_are_mapped(db, owner, writer, collection):
+    """Rows that would have become chunks at once take the way of events."""
+    db.admin.execute("SELECT rakam.add_field(%s, %s, 'n', 'integer')", (PROJECT, collection))
+    make(owner, "third", "BEGIN RETURN CASE WHEN (event->>'n')::int % 3 = 0 THEN event || '{\"mapped\": true}' END; END")
+    set_mapper(owner, collection, "acme.third")
+    writer.execute(f"INSERT INTO acme.{collection} (n) SELECT generate_series(1, 1500)")
+    with writer.cursor().copy(f"COPY acme.{collection} (n) FROM STDIN") as copy:
+        for n in range(1501, 3001):
+            copy.write_row((n,))
+    assert db.one(f"SELECT count(*) FROM acme._all WHERE _collection = '{collection}' AND properties->>'mapped' = 'true'") == 1000
+    assert dropped(db, collection) == 2000
+    db.tick()
+    assert db.all(f"SELECT count(*), sum(n), bool_and(mapped) FROM acme.{collection}") == [(1000, 1501500, True)]
+
+
 def test_an_insert_keeps_its_extra_through_a_mapper(db, owner, writer, collection):
     make(owner, "mark", "BEGIN RETURN event || '{\"mapped\": true}'; END")
     set_mapper(owner, collection, "acme.mark")
@@ -234,6 +249,18 @@ def test_a_mapper_that_takes_too_long(db, owner, collection):
     assert reasons[3:] == ["not called again after 3 timeouts (SQLSTATE 57014)"] * 2
     # Nothing is left of the time limit.
     session.execute("SELECT pg_sleep(0.3)")
+
+
+def test_a_mapper_has_no_more_time_for_what_it_calls(db, owner, collection):
+    session = db.connect()
+    session.execute("SET rakam.mapper_timeout = '300ms'")
+    make(owner, "quick", "BEGIN RETURN event; END")
+    owner.execute("SELECT rakam.set_mapper('acme', 'quick_ones', 'acme.quick(jsonb)')")
+    make(owner, "outer", "BEGIN PERFORM rakam.collect('acme', 'quick_ones', event); LOOP END LOOP; END")
+    set_mapper(owner, collection, "acme.outer")
+    collect(session, PROJECT, collection, {"n": 1})
+    assert ["57014" in error for _, error in letters(db)] == [True]
+    assert events(db, "quick_ones") == []
 
 
 def test_a_cancel_and_the_statements_own_timeout_are_not_swallowed(db, owner, collection):

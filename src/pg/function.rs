@@ -75,7 +75,7 @@ pub fn may_execute(function: pg_sys::Oid, user: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups by oid.
     unsafe {
         #[cfg(feature = "pg15")]
-        let answer = pg_sys::pg_proc_aclcheck(function, user, pg_sys::ACL_EXECUTE.into());
+        let answer = pg_sys::pg_proc_aclcheck(function, user, pg_sys::ACL_EXECUTE);
         #[cfg(not(feature = "pg15"))]
         let answer = pg_sys::object_aclcheck(
             pg_sys::ProcedureRelationId,

@@ -37,9 +37,10 @@ pub enum Failure {
     Cancelled(PgError),
 }
 
-/// The time limit of the running code.
+/// The time limit of the running code. Code that such code calls runs within the limit of the outermost.
 pub struct Timer {
-    timeout: Duration,
+    /// None: no limit, or the limit is somebody else's.
+    timeout: Option<Duration>,
     statement_timeout_was_active: bool,
 }
 
@@ -215,6 +216,7 @@ unsafe extern "C" {
 
 static TIMEOUT_ID: AtomicI32 = AtomicI32::new(-1);
 static EXPIRED: AtomicBool = AtomicBool::new(false);
+static RUNNING: AtomicBool = AtomicBool::new(false);
 
 /// In the signal handler of the server's timers: asks for what a cancel asks for, and notes that it was us.
 unsafe extern "C" fn expired() {
@@ -229,25 +231,29 @@ unsafe extern "C" fn expired() {
 
 impl Timer {
     fn start(timeout: Duration) -> Self {
+        let timeout = (!timeout.is_zero() && !RUNNING.load(Ordering::Relaxed)).then_some(timeout);
         let timer = Self {
             timeout,
             // SAFETY: reads backend state.
             statement_timeout_was_active: unsafe { get_timeout_active(STATEMENT_TIMEOUT) },
         };
-        if !timeout.is_zero() && TIMEOUT_ID.load(Ordering::Relaxed) < 0 {
-            // SAFETY: once per process, after the server has set its timers up.
-            let id = unsafe { RegisterTimeout(USER_TIMEOUT, Some(expired)) };
-            TIMEOUT_ID.store(id, Ordering::Relaxed);
+        if timer.timeout.is_some() {
+            if TIMEOUT_ID.load(Ordering::Relaxed) < 0 {
+                // SAFETY: once per process, after the server has set its timers up.
+                let id = unsafe { RegisterTimeout(USER_TIMEOUT, Some(expired)) };
+                TIMEOUT_ID.store(id, Ordering::Relaxed);
+            }
+            RUNNING.store(true, Ordering::Relaxed);
+            EXPIRED.store(false, Ordering::SeqCst);
+            timer.restart();
         }
-        EXPIRED.store(false, Ordering::SeqCst);
-        timer.restart();
         timer
     }
 
     /// The limit counts from now: called before each of several calls.
     pub fn restart(&self) {
-        if !self.timeout.is_zero() {
-            let delay_ms = self.timeout.as_millis().min(i32::MAX as u128) as c_int;
+        if let Some(timeout) = self.timeout {
+            let delay_ms = timeout.as_millis().min(i32::MAX as u128) as c_int;
             // SAFETY: a registered timeout; setting it again replaces it.
             unsafe { enable_timeout_after(TIMEOUT_ID.load(Ordering::Relaxed), delay_ms) };
         }
@@ -257,9 +263,10 @@ impl Timer {
     ///
     /// A cancel by the user in the moment between the expiry and its being served cannot be told from it.
     fn stop(&self) -> bool {
-        if self.timeout.is_zero() {
+        if self.timeout.is_none() {
             return false;
         }
+        RUNNING.store(false, Ordering::Relaxed);
         // SAFETY: a registered timeout; backend variables.
         let statement_expired = unsafe {
             disable_timeout(TIMEOUT_ID.load(Ordering::Relaxed), false);
