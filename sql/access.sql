@@ -5,11 +5,11 @@ DO $$
 DECLARE
   t text;
   -- Definitions: visible to every member of the project. Their rows name things, they hold no data.
-  definitions text[] := '{project,collection,field,former_name,dropped_field,audit_log}';
+  definitions text[] := '{project,collection,field,former_name,dropped_field,mapper,audit_log}';
   -- Data, and what tells about it: for those who may read the project. The foreign tables are read through these.
-  data text[] := '{inbox_0,inbox_1,inbox_2,inbox_parked,inbox_lag,hot_chunk,data_file,data_file_stat,data_file_footer,collection_stat,local_object,manifest_log,invalid_value,invalid_count,dead_letter}';
+  data text[] := '{inbox_0,inbox_1,inbox_2,inbox_parked,inbox_lag,hot_chunk,data_file,data_file_stat,data_file_footer,collection_stat,local_object,manifest_log,invalid_value,invalid_count,dead_letter,mapper_dropped}';
   -- No policy: nobody but the owner, a superuser, sees a row.
-  closed text[] := '{api_key,file_deferred,usage}';
+  closed text[] := '{api_key,file_deferred,usage,session_span}';
 BEGIN
   FOREACH t IN ARRAY definitions || data || closed LOOP
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ENABLE ROW LEVEL SECURITY', t);
@@ -26,8 +26,8 @@ BEGIN
       USING (project_id = ANY ((SELECT rakam_internal.readable_projects())::int[]))', t);
     EXECUTE pg_catalog.format('GRANT SELECT ON rakam_internal.%I TO PUBLIC', t);
   END LOOP;
-  -- What is cached per backend (src/catalog/projects.rs): every change is announced to all of them.
-  FOREACH t IN ARRAY '{project,api_key}'::text[] LOOP
+  -- What is cached per backend (src/catalog/projects.rs, mapper.rs): every change is announced to all of them.
+  FOREACH t IN ARRAY '{project,api_key,mapper}'::text[] LOOP
     EXECUTE pg_catalog.format('CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE
       ON rakam_internal.%I FOR EACH STATEMENT EXECUTE FUNCTION rakam_internal.announce_change()', t);
     -- Also under session_replication_role = replica, as set by restores and replication.

@@ -2,6 +2,8 @@
 
 -- Called by triggers only, which need no right to it.
 REVOKE EXECUTE ON FUNCTION rakam_internal.announce_change() FROM PUBLIC;
+-- Who could put it on a table would write into the project that the trigger names.
+REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;
 
 COMMENT ON SCHEMA rakam_internal IS 'Tables of rakam, guarded by row-level security: use the functions and views of schema rakam';
 COMMENT ON FUNCTION rakam_internal.readable_projects() IS 'Projects whose data the current role may read; row-level policies call it';
@@ -23,3 +25,11 @@ COMMENT ON FUNCTION rakam.field_values(text, text, text, text, int) IS 'The most
 COMMENT ON FUNCTION rakam.drop_collection(text, text) IS 'Drops a collection with all its events';
 COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collection another name';
 COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';
+COMMENT ON FUNCTION rakam.set_mapper(text, text, regprocedure, boolean) IS 'Sets the function that events of a collection (NULL: of all) go through before they are stored; NULL removes it';
+COMMENT ON FUNCTION rakam.replay_dead_letters(text, text) IS 'Tries dead letters again; returns how many are dead letters no more';
+COMMENT ON FUNCTION rakam.track_table(text, text, regclass) IS 'Makes each change of a table an event, in the same transaction';
+COMMENT ON FUNCTION rakam.untrack_table(text, regclass) IS 'Ends what track_table began';
+COMMENT ON FUNCTION rakam.map_user_agent(jsonb) IS 'Mapper: browser, browser_version, os, device by _user_agent';
+COMMENT ON FUNCTION rakam.map_referrer(jsonb) IS 'Mapper: referrer_host, referrer_medium, referrer_term by _referrer';
+COMMENT ON FUNCTION rakam.map_geoip(jsonb) IS 'Mapper: country, region, city by _ip, from rakam.geoip_database';
+COMMENT ON FUNCTION rakam.map_session(jsonb[]) IS 'Mapper of batches: _session_id where it is missing';

@@ -38,10 +38,11 @@ const ARROWS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crate → the crates of this workspace it may depend on.
-const CRATE_ARROWS: [(&str, &[&str]); 5] = [
+const CRATE_ARROWS: [(&str, &[&str]); 6] = [
     ("event", &[]),
     ("lake", &["event"]),
     ("engine", &["event", "lake"]),
+    ("mappers", &["event"]),
     ("sources", &["event"]),
     ("iceberg", &["event", "lake"]),
 ];

@@ -9,7 +9,9 @@ use std::collections::{BTreeSet, VecDeque};
 
 use pgrx::datum::IntoDatum;
 
+use super::dead_letter::{self, NewLetter};
 use super::former::{self, FormerName, Owner};
+use super::mapper::Stage;
 use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
@@ -478,16 +480,17 @@ pub fn to_dead_letter(parked: &TailRow, error: &str) -> Result<()> {
 
 /// Keeps an event of a row, with the reason, where its collection does not take it.
 pub fn add_dead_letter(row: &TailRow, event: &[u8], error: &str) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error) VALUES ($1, $2, $3, $4)",
-        &[
-            arg(row.project_id),
-            arg(row.collection.as_str()),
-            arg(event),
-            arg(error),
-        ],
-    )?;
-    Ok(())
+    dead_letter::insert(&NewLetter {
+        project_id: row.project_id,
+        collection: &row.collection,
+        payload: event,
+        error,
+        received_at_us: row.received_at_us,
+        shift_us: row.shift_us,
+        // It has been mapped and checked before it was stored.
+        stage: Stage::Stored,
+        is_row: true,
+    })
 }
 
 /// State of the three tables for the rotation.

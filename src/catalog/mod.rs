@@ -5,13 +5,17 @@
 pub mod audit;
 pub mod backlog;
 pub mod collections;
+pub mod dead_letter;
 pub mod former;
 pub mod inbox;
 pub mod invalid;
 pub mod job;
 pub mod manifest;
+pub mod mapper;
 pub mod monitor;
 pub mod projects;
 pub mod registry;
 pub mod retention;
+pub mod session;
+pub mod track;
 pub mod usage;

@@ -481,6 +481,8 @@ pub fn delete(project_id: i32) -> Result<()> {
         "DELETE FROM rakam_internal.inbox_parked WHERE project_id = $1",
         "DELETE FROM rakam_internal.invalid_value WHERE project_id = $1",
         "DELETE FROM rakam_internal.dead_letter WHERE project_id = $1",
+        "DELETE FROM rakam_internal.mapper_dropped WHERE project_id = $1",
+        "DELETE FROM rakam_internal.session_span WHERE project_id = $1",
         "DELETE FROM rakam_internal.project WHERE project_id = $1",
     ] {
         spi::execute(statement, &id)?;

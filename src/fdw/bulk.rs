@@ -16,10 +16,11 @@ use rakam_event::entry::{self, Limits};
 use rakam_event::schema::Schema;
 
 use super::row::{Row, Target};
-use crate::catalog::inbox::{self, Entry};
+use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::ingest::append::{self, append};
+use crate::ingest::mapper::{self, Shape};
 use crate::ingest::quota;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
@@ -56,7 +57,7 @@ enum Road {
     /// Undecided: too few so far.
     First(Lines),
     Chunks(Box<Chunk>),
-    /// The table's columns are not the fields of the registry.
+    /// They go through a mapper, or the table's columns are not the fields of the registry.
     Inbox,
 }
 
@@ -159,7 +160,9 @@ impl Buffer {
                     .position(|field| field.name == target.name && Some(field.ty) == target.ty)
             })
             .collect();
-        let road = match positions {
+        // A mapper takes JSON.
+        let is_mapped = mapper::applies(self.project.id, &self.collection.name)?;
+        let road = match positions.filter(|_| !is_mapped) {
             None => Road::Inbox,
             Some(positions) => Road::Chunks(Box::new(Chunk {
                 schema,
@@ -208,7 +211,7 @@ impl Buffer {
             (bytes - breaks) as i64,
         )?;
         for (received_at_us, (n, text)) in &lines.by_receipt {
-            inbox::append(&Entry {
+            let entry = Entry {
                 project_id: self.project.id,
                 collection_id: self.collection.id,
                 collection: &self.collection.name,
@@ -216,7 +219,8 @@ impl Buffer {
                 received_at_us: *received_at_us,
                 shift_us: 0,
                 payload: text.as_bytes(),
-            })?;
+            };
+            mapper::enter(&entry, Shape::Row)?;
         }
         Ok(())
     }

@@ -11,8 +11,9 @@ use rakam_event::{json, time};
 
 use super::admission::Admission;
 use super::collect::{limits, project_of_key, writable_project};
+use super::mapper::{self, Shape};
 use super::quota;
-use crate::catalog::inbox::{self, Entry};
+use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::pg::jsonb::JsonbText;
 use crate::pg::record::Record;
@@ -114,8 +115,8 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
     let mut rows = Rows::default();
     let mut rejected = Rejected::default();
     let mut stored = 0i64;
-    let append = |collection: &str, row: &Row| -> Result<()> {
-        inbox::append(&Entry {
+    let append = |collection: &str, row: &Row| -> Result<i64> {
+        let entry = Entry {
             project_id: project.id,
             collection_id: projects::collection_id(project.id, collection)?,
             collection,
@@ -123,7 +124,8 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
             received_at_us,
             shift_us,
             payload: row.payload.as_bytes(),
-        })
+        };
+        mapper::enter(&entry, Shape::Event)
     };
     let items = entry::split_batch(text, &limits())?;
     charge(project, &items)?;
@@ -136,16 +138,15 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
                     rejected.add(index, &refusal);
                     continue;
                 }
-                stored += 1;
                 if let Some((collection, full)) = rows.add(item) {
-                    append(&collection, &full)?;
+                    stored += append(&collection, &full)?;
                 }
             }
             Err(error) => rejected.add(index, &error),
         }
     }
     for (collection, row) in rows.rest() {
-        append(&collection, &row)?;
+        stored += append(&collection, &row)?;
     }
     Ok(Record::new()
         .with(stored)

@@ -8,8 +8,9 @@ use rakam_event::entry::{self, Limits};
 use rakam_event::names::CollectionName;
 
 use super::admission::Admission;
+use super::mapper::{self, Shape};
 use super::quota;
-use crate::catalog::inbox::{self, Entry};
+use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, KeyKind, Project, Right};
 use crate::pg::jsonb::JsonbText;
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, security, xact};
@@ -52,7 +53,7 @@ fn store_one(
         return Err(refusal.into());
     }
     quota::charge(project, 1, event.len() as i64)?;
-    inbox::append(&Entry {
+    let entry = Entry {
         project_id: project.id,
         collection_id: projects::collection_id(project.id, collection.as_str())?,
         collection: collection.as_str(),
@@ -60,7 +61,9 @@ fn store_one(
         received_at_us: xact::now_us(),
         shift_us: 0,
         payload: event.as_bytes(),
-    })
+    };
+    mapper::enter(&entry, Shape::Event)?;
+    Ok(())
 }
 
 /// The project of this name, if the effective user may collect into it now.

@@ -4,8 +4,12 @@
 pub mod admission;
 pub mod append;
 pub mod batch;
+mod builtin;
 pub mod collect;
 pub mod digest;
 mod lookup;
 mod making;
+pub mod mapper;
 pub mod quota;
+mod replay;
+mod track;

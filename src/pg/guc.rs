@@ -1,6 +1,8 @@
 //! The settings `rakam.*`. Each is read where it applies, at the moment it applies.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum, pg_sys};
@@ -27,6 +29,9 @@ static AUDIT: GucSetting<Audit> = GucSetting::<Audit>::new(Audit::Write);
 static AUDIT_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(365 * 24 * 60);
 static INVALID_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
 static DEAD_LETTER_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(-1);
+static MAPPER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5000);
+static SESSION_GAP: GucSetting<i32> = GucSetting::<i32>::new(30);
+static GEOIP_DATABASE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static ALLOW_PROJECT_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 static ROLE_PREFIX: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"rakam_"));
@@ -228,6 +233,32 @@ pub fn init() {
             GucFlags::UNIT_MIN,
         );
     }
+    int(
+        c"rakam.mapper_timeout",
+        c"Longest time that one call of a mapper may take; 0 is no limit of its own.",
+        &MAPPER_TIMEOUT,
+        0,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"rakam.session_gap",
+        c"Pause between two events of a user that begins a session, for rakam.map_session.",
+        &SESSION_GAP,
+        1,
+        60 * 24 * 365,
+        GucContext::Suset,
+        GucFlags::UNIT_MIN,
+    );
+    GucRegistry::define_string_guc(
+        c"rakam.geoip_database",
+        c"File in MaxMind's format from which rakam.map_geoip takes places.",
+        c"",
+        &GEOIP_DATABASE,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
     bool_guc(
         c"rakam.allow_project_drop",
         c"Allows rakam.drop_project.",
@@ -379,6 +410,22 @@ fn age(minutes: &GucSetting<i32>) -> Option<Duration> {
     u64::try_from(minutes.get())
         .ok()
         .map(|minutes| Duration::from_secs(minutes * 60))
+}
+
+pub fn mapper_timeout() -> Duration {
+    Duration::from_millis(MAPPER_TIMEOUT.get() as u64)
+}
+
+pub fn session_gap() -> Duration {
+    Duration::from_secs(SESSION_GAP.get() as u64 * 60)
+}
+
+/// Empty: none is set.
+pub fn geoip_database() -> PathBuf {
+    GEOIP_DATABASE
+        .get()
+        .map(|path| PathBuf::from(OsStr::from_bytes(path.to_bytes())))
+        .unwrap_or_default()
 }
 
 pub fn allow_project_drop() -> bool {

@@ -1,4 +1,4 @@
-//! jsonb as its text, without a value tree in between.
+//! jsonb and arrays of it as text, without a value tree in between.
 
 use std::ffi::{CStr, CString};
 
@@ -89,4 +89,117 @@ unsafe impl SqlTranslatable for JsonbText {
     const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
     const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
         Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb")));
+}
+
+/// An array of jsonb in the current memory context. None: a text has a NUL byte. Raises an error for what is no JSON.
+pub fn array<'a>(texts: impl Iterator<Item = Option<&'a str>>) -> Option<pg_sys::Datum> {
+    let (mut elements, mut nulls) = (Vec::new(), Vec::new());
+    for text in texts {
+        nulls.push(text.is_none());
+        elements.push(match text {
+            Some(text) => JsonbText(text.to_owned()).into_datum()?,
+            None => pg_sys::Datum::null(),
+        });
+    }
+    let mut count = elements.len() as i32;
+    let mut first = 1;
+    // SAFETY: one dimension with one flag for each element, all of which are copied; jsonb is a varlena aligned as an
+    // int.
+    let array = unsafe {
+        if count == 0 {
+            pg_sys::construct_empty_array(pg_sys::JSONBOID)
+        } else {
+            pg_sys::construct_md_array(
+                elements.as_mut_ptr(),
+                nulls.as_mut_ptr(),
+                1,
+                &mut count,
+                &mut first,
+                pg_sys::JSONBOID,
+                -1,
+                false,
+                b'i' as std::ffi::c_char,
+            )
+        }
+    };
+    Some(pg_sys::Datum::from(array))
+}
+
+/// The elements of an array of jsonb as text. None: they are more than `max_bytes`.
+///
+/// # Safety
+/// The datum is an array of jsonb.
+pub unsafe fn array_texts(datum: pg_sys::Datum, max_bytes: usize) -> Option<Vec<Option<String>>> {
+    let (mut elements, mut nulls, mut count) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
+    // SAFETY: the detoasted array and what is taken out of it live in the current context.
+    unsafe {
+        let array = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::ArrayType>();
+        pg_sys::deconstruct_array(
+            array,
+            pg_sys::JSONBOID,
+            -1,
+            false,
+            b'i' as std::ffi::c_char,
+            &mut elements,
+            &mut nulls,
+            &mut count,
+        );
+        let mut bytes = 0;
+        let mut texts = Vec::with_capacity(count as usize);
+        for at in 0..count as usize {
+            let text = JsonbText::from_datum(*elements.add(at), *nulls.add(at)).map(|text| text.0);
+            bytes += text.as_ref().map_or(0, String::len);
+            if bytes > max_bytes {
+                return None;
+            }
+            texts.push(text);
+        }
+        Some(texts)
+    }
+}
+
+/// An array of jsonb of SQL, each element as its text.
+pub struct JsonbTexts(pub Vec<Option<String>>);
+
+// SAFETY: reads an argument that the SQL declares as jsonb[].
+unsafe impl<'fcx> ArgAbi<'fcx> for JsonbTexts {
+    unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
+        // SAFETY: as above; the functions that take it are strict.
+        unsafe { arg.unbox_arg_using_from_datum() }.unwrap_or_else(|| Self(Vec::new()))
+    }
+}
+
+impl FromDatum for JsonbTexts {
+    unsafe fn from_polymorphic_datum(
+        datum: pg_sys::Datum,
+        is_null: bool,
+        _type_oid: pg_sys::Oid,
+    ) -> Option<Self> {
+        // SAFETY: the caller has a datum of this type.
+        (!is_null)
+            .then(|| unsafe { array_texts(datum, usize::MAX) })
+            .flatten()
+            .map(Self)
+    }
+}
+
+// SAFETY: the datum is made by the server's own function.
+unsafe impl BoxRet for JsonbTexts {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        match array(self.0.iter().map(Option::as_deref)) {
+            // SAFETY: an array in the caller's memory context.
+            Some(datum) => unsafe { fcinfo.return_raw_datum(datum) },
+            None => fcinfo.return_null(),
+        }
+    }
+}
+
+// SAFETY: names the type jsonb[].
+unsafe impl SqlTranslatable for JsonbTexts {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(JsonbTexts);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> =
+        Ok(SqlMappingRef::literal("jsonb[]"));
+    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb[]")));
 }

@@ -51,6 +51,7 @@ impl LockOn {
 pub enum Mode {
     RowExclusive = pg_sys::RowExclusiveLock,
     Share = pg_sys::ShareLock,
+    ShareRowExclusive = pg_sys::ShareRowExclusiveLock,
     AccessExclusive = pg_sys::AccessExclusiveLock,
 }
 

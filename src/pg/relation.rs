@@ -102,3 +102,43 @@ pub fn database_name(database: pg_sys::Oid) -> Option<String> {
         })
     }
 }
+
+/// `schema.name` of a relation as SQL text; None: it is gone.
+pub fn sql_name(relation: pg_sys::Oid) -> Option<String> {
+    let text = |pointer: *mut std::ffi::c_char| {
+        // SAFETY: NULL, or a NUL-terminated copy.
+        (!pointer.is_null()).then(|| unsafe {
+            super::spi::quote_ident(&std::ffi::CStr::from_ptr(pointer).to_string_lossy())
+        })
+    };
+    // SAFETY: syscache look-ups by oid that give NULL for what is not there.
+    unsafe {
+        let name = text(pg_sys::get_rel_name(relation))?;
+        let schema = text(pg_sys::get_namespace_name(pg_sys::get_rel_namespace(
+            relation,
+        )))?;
+        Some(format!("{schema}.{name}"))
+    }
+}
+
+/// Whether it is an ordinary or a partitioned table; other kinds of relations and unknown oids are not.
+pub fn is_table(relation: pg_sys::Oid) -> bool {
+    // SAFETY: syscache look-up by oid; NUL for an unknown one.
+    let kind = unsafe { pg_sys::get_rel_relkind(relation) } as u8;
+    matches!(
+        kind,
+        pg_sys::RELKIND_RELATION | pg_sys::RELKIND_PARTITIONED_TABLE
+    )
+}
+
+/// Whether the user owns the relation, by membership too; superusers own everything.
+pub fn is_owned_by(relation: pg_sys::Oid, user: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-up by oid of a relation that the caller has locked.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        let answer = pg_sys::pg_class_ownercheck(relation, user);
+        #[cfg(not(feature = "pg15"))]
+        let answer = pg_sys::object_ownercheck(pg_sys::RelationRelationId, relation, user);
+        answer
+    }
+}

@@ -100,17 +100,20 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, PgError> {
         let AssertUnwindSafe(work) = work;
         Ok(work())
     }))
-    .catch_others(|caught| {
-        let report = match &caught {
-            CaughtError::PostgresError(r) | CaughtError::ErrorReport(r) => r,
-            CaughtError::RustPanic { ereport, .. } => ereport,
-        };
-        let mut error = PgError::new(&sqlstate_text(report.sql_error_code()), report.message());
-        error.detail = report.detail().map(str::to_owned);
-        error.hint = report.hint().map(str::to_owned);
-        Err(error)
-    })
+    .catch_others(|caught| Err(error_of(&caught)))
     .execute()
+}
+
+/// A caught error as a value.
+pub fn error_of(caught: &CaughtError) -> PgError {
+    let report = match caught {
+        CaughtError::PostgresError(r) | CaughtError::ErrorReport(r) => r,
+        CaughtError::RustPanic { ereport, .. } => ereport,
+    };
+    let mut error = PgError::new(&sqlstate_text(report.sql_error_code()), report.message());
+    error.detail = report.detail().map(str::to_owned);
+    error.hint = report.hint().map(str::to_owned);
+    error
 }
 
 /// The five characters of an error code.

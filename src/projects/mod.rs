@@ -14,6 +14,7 @@ use rakam_event::names::ProjectName;
 
 use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
+use crate::catalog::track;
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
 use keys::KeySet;
@@ -93,6 +94,7 @@ fn drop_by_name(name: &str) -> Result<()> {
     for collection in catalog::collection_ids(project.id)? {
         locks::transaction(locks::LockOn::Manifest(collection));
     }
+    track::drop_triggers(&project.name, None)?;
     catalog::delete(project.id)?;
     objects::drop(&project)
 }

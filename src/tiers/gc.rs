@@ -1,18 +1,28 @@
 //! Objects that nobody needs: those announced by a crashed flush, and those out of use for long enough.
 //! The object goes first, then its row: a crash between them repeats a deletion, which is harmless.
+//! And rows that were appended so that nobody waits, to be added up or forgotten here.
 
-use crate::catalog::manifest;
+use std::time::Duration;
+
+use crate::catalog::{manifest, mapper, session};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{Result, failpoint, guc, relation, wait};
 use crate::tiers::flush;
 
+/// How much later than its gap allows a session may still get events with times of then.
+const LATE_VISITS: Duration = Duration::from_secs(3600);
+
 /// Collects garbage; returns the number of objects deleted.
 pub fn run() -> std::result::Result<u64, Failure> {
     let Some(_job) = SessionLock::try_take(LockOn::Gc) else {
         return Ok(0);
     };
+    xact::worker(|| {
+        mapper::fold_dropped()?;
+        session::tidy((2 * guc::session_gap() + LATE_VISITS).as_secs_f64())
+    })?;
     let mut deleted = 0;
     for (storage_id, path, collection_id) in xact::worker(|| manifest::intents(View::Current))? {
         wait::check_interrupts();

@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{inbox, manifest};
+use crate::catalog::{inbox, manifest, mapper};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
@@ -85,8 +85,13 @@ pub fn of_projects() -> Result<Vec<Finding>> {
             "events set aside",
             format!("{parked} parked events are tried again, {dead} are dead letters"),
         )
-        .hint("See rakam.dead_letter for what could not be digested, and why.")
+        .hint("See rakam.dead_letter for what could not be mapped or digested, and why; rakam.replay_dead_letters tries it again.")
     });
+    let (mappers, dropped) = mapper::totals(view)?;
+    findings.push(Finding::ok(
+        "mappers",
+        format!("{mappers} mappers are set, which dropped {dropped} events"),
+    ));
     let (tables, columns): (i64, i64) = spi::first(
         view,
         "SELECT (SELECT count(*) FROM rakam_internal.collection WHERE ft IS NULL),

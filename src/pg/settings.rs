@@ -1,0 +1,77 @@
+//! Settings of the server pinned for a while, where the caller's own choice must not change what something means.
+
+use std::ffi::CStr;
+
+use pgrx::pg_sys;
+
+/// What values look like as text, and what the same SQL means: the server's defaults.
+const DEFAULTS: [(&CStr, &CStr); 8] = [
+    (c"TimeZone", c"UTC"),
+    (c"DateStyle", c"ISO, MDY"),
+    (c"IntervalStyle", c"postgres"),
+    (c"extra_float_digits", c"1"),
+    (c"bytea_output", c"hex"),
+    (c"row_security", c"on"),
+    (c"transform_null_equals", c"off"),
+    (c"standard_conforming_strings", c"on"),
+];
+
+/// Sets a variable for the current GUC nest level if it differs: setting costs more than looking.
+///
+/// # Safety
+/// Within a GUC nest level of the caller's.
+pub unsafe fn pin(name: &CStr, value: &CStr) {
+    // SAFETY: a variable that exists; the answer is a NUL-terminated text that is not kept.
+    unsafe {
+        let now = pg_sys::GetConfigOption(name.as_ptr(), true, false);
+        if !now.is_null() && CStr::from_ptr(now) == value {
+            return;
+        }
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
+/// Pins what [`DEFAULTS`] lists.
+///
+/// # Safety
+/// Within a GUC nest level of the caller's.
+pub unsafe fn pin_defaults() {
+    for (name, value) in DEFAULTS {
+        // SAFETY: as the caller promises.
+        unsafe { pin(name, value) };
+    }
+}
+
+/// The defaults until dropped, also when an error unwinds: then the (sub)transaction's end puts the caller's back.
+pub struct Defaults {
+    nest_level: i32,
+}
+
+impl Defaults {
+    pub fn enter() -> Self {
+        // SAFETY: a GUC nest level, closed in Drop or by the transaction's end on error.
+        unsafe {
+            let nest_level = pg_sys::NewGUCNestLevel();
+            pin_defaults();
+            Self { nest_level }
+        }
+    }
+}
+
+impl Drop for Defaults {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: closes the level opened in `enter`.
+            unsafe { pg_sys::AtEOXact_GUC(true, self.nest_level) };
+        }
+    }
+}
