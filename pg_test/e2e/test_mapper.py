@@ -732,6 +732,18 @@ def test_sessions_make_nobody_wait(db, owner, writer, collection):
 # -- the rest ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_renamed_collection_keeps_its_mapper(db, owner, writer, collection):
+    make(owner, "mark", "BEGIN RETURN event || '{\"mapped\": true}'; END")
+    set_mapper(owner, collection, "acme.mark")
+    owner.execute("SELECT rakam.set_mapper('acme', 'renamed_one', 'rakam.map_referrer(jsonb)')")
+    owner.execute("SELECT rakam.rename_collection('acme', %s, 'renamed_one')", (collection,))
+    collect(writer, PROJECT, "renamed_one", {"n": 1})
+    assert events(db, "renamed_one", "properties->>'mapped'") == ["true"]
+    owner.execute("SELECT rakam.drop_collection('acme', 'renamed_one')")
+    collect(writer, PROJECT, "renamed_one", {"n": 2})
+    assert events(db, "renamed_one", "(properties->>'mapped') || (properties->>'n')") == ["true2"]
+
+
 def test_mappers_and_letters_go_with_their_project(db):
     db.project("brief")
     db.admin.execute("SELECT rakam.set_mapper('brief', NULL, 'rakam.map_session(jsonb[])', true)")

@@ -170,6 +170,20 @@ def test_an_event_that_is_refused_does_not_stop_the_writer(db, owner, clerk, tab
     assert len(events(db, table)) == 3
 
 
+def test_a_quota_that_is_used_up_stops_no_writer(db, owner, clerk, table):
+    db.project("metered")
+    db.admin.execute("SELECT rakam.set_quota('metered', 5, NULL, NULL, NULL)")
+    create(owner, table)
+    db.admin.execute("SELECT rakam.track_table('metered', %s, %s)", (table, f"shop.{table}"))
+    clerk.execute(f"INSERT INTO shop.{table} SELECT n FROM generate_series(1, 1000) n")
+    assert one(clerk, f"SELECT count(*) FROM shop.{table}") == 1000
+    ((payload, error),) = db.all("SELECT payload, error FROM rakam.dead_letter WHERE project = 'metered'")
+    assert len(bytes(payload).split(b"\n")) == 1000 and "53400" in error
+    db.admin.execute("SELECT rakam.set_quota('metered', NULL, NULL, NULL, NULL)")
+    assert db.one("SELECT rakam.replay_dead_letters('metered', NULL)") == 1
+    assert db.one(f"SELECT count(DISTINCT properties->>'id') FROM metered._all WHERE _collection = '{table}'") == 1000
+
+
 def test_mappers_see_the_changes_and_their_errors_stop_nobody(db, owner, clerk, table):
     create(owner, table)
     track(owner, table)

@@ -2,6 +2,7 @@
 //! digested, merged or flushed.
 
 use super::former;
+use super::mapper;
 use super::registry::Collection;
 use crate::pg::Result;
 use crate::pg::spi::{self, arg};
@@ -23,6 +24,9 @@ pub fn delete(collection: &Collection) -> Result<()> {
         "DELETE FROM rakam_internal.inbox_parked WHERE collection_id = $1",
         "DELETE FROM rakam_internal.invalid_value WHERE collection_id = $1",
         "DELETE FROM rakam_internal.dead_letter d USING rakam_internal.collection c
+         WHERE c.collection_id = $1 AND d.project_id = c.project_id AND d.collection = c.name",
+        // Its mapper stays: the next event of this name must not come in without it.
+        "DELETE FROM rakam_internal.mapper_dropped d USING rakam_internal.collection c
          WHERE c.collection_id = $1 AND d.project_id = c.project_id AND d.collection = c.name",
         "DELETE FROM rakam_internal.job WHERE job_key LIKE '%/' || $1::text",
         // Its fields, statistics and counters go with it.
@@ -47,6 +51,7 @@ pub fn rename(collection: &Collection, name: &str) -> Result<()> {
             arg(name),
         ],
     )?;
+    mapper::rename(collection.project_id, &collection.name, name)?;
     former::retire(collection.project_id, &collection.name, Some(collection.id))
 }
 

@@ -170,6 +170,20 @@ pub fn remove(project_id: i32, collection: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// Gives a collection's mapper and counts to its new name, where a mapper set ahead gives way.
+pub fn rename(project_id: i32, old: &str, new: &str) -> Result<()> {
+    let args = [arg(project_id), arg(old), arg(new)];
+    for statement in [
+        "DELETE FROM rakam_internal.mapper n WHERE n.project_id = $1 AND n.collection = $3
+           AND EXISTS (SELECT FROM rakam_internal.mapper o WHERE o.project_id = $1 AND o.collection = $2)",
+        "UPDATE rakam_internal.mapper SET collection = $3 WHERE project_id = $1 AND collection = $2",
+        "UPDATE rakam_internal.mapper_dropped SET collection = $3 WHERE project_id = $1 AND collection = $2",
+    ] {
+        spi::execute(statement, &args)?;
+    }
+    Ok(())
+}
+
 /// Counts events that a mapper dropped.
 pub fn count_dropped(project_id: i32, collection: &str, n: i64) -> Result<()> {
     let _owner = ActAs::owner();

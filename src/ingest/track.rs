@@ -1,9 +1,10 @@
 //! Tracked tables: each changed row of a local table is an event, in the transaction that changes it.
 //!
 //! Statement triggers with transition tables, so that a statement's rows go to the inbox together. What is wrong with
-//! an event must not stop whoever writes the table: it becomes a dead letter.
+//! an event, and a quota that is used up, must not stop whoever writes the table: events become dead letters.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::trigger_support::PgTrigger;
@@ -13,6 +14,7 @@ use rakam_event::{entry, json, schema};
 
 use super::collect::limits;
 use super::mapper::{self, Shape};
+use super::quota;
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project, Right};
 use crate::catalog::track;
@@ -61,7 +63,7 @@ fn untrack_table(
     Ok(stop(&project, not_null(source, "source")?)?)
 }
 
-fn admin_project(project: Option<&str>) -> pg::Result<std::rc::Rc<Project>> {
+fn admin_project(project: Option<&str>) -> pg::Result<Rc<Project>> {
     let project = not_null(project, "project")?;
     xact::ensure_writable("track tables")?;
     projects::authorize(project, Right::Admin)
@@ -162,8 +164,8 @@ fn changed(statement: &Statement<'_>, arguments: &[String]) -> pg::Result<()> {
         return Ok(());
     };
     let mut events = Events {
-        project_id: project.id,
         collection_id: projects::collection_id(project.id, collection)?,
+        project,
         collection,
         received_at_us: xact::now_us(),
         payload: String::new(),
@@ -214,7 +216,7 @@ fn write_event(operation: &str, row: &str, out: &mut String) -> pg::Result<()> {
 
 /// Events on their way into the inbox.
 struct Events<'a> {
-    project_id: i32,
+    project: Rc<Project>,
     collection_id: i32,
     collection: &'a str,
     received_at_us: i64,
@@ -246,17 +248,28 @@ impl Events<'_> {
     }
 
     fn flush(&mut self) -> pg::Result<()> {
-        if self.n > 0 {
-            mapper::enter(&self.entry(self.payload.as_bytes(), self.n), Shape::Event)?;
-            self.payload.clear();
-            self.n = 0;
+        if self.n == 0 {
+            return Ok(());
         }
+        let entry = self.entry(self.payload.as_bytes(), self.n);
+        match quota::charge(&self.project, i64::from(self.n), entry.payload.len() as i64) {
+            Ok(()) => {
+                mapper::enter(&entry, Shape::Event)?;
+            }
+            // One dead letter of them all: what is refused for its amount must not become many rows.
+            Err(refused) if refused.sqlstate == "53400" => {
+                mapper::set_aside(&entry, Shape::Event, &refused)?;
+            }
+            Err(error) => return Err(error),
+        }
+        self.payload.clear();
+        self.n = 0;
         Ok(())
     }
 
     fn entry<'e>(&'e self, payload: &'e [u8], n: i32) -> Entry<'e> {
         Entry {
-            project_id: self.project_id,
+            project_id: self.project.id,
             collection_id: self.collection_id,
             collection: self.collection,
             n,
@@ -288,10 +301,10 @@ fn truncated(events: &mut Events<'_>, table: Oid) -> pg::Result<()> {
         if truncated.moment != now {
             truncated.tables.clear();
         }
-        truncated.tables.push((events.project_id, table));
+        truncated.tables.push((events.project.id, table));
         ancestors
             .iter()
-            .any(|&ancestor| truncated.tables.contains(&(events.project_id, ancestor)))
+            .any(|&ancestor| truncated.tables.contains(&(events.project.id, ancestor)))
     });
     if !is_part {
         events.add("{\"op\":\"truncate\"}")?;

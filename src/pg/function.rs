@@ -177,9 +177,10 @@ unsafe fn invoke(info: *mut pg_sys::FmgrInfo, argument: pg_sys::Datum) -> Option
         let bytes = std::mem::size_of::<pg_sys::FunctionCallInfoBaseData>()
             + std::mem::size_of::<pg_sys::NullableDatum>();
         let call: *mut pg_sys::FunctionCallInfoBaseData = pg_sys::palloc0(bytes).cast();
-        (*call).flinfo = info;
-        (*call).nargs = 1;
-        (&mut (*call).args).as_mut_slice(1)[0].value = argument;
+        let data = &mut *call;
+        data.flinfo = info;
+        data.nargs = 1;
+        data.args.as_mut_slice(1)[0].value = argument;
         let address = (*info)
             .fn_addr
             .ok_or_else(|| PgError::internal("function without an address"));
