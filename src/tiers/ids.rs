@@ -38,6 +38,8 @@ pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
             return Ok(true);
         }
     }
+    // A project whose runs cannot be merged stops no other one; its error is told at the end.
+    let mut failed: HashMap<i32, PgError> = HashMap::new();
     loop {
         let crowds = xact::worker(|| ids::crowds(FAN_IN))?;
         let mut merged = 0;
@@ -45,12 +47,24 @@ pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
             if is_over() {
                 return Ok(true);
             }
-            merged += u64::from(locked(crowd.project_id, || merge_crowd(crowd))?);
+            if failed.contains_key(&crowd.project_id) {
+                continue;
+            }
+            match locked(crowd.project_id, || merge_crowd(crowd)) {
+                Ok(done) => merged += u64::from(done),
+                Err(Failure::Error(error)) => {
+                    failed.insert(crowd.project_id, error);
+                }
+                Err(gone) => return Err(gone),
+            }
         }
         // None merged: another worker is at them.
         if merged == 0 {
             break;
         }
+    }
+    if let Some((_, error)) = failed.into_iter().next() {
+        return Err(Failure::Error(error));
     }
     settle(&is_over)
 }
