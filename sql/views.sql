@@ -60,7 +60,7 @@ FROM rakam_internal.dead_letter d JOIN rakam_internal.project p USING (project_i
 
 CREATE VIEW rakam.stat_collection WITH (security_invoker = true) AS
 SELECT project, collection, inbox_events + hot_events + cold_events AS events, inbox_events, hot_events, hot_bytes,
-       cold_events, cold_bytes, files, 0::bigint AS duplicates, invalid_values, last_event_at,
+       cold_events, cold_bytes, files, duplicates, invalid_values, last_event_at,
        CASE WHEN last_event_at IS NOT NULL THEN
          greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - last_event_at)) END AS freshness_s
 FROM rakam_internal.collection_sizes();

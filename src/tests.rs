@@ -565,6 +565,7 @@ mod tests {
                 "project",
                 "collection",
                 "field",
+                "id_run",
                 "inbox_0",
                 "inbox_1",
                 "inbox_2",

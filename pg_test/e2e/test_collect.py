@@ -157,19 +157,19 @@ def test_upload_time_shifts_explicit_times(db, keys, collection):
         [
             {
                 "collection": collection,
-                "properties": {"_id": "explicit", "_time": (client - timedelta(minutes=5)).isoformat()},
+                "properties": {"_user": "explicit", "_time": (client - timedelta(minutes=5)).isoformat()},
             },
-            {"collection": collection, "properties": {"_id": "none"}},
+            {"collection": collection, "properties": {"_user": "none"}},
         ]
     )
     for upload_time in (client.isoformat(), int(client.timestamp() * 1000)):
         api = json.dumps({"upload_time": upload_time})
         db.admin.execute("SELECT rakam.collect_batch('acme', %s, %s)", (events, api))
-    found = rows(db.admin, collection, "_id, extract(epoch FROM _received_at - _time)::float8")
+    found = rows(db.admin, collection, "_user, extract(epoch FROM _received_at - _time)::float8")
     assert len(found) == 4
-    for identity, age in found:
-        expected = 300 if identity == "explicit" else 0
-        assert abs(age - expected) < 10, (identity, age)
+    for sent, age in found:
+        expected = 300 if sent == "explicit" else 0
+        assert abs(age - expected) < 10, (sent, age)
 
 
 def test_checksum(db, keys, collection):

@@ -5,7 +5,7 @@
 //! from the snapshot's xmin, which one old transaction anywhere in the cluster drags down.
 
 use std::cell::Cell;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pgrx::datum::IntoDatum;
 
@@ -173,15 +173,40 @@ pub(super) const FIRST_PAGE_ROWS: i64 = 64;
 const PAGE_ROWS_MAX: i64 = 4096;
 
 /// One ordered run over an index: from a transaction id on (or exactly one), in (txid, id) order.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Run {
     table: usize,
     collection_id: i32,
     /// None: every transaction from `after` on.
     only_txid: Option<u64>,
+    /// The last (txid, id) read.
+    after: (u64, i64),
+    page_rows: i64,
+    /// Rows read and not handed out.
+    rows: VecDeque<TailRow>,
+    ended: bool,
 }
 
-/// The un-digested rows of one collection, page by page.
+impl Run {
+    fn new(table: usize, collection_id: i32, only_txid: Option<u64>, start: u64) -> Self {
+        Self {
+            table,
+            collection_id,
+            only_txid,
+            after: (only_txid.unwrap_or(start), 0),
+            page_rows: FIRST_PAGE_ROWS,
+            rows: VecDeque::new(),
+            ended: false,
+        }
+    }
+
+    fn next(&self) -> Option<(u64, i64)> {
+        self.rows.front().map(|row| (row.txid, row.id))
+    }
+}
+
+/// The un-digested rows of one collection, page by page, in the order in which the digest will meet them: by (txid, id),
+/// parked ones last. Of two copies of an event a reader then shows the one that will stay.
 pub struct Tail {
     project_id: i32,
     /// 0: known by its name only.
@@ -189,15 +214,15 @@ pub struct Tail {
     name: String,
     /// Asked for when the first row is met that was stored by name.
     former: Option<Vec<FormerName>>,
-    runs: VecDeque<Run>,
-    /// Of the first run: the last (txid, id) seen.
-    after: (u64, i64),
+    tables: Vec<usize>,
+    ids: Vec<i32>,
+    /// Runs that are read side by side, stage by stage: every transaction of a stage is older than those of the next.
+    stages: VecDeque<Vec<Run>>,
+    /// Transactions that ran when the tick was taken; looked for at the first page.
+    xip: Vec<u64>,
     start: u64,
-    page_rows: i64,
     parked_collection: Option<i32>,
     parked_after: i64,
-    xip: Vec<u64>,
-    probe: Option<(Vec<usize>, Vec<i32>)>,
 }
 
 impl Tail {
@@ -208,56 +233,38 @@ impl Tail {
         if collection_id != 0 {
             ids.insert(0, collection_id);
         }
-        let runs = tick
-            .tables
-            .iter()
-            .flat_map(|&table| {
-                ids.iter().map(move |&collection_id| Run {
-                    table,
-                    collection_id,
-                    only_txid: None,
-                })
-            })
-            .collect();
+        let start = tick.snapshot.xmax;
+        let newer = tick.tables.iter().flat_map(|&table| {
+            ids.iter()
+                .map(move |&collection_id| Run::new(table, collection_id, None, start))
+        });
         Self {
             project_id,
             collection_id,
             name: name.to_owned(),
             former: None,
-            runs,
-            after: (tick.snapshot.xmax, 0),
-            start: tick.snapshot.xmax,
-            page_rows: FIRST_PAGE_ROWS,
+            stages: VecDeque::from([newer.collect()]),
+            tables: tick.tables.clone(),
+            ids,
+            xip: tick.snapshot.xip.clone(),
+            start,
             parked_collection: (collection_id != 0).then_some(collection_id),
             parked_after: 0,
-            xip: tick.snapshot.xip.clone(),
-            probe: Some((tick.tables.clone(), ids)),
         }
     }
 
     /// The next rows; None at the end.
     pub fn next_page(&mut self, view: View) -> Result<Option<Vec<TailRow>>> {
-        if let Some((tables, ids)) = self.probe.take() {
-            self.probe_in_progress(view, &tables, &ids)?;
+        if !self.xip.is_empty() {
+            self.add_in_progress(view)?;
         }
-        while let Some(run) = self.runs.front().copied() {
-            let rows = self.run_page(view, run)?;
-            let full = rows.len() as i64 == self.page_rows;
-            if let Some(last) = rows.last() {
-                self.after = (last.txid, last.id);
+        while let Some(mut runs) = self.stages.pop_front() {
+            let page = self.merged(view, &mut runs)?;
+            if runs.iter().any(|run| !run.ended || !run.rows.is_empty()) {
+                self.stages.push_front(runs);
             }
-            if !rows.is_empty() {
-                let bytes: usize = rows.iter().map(|r| r.payload.len() + 64).sum();
-                self.page_rows = page_rows(bytes, rows.len());
-            }
-            if !full {
-                self.runs.pop_front();
-                let next = self.runs.front().and_then(|r| r.only_txid);
-                self.after = (next.unwrap_or(self.start), 0);
-            }
-            let rows = self.own(view, rows)?;
-            if !rows.is_empty() {
-                return Ok(Some(rows));
+            if !page.is_empty() {
+                return Ok(Some(page));
             }
         }
         let Some(collection_id) = self.parked_collection else {
@@ -303,11 +310,47 @@ impl Tail {
         Ok(rows)
     }
 
-    /// Transactions that ran when the tick was taken and have left rows since: each is a short run of its own.
-    fn probe_in_progress(&mut self, view: View, tables: &[usize], ids: &[i32]) -> Result<()> {
-        if self.xip.is_empty() {
-            return Ok(());
+    /// The next rows of runs, in order: as many as can be told without reading more than one page of each.
+    fn merged(&mut self, view: View, runs: &mut [Run]) -> Result<Vec<TailRow>> {
+        for run in runs.iter_mut() {
+            if run.rows.is_empty() && !run.ended {
+                self.read_page(view, run)?;
+            }
         }
+        let mut page = Vec::new();
+        loop {
+            // What such a run has next is not known.
+            if runs.iter().any(|run| run.rows.is_empty() && !run.ended) {
+                return Ok(page);
+            }
+            let first = runs
+                .iter_mut()
+                .filter_map(|run| run.next().map(|at| (at, run)))
+                .min_by_key(|(at, _)| *at);
+            match first.and_then(|(_, run)| run.rows.pop_front()) {
+                Some(row) => page.push(row),
+                None => return Ok(page),
+            }
+        }
+    }
+
+    /// Reads rows of a run until some are of this collection, or it ends.
+    fn read_page(&mut self, view: View, run: &mut Run) -> Result<()> {
+        while run.rows.is_empty() && !run.ended {
+            let rows = Self::run_page(view, run)?;
+            run.ended = (rows.len() as i64) < run.page_rows;
+            if let Some(last) = rows.last() {
+                run.after = (last.txid, last.id);
+                let bytes: usize = rows.iter().map(|r| r.payload.len() + 64).sum();
+                run.page_rows = page_rows(bytes, rows.len());
+            }
+            run.rows.extend(self.own(view, rows)?);
+        }
+        Ok(())
+    }
+
+    /// Transactions that ran when the tick was taken and have left rows since: they come first, each by itself.
+    fn add_in_progress(&mut self, view: View) -> Result<()> {
         const PROBE: [&str; 3] = [
             "SELECT x FROM pg_catalog.unnest($2) x
              WHERE EXISTS (SELECT FROM rakam_internal.inbox_0 WHERE collection_id = $1 AND txid = x)",
@@ -316,25 +359,30 @@ impl Tail {
             "SELECT x FROM pg_catalog.unnest($2) x
              WHERE EXISTS (SELECT FROM rakam_internal.inbox_2 WHERE collection_id = $1 AND txid = x)",
         ];
-        for &table in tables {
-            for &collection_id in ids {
-                let found = spi::query(
+        let xip = std::mem::take(&mut self.xip);
+        let mut by_txid: BTreeMap<u64, Vec<Run>> = BTreeMap::new();
+        for &table in &self.tables {
+            for &collection_id in &self.ids {
+                spi::run(
                     view,
                     PROBE[table],
-                    &[arg(collection_id), xid8_array(&self.xip)],
-                    |row| Ok(row.xid8(1).unwrap_or(0)),
+                    &[arg(collection_id), xid8_array(&xip)],
+                    |row| {
+                        let txid = row.xid8(1).unwrap_or(0);
+                        let run = Run::new(table, collection_id, Some(txid), self.start);
+                        by_txid.entry(txid).or_default().push(run);
+                        Ok(())
+                    },
                 )?;
-                self.runs.extend(found.into_iter().map(|txid| Run {
-                    table,
-                    collection_id,
-                    only_txid: Some(txid),
-                }));
             }
+        }
+        for runs in by_txid.into_values().rev() {
+            self.stages.push_front(runs);
         }
         Ok(())
     }
 
-    fn run_page(&self, view: View, run: Run) -> Result<Vec<TailRow>> {
+    fn run_page(view: View, run: &Run) -> Result<Vec<TailRow>> {
         const FROM_ON: [&str; 3] = [
             "SELECT id, project_id, collection_id, collection, txid, n, received_at, shift_us, payload
              FROM rakam_internal.inbox_0 WHERE collection_id = $1 AND (txid, id) > ($2, $3)
@@ -359,7 +407,7 @@ impl Tail {
         ];
         let (sql, txid) = match run.only_txid {
             Some(txid) => (ONLY[run.table], txid),
-            None => (FROM_ON[run.table], self.after.0),
+            None => (FROM_ON[run.table], run.after.0),
         };
         spi::query(
             view,
@@ -367,8 +415,8 @@ impl Tail {
             &[
                 arg(run.collection_id),
                 xid8(txid),
-                arg(self.after.1),
-                arg(self.page_rows),
+                arg(run.after.1),
+                arg(run.page_rows),
             ],
             tail_row,
         )

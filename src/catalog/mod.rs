@@ -7,6 +7,7 @@ pub mod backlog;
 pub mod collections;
 pub mod dead_letter;
 pub mod former;
+pub mod ids;
 pub mod inbox;
 pub mod invalid;
 pub mod job;

@@ -36,11 +36,12 @@ pub type DataFileRow = (
     Option<TimestampWithTimeZone>,
 );
 
-/// Project, collection, inbox events, hot events and bytes, cold events and bytes, files, invalid values, the
-/// newest event.
+/// Project, collection, inbox events, hot events and bytes, cold events and bytes, files, duplicates, invalid
+/// values, the newest event.
 pub type SizeRow = (
     String,
     String,
+    i64,
     i64,
     i64,
     i64,
@@ -160,7 +161,7 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
            SELECT collection_id, sum(n)::int8 AS n
            FROM rakam_internal.invalid_count WHERE project_id = ANY ($1) GROUP BY 1)
          SELECT p.name, c.name, coalesce(i.n, 0), coalesce(h.n, 0), coalesce(h.bytes, 0), coalesce(s.cold_events, 0),
-                coalesce(s.cold_bytes, 0), coalesce(s.files, 0), coalesce(v.n, 0),
+                coalesce(s.cold_bytes, 0), coalesce(s.files, 0), coalesce(s.duplicates, 0), coalesce(v.n, 0),
                 greatest(i.newest, h.newest,
                          (SELECT max(f.max_time) FROM rakam_internal.data_file f WHERE f.collection_id = c.collection_id))
          FROM rakam_internal.collection c
@@ -182,7 +183,8 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
                 row.must(7)?,
                 row.must(8)?,
                 row.must(9)?,
-                row.get(10),
+                row.must(10)?,
+                row.get(11),
             ))
         },
     )

@@ -477,6 +477,7 @@ pub fn delete(project_id: i32) -> Result<()> {
         "DELETE FROM rakam_internal.hot_chunk WHERE project_id = $1",
         "DELETE FROM rakam_internal.data_file WHERE project_id = $1",
         "DELETE FROM rakam_internal.local_object WHERE project_id = $1",
+        "DELETE FROM rakam_internal.id_run WHERE project_id = $1",
         "DELETE FROM rakam_internal.manifest_log WHERE project_id = $1",
         "DELETE FROM rakam_internal.inbox_parked WHERE project_id = $1",
         "DELETE FROM rakam_internal.invalid_value WHERE project_id = $1",

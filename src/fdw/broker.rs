@@ -18,9 +18,11 @@ use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
 use rakam_event::schema::Schema;
 use rakam_lake::LakeError;
+use rakam_lake::id_run::IdEntry;
 use rakam_lake::parts::PartSource;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, oneshot};
 
+use super::unique::{self, Unique};
 use crate::catalog::inbox::TailRow;
 use crate::pg::runtime::Sender;
 
@@ -36,6 +38,12 @@ pub enum Message {
     Page {
         part: usize,
         reply: oneshot::Sender<Option<Vec<TailRow>>>,
+    },
+    /// Which of these ids are known: their events are digested.
+    Known {
+        ids: Vec<IdEntry>,
+        window_us: i64,
+        reply: oneshot::Sender<Vec<bool>>,
     },
     /// A range of an object in the default storage.
     Object {
@@ -78,8 +86,21 @@ pub struct CollectionBroker {
     format: TailFormat,
     /// The fields that the scan needs of the tail.
     projection: Vec<i32>,
+    tail: Mutex<TailState>,
+}
+
+/// How far the tail has been read.
+struct TailState {
     /// Batches of the last page that are still to be handed out.
-    ready: Mutex<VecDeque<RecordBatch>>,
+    ready: VecDeque<TailBatch>,
+    /// None: de-duplication is switched off.
+    unique: Option<Unique>,
+}
+
+/// Events of the tail, with the time at which each was received.
+struct TailBatch {
+    batch: RecordBatch,
+    received_us: Vec<i64>,
 }
 
 impl CollectionBroker {
@@ -87,14 +108,24 @@ impl CollectionBroker {
         sender: Sender<Message>,
         part: usize,
         format: TailFormat,
-        projection: Vec<i32>,
+        mut projection: Vec<i32>,
+        unique: Option<Unique>,
     ) -> Self {
+        if unique.is_some()
+            && let Some(id) = unique::id_field()
+            && !projection.contains(&id)
+        {
+            projection.push(id);
+        }
         Self {
             sender,
             part,
             format,
             projection,
-            ready: Mutex::default(),
+            tail: Mutex::new(TailState {
+                ready: VecDeque::new(),
+                unique,
+            }),
         }
     }
 
@@ -106,8 +137,9 @@ impl CollectionBroker {
     }
 
     /// The events of a page as batches; nearly always one.
-    fn build(&self, page: &[TailRow], out: &mut VecDeque<RecordBatch>) -> Result<(), EngineError> {
+    fn build(&self, page: &[TailRow], out: &mut VecDeque<TailBatch>) -> Result<(), EngineError> {
         let mut builder = self.builder()?;
+        let mut received_us = Vec::new();
         for row in page {
             let stamp = EventStamp {
                 received_at_us: row.received_at_us,
@@ -126,15 +158,47 @@ impl CollectionBroker {
                     continue;
                 }
                 if let Err(EventError::BatchFull) = builder.push(event, &stamp) {
-                    out.push_back(builder.finish().map_err(event_error)?.batch);
+                    out.push_back(TailBatch {
+                        batch: builder.finish().map_err(event_error)?.batch,
+                        received_us: std::mem::take(&mut received_us),
+                    });
                     builder = self.builder()?;
                     // What does not even fit alone is what the digest sets aside too, as any other bad event.
                     let _parked = builder.push(event, &stamp);
                 }
+                // An event that was refused has no row.
+                received_us.resize(builder.rows(), row.received_at_us);
             }
         }
-        out.push_back(builder.finish().map_err(event_error)?.batch);
+        out.push_back(TailBatch {
+            batch: builder.finish().map_err(event_error)?.batch,
+            received_us,
+        });
         Ok(())
+    }
+
+    /// The events of a batch that are no copies of others.
+    async fn without_copies(
+        &self,
+        unique: &mut Unique,
+        tail: TailBatch,
+    ) -> Result<RecordBatch, EngineError> {
+        let Some(question) = unique.question(&tail.batch, &tail.received_us)? else {
+            return Ok(tail.batch);
+        };
+        let known = if unique.may_be_known() {
+            let (ids, window_us) = (question.entries.clone(), unique.window_us());
+            ask(&self.sender, |reply| Message::Known {
+                ids,
+                window_us,
+                reply,
+            })
+            .await
+            .ok_or_else(gone)?
+        } else {
+            Vec::new()
+        };
+        unique.filter(tail.batch, &question, &known)
     }
 }
 
@@ -155,8 +219,11 @@ impl Broker for CollectionBroker {
     }
 
     async fn tail(&self) -> Result<Option<RecordBatch>, EngineError> {
-        let mut ready = self.ready.lock().await;
-        while ready.is_empty() {
+        let mut state = self.tail.lock().await;
+        let tail = loop {
+            if let Some(tail) = state.ready.pop_front() {
+                break tail;
+            }
             let part = self.part;
             let page = ask(&self.sender, |reply| Message::Page { part, reply })
                 .await
@@ -164,9 +231,12 @@ impl Broker for CollectionBroker {
             let Some(page) = page else {
                 return Ok(None);
             };
-            self.build(&page, &mut ready)?;
+            self.build(&page, &mut state.ready)?;
+        };
+        match &mut state.unique {
+            Some(unique) => self.without_copies(unique, tail).await.map(Some),
+            None => Ok(Some(tail.batch)),
         }
-        Ok(ready.pop_front())
     }
 }
 

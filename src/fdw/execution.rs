@@ -19,8 +19,10 @@ use tokio::sync::Semaphore;
 
 use super::broker::{CollectionBroker, Message, TailFormat};
 use super::tiers::{self, Skipped, Stores, Visible};
+use super::unique::Unique;
 use crate::catalog::inbox::{self, Tail, TailRow};
 use crate::catalog::manifest;
+use crate::ingest::known;
 use crate::pg::runtime::{Port, Runtime, Sender, port};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
@@ -64,6 +66,7 @@ pub struct Running {
     task: tokio::task::JoinHandle<()>,
     port: Port<Message>,
     tick: inbox::Tick,
+    project_id: i32,
     tails: Vec<Tail>,
     /// The first inbox rows of the only collection, read before the engine asked.
     first_page: Option<Vec<TailRow>>,
@@ -131,6 +134,7 @@ pub fn start(
         task,
         port,
         tick: visible.tick.clone(),
+        project_id: visible.project_id,
         tails,
         first_page,
         finished: false,
@@ -195,6 +199,14 @@ impl Running {
                     None => check_truncation(&self.tick)?,
                 }
                 let _ = reply.send(page);
+            }
+            Message::Known {
+                ids,
+                window_us,
+                reply,
+            } => {
+                let known = known::known(view, self.project_id, window_us, &ids)?;
+                let _ = reply.send(known);
             }
             Message::Object { path, range, reply } => {
                 let bytes =
@@ -297,11 +309,16 @@ impl Job<'_> {
             time_past_us: self.visible.time_past_us,
             time_future_us: self.visible.time_future_us,
         };
+        let unique = guc::dedupe_window_us().map(|window_us| {
+            let memory = memory::pool().reserve("ids of the inbox tail");
+            Unique::new(part.collection.id, window_us, memory)
+        });
         Arc::new(CollectionBroker::new(
             self.sender.clone(),
             index,
             format,
             needed,
+            unique,
         ))
     }
 }

@@ -5,7 +5,7 @@
 //! - [`translate`]: a Postgres expression as the engine's; [`values`] its constants
 //! - [`plan`], [`cost`]: the planner's callbacks
 //! - [`scan`]: the executor's; [`execution`] is one run of it, [`tiers`] what it reads, [`broker`] how engine threads get
-//!   at that
+//!   at that, [`unique`] which events of the tail are copies
 //! - [`tuples`]: Arrow columns as datums
 //! - [`modify`]: INSERT and COPY; [`row`] reads a row, [`bulk`] is where rows gather and are stored
 //! - [`explain`]: what EXPLAIN says
@@ -32,4 +32,5 @@ mod shippable;
 mod tiers;
 mod translate;
 mod tuples;
+mod unique;
 mod values;

@@ -36,6 +36,7 @@ const FOOTER_BYTES_MAX: i64 = 64 << 20;
 
 /// What the scan's user may read of the table's options.
 pub struct Visible {
+    pub project_id: i32,
     pub parts: Vec<Seen>,
     pub tick: Tick,
     pub time_past_us: i64,
@@ -100,6 +101,7 @@ pub fn look_up(
         return Ok(None);
     }
     Ok(Some(Visible {
+        project_id: project.id,
         parts,
         tick,
         time_past_us: project.time_past_us,

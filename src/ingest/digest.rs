@@ -10,9 +10,11 @@
 //! gets a snapshot of its own, behind the tick ([`crate::catalog::backlog`]): the rounds take everybody else's events
 //! whole and a slice of one such project after the other, until it has caught up.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rakam_event::discovery::Discovery;
@@ -20,6 +22,7 @@ use rakam_event::error::EventError;
 use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
+use super::dedupe::Deduper;
 use super::lookup::{Found, Registry};
 use super::making::Making;
 pub use super::making::limits;
@@ -202,6 +205,8 @@ struct Plan {
     /// Of those, the ones that begin to lag.
     begin_to_lag: Vec<i32>,
     slice: Option<Slice>,
+    /// Whose events are digested, and perhaps some more.
+    projects: BTreeSet<i32>,
     more: bool,
     learnt: Learnt,
 }
@@ -374,6 +379,10 @@ impl Watch {
             }
             None => None,
         };
+        let mut projects: BTreeSet<i32> = slice.iter().map(|slice| slice.project_id).collect();
+        if tick_moves {
+            projects.extend(self.waiting.projects.keys());
+        }
         let left = apart.len() - usize::from(slice.as_ref().is_some_and(|s| s.ends));
         Ok(Plan {
             upto: if tick_moves {
@@ -387,6 +396,7 @@ impl Watch {
             apart,
             begin_to_lag,
             slice,
+            projects,
             learnt: learner.finish(),
         })
     }
@@ -559,13 +569,15 @@ fn register(learnt: &Learnt) -> Result<bool> {
     Ok(changed)
 }
 
-/// Third transaction: chunks and the tick. Returns the number of events, and the bytes to be told after the commit.
+/// Third transaction: chunks, ids and the tick. Returns the number of events, and the bytes to be told after the commit.
 fn write(plan: &Plan) -> Result<(u64, quota::Digested)> {
+    let dedupe = Rc::new(RefCell::new(Deduper::open(plan.projects.iter().copied())));
     // The rows are those that the plan saw: the tick's snapshot decides, and this one is newer.
     let view = View::Under(Snapshot::active());
     let mut chunks = Chunks {
         registry: Registry::new(View::Current),
         making: BTreeMap::new(),
+        dedupe: Rc::clone(&dedupe),
         events: 0,
         usage: quota::Digested::default(),
     };
@@ -581,6 +593,7 @@ fn write(plan: &Plan) -> Result<(u64, quota::Digested)> {
         chunks.take(view, Backlog::new(view, &slice.from, &slice.upto, project)?)?;
     }
     chunks.write()?;
+    dedupe.borrow_mut().finish()?;
     chunks.usage.store()?;
     failpoint::hit("digest.before_tick");
     backlog::add_tick(plan.tick.id + 1, &plan.upto)?;
@@ -600,6 +613,7 @@ fn write(plan: &Plan) -> Result<(u64, quota::Digested)> {
 struct Chunks {
     registry: Registry,
     making: BTreeMap<i32, Making>,
+    dedupe: Rc<RefCell<Deduper>>,
     events: u64,
     usage: quota::Digested,
 }
@@ -615,7 +629,7 @@ impl Chunks {
                         self.usage.add(&place.project, row);
                         self.making
                             .entry(place.collection.id)
-                            .or_insert_with(|| Making::new(place))
+                            .or_insert_with(|| Making::new(place, Rc::clone(&self.dedupe)))
                             .add(row)?;
                     }
                     Found::NoCollection(project) => {
@@ -668,12 +682,16 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
 
 fn retry(parked: &inbox::Parked) -> Result<bool> {
     let row = &parked.row;
+    let dedupe = Rc::new(RefCell::new(Deduper::open([row.project_id])));
     let Found::Place(place) = Registry::new(View::Current).find(row)? else {
         inbox::unpark(row.id)?;
         return Ok(true);
     };
-    match Making::new(place).retry(row)? {
-        None => inbox::unpark(row.id).map(|_| true),
+    match Making::new(place, Rc::clone(&dedupe)).retry(row)? {
+        None => {
+            dedupe.borrow_mut().finish()?;
+            inbox::unpark(row.id).map(|_| true)
+        }
         Some(error) if parked.attempts >= ATTEMPTS_MAX => {
             inbox::to_dead_letter(row, &error).map(|()| true)
         }

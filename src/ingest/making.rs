@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 
 use arrow::array::RecordBatch;
 use rakam_event::batch::{BatchBuilder, EventStamp, InvalidCount, InvalidValue, Layout};
@@ -16,6 +17,7 @@ use rakam_lake::chunk;
 use rakam_lake::row_chunk::{Origin, Rows, Rules};
 
 use super::append::{Target, append, append_rows};
+use super::dedupe::Deduper;
 use super::lookup::Place;
 use crate::catalog::inbox::TailRow;
 use crate::catalog::{inbox, invalid};
@@ -63,12 +65,14 @@ pub struct Making {
     rows: Rows,
     sources: Vec<(i64, usize)>,
     builder: Option<BatchBuilder>,
+    /// That of the round.
+    dedupe: Rc<RefCell<Deduper>>,
     /// Events written so far.
     pub written: u64,
 }
 
 impl Making {
-    pub fn new(place: Place) -> Self {
+    pub fn new(place: Place, dedupe: Rc<RefCell<Deduper>>) -> Self {
         let project = &place.project;
         let rules = Rules {
             time_past_us: project.time_past_us,
@@ -81,6 +85,7 @@ impl Making {
             rows: Rows::default(),
             sources: Vec::new(),
             builder: None,
+            dedupe,
             written: 0,
         }
     }
@@ -250,9 +255,25 @@ impl Making {
             level: 0,
             since_us: None,
         };
-        match built.few {
-            Some(rows) => append_rows(target, &chunk::info(&built.batch)?, rows)?,
-            None => append(target, &built.batch)?,
+        let unique = self.dedupe.borrow_mut().unique(
+            target.project_id,
+            target.collection_id,
+            &built.batch,
+        )?;
+        match (built.few, unique) {
+            (None, None) => append(target, &built.batch)?,
+            (None, Some(unique)) => append(target, &unique.batch)?,
+            (Some(rows), None) => append_rows(target, &chunk::info(&built.batch)?, rows)?,
+            (Some(_), Some(unique)) if unique.batch.num_rows() == 0 => {}
+            (Some(rows), Some(unique)) => {
+                let mut kept = Rows::default();
+                for ((event, origin), &is_kept) in rows.iter().zip(&unique.kept) {
+                    if is_kept {
+                        kept.push(event, origin);
+                    }
+                }
+                append_rows(target, &chunk::info(&unique.batch)?, &kept)?;
+            }
         }
         self.written += built.batch.num_rows() as u64;
         invalid::record(

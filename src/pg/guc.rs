@@ -22,6 +22,8 @@ static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static ROTATION_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
+static DEDUPE_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 3600);
+static DEDUPE_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64);
 static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
 static MAX_STRING_BYTES: GucSetting<i32> = GucSetting::<i32>::new(64 << 10);
 static MAX_FIELDS: GucSetting<i32> = GucSetting::<i32>::new(500);
@@ -170,6 +172,24 @@ pub fn init() {
         i32::MAX,
         GucContext::Sighup,
         GucFlags::UNIT_MIN,
+    );
+    int(
+        c"rakam.dedupe_window",
+        c"Time of receipt within which events with the same _id count once; 0 counts all.",
+        &DEDUPE_WINDOW,
+        0,
+        366 * 24 * 3600,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    int(
+        c"rakam.dedupe_memory",
+        c"Memory in which a worker keeps filters of the event ids it remembers.",
+        &DEDUPE_MEMORY,
+        1,
+        1 << 20,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
     );
     int(
         c"rakam.max_event_bytes",
@@ -373,6 +393,18 @@ pub fn rotation_interval() -> Duration {
 
 pub fn file_retention() -> Duration {
     Duration::from_secs(FILE_RETENTION.get() as u64 * 60)
+}
+
+/// The window in microseconds; None: every event counts.
+pub fn dedupe_window_us() -> Option<i64> {
+    match i64::from(DEDUPE_WINDOW.get()) {
+        0 => None,
+        seconds => Some(seconds * 1_000_000),
+    }
+}
+
+pub fn dedupe_memory_bytes() -> usize {
+    (DEDUPE_MEMORY.get() as usize) << 20
 }
 
 pub fn max_event_bytes() -> usize {

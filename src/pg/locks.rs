@@ -21,7 +21,14 @@ pub enum LockOn {
     Ddl,
     /// Deletion of objects.
     Gc,
+    /// Writers of event ids: projects share [`ID_SLOTS`] of them.
+    Ids(i32),
+    /// Merging the runs of ids of a project.
+    IdMerge(i32),
 }
+
+/// How many locks the writers of event ids share: few enough that one transaction may take all of them.
+pub const ID_SLOTS: i32 = 64;
 
 impl LockOn {
     fn tag(self) -> pg_sys::LOCKTAG {
@@ -32,6 +39,8 @@ impl LockOn {
             Self::Manifest(id) => (103, id),
             Self::Ddl => (104, 0),
             Self::Gc => (105, 0),
+            Self::Ids(slot) => (120, slot),
+            Self::IdMerge(project_id) => (121, project_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -118,6 +118,7 @@ fn collection_sizes() -> std::result::Result<
             name!(cold_events, i64),
             name!(cold_bytes, i64),
             name!(files, i64),
+            name!(duplicates, i64),
             name!(invalid_values, i64),
             name!(last_event_at, Option<TimestampWithTimeZone>),
         ),

@@ -5,6 +5,7 @@ pub mod ddl;
 pub mod flush;
 pub mod gc;
 pub mod hot;
+pub mod ids;
 pub mod merge;
 pub mod rotate;
 pub mod upkeep;

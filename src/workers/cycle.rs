@@ -16,7 +16,7 @@ use crate::pg::shared::Slot;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{bgworker, guc, notes};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, merge, rotate, upkeep};
+use crate::tiers::{ddl, flush, gc, ids, merge, rotate, upkeep};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
@@ -27,6 +27,9 @@ const QUIET_TIERS_INTERVAL: Duration = Duration::from_secs(10);
 const DIGEST_TIME: Duration = Duration::from_secs(1);
 const MERGE_TIME: Duration = Duration::from_millis(300);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
+const IDS_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the merging of event ids may keep the digest waiting.
+const IDS_BUDGET: Duration = Duration::from_millis(300);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
 /// What a step is called in [`crate::pg::shared::STATES`] and in the job table.
@@ -73,6 +76,9 @@ pub struct Cycle<'a> {
     digested: bool,
     last_look: Instant,
     last_tiers: Instant,
+    last_ids: Instant,
+    /// More ids are to be merged than the last step had time for.
+    ids_pending: bool,
     last_upkeep: Instant,
 }
 
@@ -93,6 +99,8 @@ impl<'a> Cycle<'a> {
             digested: true,
             last_look: past,
             last_tiers: past,
+            last_ids: past,
+            ids_pending: false,
             last_upkeep: past,
         }
     }
@@ -126,6 +134,13 @@ impl<'a> Cycle<'a> {
             self.last_tiers = Instant::now();
             self.tiers()?;
         }
+        if self.last_ids.elapsed() >= IDS_INTERVAL && self.may(Step::Merge, 0) {
+            let more = self.attempt(Step::Merge, 0, || ids::run(Some(IDS_BUDGET)))?;
+            self.ids_pending = more == Some(true);
+            if !self.ids_pending {
+                self.last_ids = Instant::now();
+            }
+        }
         if self.last_upkeep.elapsed() >= UPKEEP_INTERVAL {
             self.last_upkeep = Instant::now();
             self.upkeep()?;
@@ -133,6 +148,8 @@ impl<'a> Cycle<'a> {
         self.slot.state.store(0, Ordering::Relaxed);
         Ok(if self.behind && self.may(Step::Digest, 0) {
             Duration::ZERO
+        } else if self.ids_pending {
+            Duration::from_millis(10)
         } else if self.ddl_pending {
             Duration::from_millis(200)
         } else {

@@ -19,7 +19,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, not_null, security, types, wait};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, merge, rotate, upkeep};
+use crate::tiers::{ddl, flush, gc, ids, merge, rotate, upkeep};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -215,6 +215,7 @@ fn perform_tick() -> std::result::Result<(), Failure> {
             Work::Merge => merge::collection(id).map(|_| ())?,
         }
     }
+    ids::run(None)?;
     gc::run()?;
     Ok(())
 }

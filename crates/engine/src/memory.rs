@@ -10,7 +10,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use datafusion::common::DataFusionError;
-use datafusion::execution::memory_pool::{MemoryLimit, MemoryPool, MemoryReservation};
+use datafusion::execution::memory_pool::{
+    MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation,
+};
 
 use crate::error::EngineError;
 
@@ -51,6 +53,12 @@ impl BudgetPool {
             budget,
             held: Mutex::default(),
         }
+    }
+
+    /// Memory for something of a query that is not an operator of the engine; none of it yet.
+    pub fn reserve(self: &Arc<Self>, name: &str) -> Reserved {
+        let pool: Arc<dyn MemoryPool> = Arc::clone(self) as _;
+        Reserved(MemoryConsumer::new(name).register(&pool))
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -146,6 +154,16 @@ impl fmt::Display for BudgetPool {
 impl fmt::Debug for BudgetPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// Memory of a pool that is given back on drop.
+pub struct Reserved(MemoryReservation);
+
+impl Reserved {
+    /// Holds so many bytes from now on. Error: [`EngineError::OutOfMemory`], and what was held is kept.
+    pub fn resize(&mut self, bytes: usize) -> Result<(), EngineError> {
+        Ok(self.0.try_resize(bytes)?)
     }
 }
 
