@@ -12,7 +12,7 @@ use std::sync::Arc;
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use bytes::Bytes;
-use rakam_engine::{Broker, EngineError};
+use rakam_engine::{Broker, EngineError, rows};
 use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
 use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
@@ -21,6 +21,7 @@ use rakam_lake::LakeError;
 use rakam_lake::parts::PartSource;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, oneshot};
 
+use super::identity::PARKED;
 use crate::catalog::inbox::TailRow;
 use crate::pg::runtime::Sender;
 
@@ -78,6 +79,8 @@ pub struct CollectionBroker {
     format: TailFormat,
     /// The fields that the scan needs of the tail.
     projection: Vec<i32>,
+    /// For a scan that tells its rows' identities: the places of the events, which are parked ones.
+    places: Option<Arc<HashMap<i64, u32>>>,
     /// Batches of the last page that are still to be handed out.
     ready: Mutex<VecDeque<RecordBatch>>,
 }
@@ -88,12 +91,14 @@ impl CollectionBroker {
         part: usize,
         format: TailFormat,
         projection: Vec<i32>,
+        places: Option<Arc<HashMap<i64, u32>>>,
     ) -> Self {
         Self {
             sender,
             part,
             format,
             projection,
+            places,
             ready: Mutex::default(),
         }
     }
@@ -108,7 +113,16 @@ impl CollectionBroker {
     /// The events of a page as batches; nearly always one.
     fn build(&self, page: &[TailRow], out: &mut VecDeque<RecordBatch>) -> Result<(), EngineError> {
         let mut builder = self.builder()?;
+        let mut ids = Vec::new();
         for row in page {
+            // An event parked after the scan's list was made is none of it.
+            let id = match &self.places {
+                Some(places) => match places.get(&row.id) {
+                    Some(&place) => Some((i64::from(PARKED) << 32) | i64::from(place)),
+                    None => continue,
+                },
+                None => None,
+            };
             let stamp = EventStamp {
                 received_at_us: row.received_at_us,
                 shift_us: row.shift_us,
@@ -126,15 +140,32 @@ impl CollectionBroker {
                     continue;
                 }
                 if let Err(EventError::BatchFull) = builder.push(event, &stamp) {
-                    out.push_back(builder.finish().map_err(event_error)?.batch);
+                    out.push_back(self.finish(builder, &mut ids)?);
                     builder = self.builder()?;
                     // What does not even fit alone is what the digest sets aside too, as any other bad event.
                     let _parked = builder.push(event, &stamp);
                 }
+                if let Some(id) = id {
+                    // What could not be pushed is no row.
+                    ids.resize(builder.rows(), id);
+                }
             }
         }
-        out.push_back(builder.finish().map_err(event_error)?.batch);
+        out.push_back(self.finish(builder, &mut ids)?);
         Ok(())
+    }
+
+    /// The batch that was built, with the identities of its rows where they are wanted.
+    fn finish(
+        &self,
+        builder: BatchBuilder,
+        ids: &mut Vec<i64>,
+    ) -> Result<RecordBatch, EngineError> {
+        let batch = builder.finish().map_err(event_error)?.batch;
+        match self.places {
+            Some(_) => rows::with_rows(&batch, std::mem::take(ids).into()),
+            None => Ok(batch),
+        }
     }
 }
 
