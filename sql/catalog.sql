@@ -155,7 +155,8 @@ CREATE TABLE rakam_internal.inbox_state (
   current_table     int NOT NULL DEFAULT 0,
   sealed            bigint[] NOT NULL DEFAULT '{0,0,0}',
   switched_at       timestamptz NOT NULL DEFAULT pg_catalog.now(),
-  truncated_to_tick bigint NOT NULL DEFAULT 0
+  truncated_to_tick bigint NOT NULL DEFAULT 0,
+  to_empty          boolean[] NOT NULL DEFAULT '{f,f,f}' -- may hold deleted events: emptied as soon as it can be
 ) WITH (fillfactor = 50);
 INSERT INTO rakam_internal.inbox_state DEFAULT VALUES;
 
@@ -239,6 +240,29 @@ CREATE TABLE rakam_internal.data_file_footer (
 );
 ALTER TABLE rakam_internal.data_file_footer ALTER COLUMN footer SET STORAGE EXTERNAL;
 
+-- Rows of a chunk or data file that are deleted: hidden by every read, left out when the object is written anew.
+-- Written under the manifest lock; the row goes with its object.
+CREATE TABLE rakam_internal.deletion (
+  kind          text COLLATE "C" NOT NULL CHECK (kind IN ('chunk', 'file')),
+  object_id     bigint NOT NULL,
+  project_id    int NOT NULL,
+  collection_id int NOT NULL REFERENCES rakam_internal.collection ON DELETE CASCADE,
+  n             bigint NOT NULL,                         -- how many rows
+  since         timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  positions     bytea NOT NULL,                          -- which, crates/lake `rows.rs`
+  PRIMARY KEY (kind, object_id)
+);
+ALTER TABLE rakam_internal.deletion ALTER COLUMN positions SET STORAGE EXTERNAL;
+CREATE INDEX deletion_collection ON rakam_internal.deletion (collection_id);
+
+-- Tables whose pages may still hold bytes of deleted events: what a transaction up to `after_xid` removed of them has
+-- to be vacuumed, then its remains in the pages overwritten (src/tiers/erase.rs).
+CREATE TABLE rakam_internal.erasure (
+  relation  text COLLATE "C" PRIMARY KEY,                -- in rakam_internal
+  after_xid xid8 NOT NULL,
+  since     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+
 -- What planning reads: one row instead of one per file. Written under the manifest lock, but for `duplicates`.
 CREATE TABLE rakam_internal.collection_stat (
   collection_id   int PRIMARY KEY REFERENCES rakam_internal.collection ON DELETE CASCADE,
@@ -281,7 +305,8 @@ CREATE TABLE rakam_internal.local_object (
   project_id int NOT NULL,
   data       bytea NOT NULL,
   PRIMARY KEY (path, part)
-) WITH (vacuum_truncate = off);
+) WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50,
+        toast.autovacuum_vacuum_scale_factor = 0, toast.autovacuum_vacuum_threshold = 5000);
 ALTER TABLE rakam_internal.local_object ALTER COLUMN data SET STORAGE EXTERNAL;
 
 CREATE TABLE rakam_internal.manifest_log (
@@ -419,13 +444,24 @@ CREATE TABLE rakam_internal.job (
   error_at    timestamptz
 );
 
+-- No samples of events in pg_statistic: nothing is planned by them, and a deleted event would live on there.
+DO $$
+DECLARE c text[];
+BEGIN
+  FOREACH c SLICE 1 IN ARRAY '{{inbox_0,payload},{inbox_1,payload},{inbox_2,payload},{inbox_parked,payload},
+    {hot_chunk,data},{local_object,data},{data_file_stat,stats},{data_file_footer,footer},{invalid_value,value},
+    {invalid_value,error},{invalid_value,event_id},{dead_letter,payload},{dead_letter,error},{inbox_parked,error}}'::text[] LOOP
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ALTER COLUMN %I SET STATISTICS 0', c[1], c[2]);
+  END LOOP;
+END $$;
+
 -- Dump and restore: configuration, manifest, default storage and hot rows travel with the database.
 DO $$
 DECLARE t text;
 BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
     'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred',
-    'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'mapper', 'mapper_dropped'] LOOP
+    'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'mapper', 'mapper_dropped'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');
   END LOOP;
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.storage', 'WHERE storage_id > 1');

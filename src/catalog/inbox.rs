@@ -253,6 +253,23 @@ impl Tail {
         }
     }
 
+    /// The parked events of a collection only.
+    pub fn of_parked(project_id: i32, collection_id: i32, name: &str) -> Self {
+        Self {
+            project_id,
+            collection_id,
+            name: name.to_owned(),
+            former: None,
+            tables: Vec::new(),
+            ids: Vec::new(),
+            stages: VecDeque::new(),
+            xip: Vec::new(),
+            start: 0,
+            parked_collection: Some(collection_id),
+            parked_after: 0,
+        }
+    }
+
     /// The next rows; None at the end.
     pub fn next_page(&mut self, view: View) -> Result<Option<Vec<TailRow>>> {
         if !self.xip.is_empty() {
@@ -548,22 +565,44 @@ pub struct Rotation {
     /// Per table: the tick from which readers need not open it; 0 while they must.
     pub sealed: [i64; 3],
     pub switched_at_us: i64,
+    /// Tables that may hold deleted events.
+    pub to_empty: [bool; 3],
 }
 
 pub fn rotation(view: View) -> Result<Rotation> {
     spi::first(
         view,
-        "SELECT current_table, sealed[1], sealed[2], sealed[3], switched_at FROM rakam_internal.inbox_state",
+        "SELECT current_table, sealed[1], sealed[2], sealed[3], switched_at, to_empty[1], to_empty[2], to_empty[3]
+         FROM rakam_internal.inbox_state",
         &[],
         |row| {
             Ok(Rotation {
                 current: row.must::<i32>(1)? as usize,
                 sealed: [row.must(2)?, row.must(3)?, row.must(4)?],
                 switched_at_us: row.timestamptz(5).unwrap_or(0),
+                to_empty: [row.must(6)?, row.must(7)?, row.must(8)?],
             })
         },
     )?
     .ok_or_else(|| PgError::internal("the inbox has no state"))
+}
+
+/// Has every table emptied as soon as that can be: events that were in them have been deleted.
+pub fn empty_soon() -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.inbox_state SET to_empty = '{t,t,t}'",
+        &[],
+    )?;
+    Ok(())
+}
+
+/// Table `k` holds nothing of what had to go.
+pub fn is_empty(k: usize) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.inbox_state SET to_empty[$1] = false",
+        &[arg(k as i32 + 1)],
+    )?;
+    Ok(())
 }
 
 /// Lets another table take the new rows.
@@ -640,7 +679,7 @@ pub fn table_content(view: View, k: usize, covered: &XidSnapshot) -> Result<(boo
 pub fn truncate(k: usize, tick: i64) -> Result<()> {
     spi::execute_text(&format!("TRUNCATE rakam_internal.inbox_{k}"))?;
     spi::execute(
-        "UPDATE rakam_internal.inbox_state SET sealed[$1] = 0, truncated_to_tick = $2",
+        "UPDATE rakam_internal.inbox_state SET sealed[$1] = 0, to_empty[$1] = false, truncated_to_tick = $2",
         &[arg(k as i32 + 1), arg(tick)],
     )?;
     Ok(())

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
 
+use super::deletion;
 use crate::pg::spi::{self, View, arg, xid8};
 use crate::pg::{PgError, Result};
 
@@ -141,8 +142,9 @@ pub fn add_chunk(chunk: &NewChunk<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Deletes chunks by id; the caller compares the number.
+/// Deletes chunks by id, with what is known of their deleted rows; the caller compares the number.
 pub fn delete_chunks(ids: &[i64]) -> Result<u64> {
+    deletion::forget(true, ids)?;
     spi::execute(
         "DELETE FROM rakam_internal.hot_chunk WHERE chunk_id = ANY ($1)",
         &[arg(ids.to_vec())],
@@ -255,7 +257,9 @@ pub fn estimate(view: View, collection_id: i32) -> Result<(i64, i64)> {
     Ok(spi::first(
         view,
         "SELECT coalesce((SELECT cold_events FROM rakam_internal.collection_stat WHERE collection_id = $1), 0),
-                coalesce((SELECT sum(n) FROM rakam_internal.hot_chunk WHERE collection_id = $1), 0)::int8",
+                (coalesce((SELECT sum(n) FROM rakam_internal.hot_chunk WHERE collection_id = $1), 0)
+                 - coalesce((SELECT sum(n) FROM rakam_internal.deletion
+                             WHERE collection_id = $1 AND kind = 'chunk'), 0))::int8",
         &[arg(collection_id)],
         |row| Ok((row.must(1)?, row.must(2)?)),
     )?
@@ -386,6 +390,41 @@ pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
         ],
     )?;
     Ok(file_id)
+}
+
+/// The stored size of a file.
+pub fn file_bytes(file_id: i64) -> Result<Option<i64>> {
+    spi::first(
+        View::Current,
+        "SELECT bytes FROM rakam_internal.data_file WHERE file_id = $1",
+        &[arg(file_id)],
+        |row| row.must(1),
+    )
+}
+
+/// Takes a file out of the manifest, with its statistics, footer and deleted rows; false: it is not there any more.
+/// Its object goes at once from the default storage, where older snapshots see it nevertheless, and is handed to the
+/// collector elsewhere. Under the collection's manifest lock.
+pub fn remove_file(file_id: i64, reason: &str) -> Result<bool> {
+    let removed = spi::execute(
+        "WITH gone AS (
+           DELETE FROM rakam_internal.data_file WHERE file_id = $1
+           RETURNING file_id, project_id, collection_id, storage_id, path),
+         logged AS (
+           INSERT INTO rakam_internal.manifest_log (collection_id, project_id, op, file_id, path)
+           SELECT collection_id, project_id, 'remove', file_id, path FROM gone),
+         deleted AS (
+           DELETE FROM rakam_internal.local_object o USING gone g, rakam_internal.storage s
+           WHERE o.path = g.path AND s.storage_id = g.storage_id AND s.kind = 'local'),
+         deferred AS (
+           INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
+           SELECT g.storage_id, g.path, g.project_id, $2 FROM gone g JOIN rakam_internal.storage s USING (storage_id)
+           WHERE s.kind <> 'local' ON CONFLICT DO NOTHING)
+         SELECT FROM gone",
+        &[arg(file_id), arg(reason)],
+    )?;
+    deletion::forget(false, &[file_id])?;
+    Ok(removed > 0)
 }
 
 /// Moves a collection's totals. Under the collection's manifest lock.

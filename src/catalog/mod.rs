@@ -6,6 +6,7 @@ pub mod audit;
 pub mod backlog;
 pub mod collections;
 pub mod dead_letter;
+pub mod deletion;
 pub mod former;
 pub mod ids;
 pub mod inbox;

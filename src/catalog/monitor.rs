@@ -157,10 +157,14 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
          hot AS (
            SELECT collection_id, sum(n)::int8 AS n, sum(bytes)::int8 AS bytes, max(max_time) AS newest
            FROM rakam_internal.hot_chunk WHERE project_id = ANY ($1) GROUP BY 1),
+         deleted AS (
+           SELECT collection_id, sum(n)::int8 AS n
+           FROM rakam_internal.deletion WHERE project_id = ANY ($1) AND kind = 'chunk' GROUP BY 1),
          invalid AS (
            SELECT collection_id, sum(n)::int8 AS n
            FROM rakam_internal.invalid_count WHERE project_id = ANY ($1) GROUP BY 1)
-         SELECT p.name, c.name, coalesce(i.n, 0), coalesce(h.n, 0), coalesce(h.bytes, 0), coalesce(s.cold_events, 0),
+         SELECT p.name, c.name, coalesce(i.n, 0), coalesce(h.n, 0) - coalesce(d.n, 0),
+                coalesce(h.bytes, 0), coalesce(s.cold_events, 0),
                 coalesce(s.cold_bytes, 0), coalesce(s.files, 0), coalesce(s.duplicates, 0), coalesce(v.n, 0),
                 greatest(i.newest, h.newest,
                          (SELECT max(f.max_time) FROM rakam_internal.data_file f WHERE f.collection_id = c.collection_id))
@@ -168,6 +172,7 @@ pub fn collection_sizes(project_ids: &[i32]) -> Result<Vec<SizeRow>> {
          JOIN rakam_internal.project p USING (project_id)
          LEFT JOIN inbox i ON i.project_id = c.project_id AND i.collection = c.name
          LEFT JOIN hot h USING (collection_id)
+         LEFT JOIN deleted d USING (collection_id)
          LEFT JOIN rakam_internal.collection_stat s USING (collection_id)
          LEFT JOIN invalid v USING (collection_id)
          WHERE c.project_id = ANY ($1) ORDER BY 1, 2",

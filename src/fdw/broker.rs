@@ -12,7 +12,7 @@ use std::sync::Arc;
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use bytes::Bytes;
-use rakam_engine::{Broker, EngineError};
+use rakam_engine::{Broker, EngineError, rows};
 use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
 use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
@@ -22,6 +22,7 @@ use rakam_lake::id_run::IdEntry;
 use rakam_lake::parts::PartSource;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, oneshot};
 
+use super::identity::PARKED;
 use super::unique::{self, Unique};
 use crate::catalog::inbox::TailRow;
 use crate::pg::runtime::Sender;
@@ -86,6 +87,8 @@ pub struct CollectionBroker {
     format: TailFormat,
     /// The fields that the scan needs of the tail.
     projection: Vec<i32>,
+    /// For a scan that tells its rows' identities: the places of the events, which are parked ones.
+    places: Option<Arc<HashMap<i64, u32>>>,
     tail: Mutex<TailState>,
 }
 
@@ -110,6 +113,7 @@ impl CollectionBroker {
         format: TailFormat,
         mut projection: Vec<i32>,
         unique: Option<Unique>,
+        places: Option<Arc<HashMap<i64, u32>>>,
     ) -> Self {
         if unique.is_some()
             && let Some(id) = unique::id_field()
@@ -122,6 +126,7 @@ impl CollectionBroker {
             part,
             format,
             projection,
+            places,
             tail: Mutex::new(TailState {
                 ready: VecDeque::new(),
                 unique,
@@ -140,7 +145,16 @@ impl CollectionBroker {
     fn build(&self, page: &[TailRow], out: &mut VecDeque<TailBatch>) -> Result<(), EngineError> {
         let mut builder = self.builder()?;
         let mut received_us = Vec::new();
+        let mut ids = Vec::new();
         for row in page {
+            // An event parked after the scan's list was made is none of it.
+            let id = match &self.places {
+                Some(places) => match places.get(&row.id) {
+                    Some(&place) => Some((i64::from(PARKED) << 32) | i64::from(place)),
+                    None => continue,
+                },
+                None => None,
+            };
             let stamp = EventStamp {
                 received_at_us: row.received_at_us,
                 shift_us: row.shift_us,
@@ -158,23 +172,37 @@ impl CollectionBroker {
                     continue;
                 }
                 if let Err(EventError::BatchFull) = builder.push(event, &stamp) {
-                    out.push_back(TailBatch {
-                        batch: builder.finish().map_err(event_error)?.batch,
-                        received_us: std::mem::take(&mut received_us),
-                    });
+                    out.push_back(self.finish(builder, &mut received_us, &mut ids)?);
                     builder = self.builder()?;
                     // What does not even fit alone is what the digest sets aside too, as any other bad event.
                     let _parked = builder.push(event, &stamp);
                 }
                 // An event that was refused has no row.
                 received_us.resize(builder.rows(), row.received_at_us);
+                if let Some(id) = id {
+                    ids.resize(builder.rows(), id);
+                }
             }
         }
-        out.push_back(TailBatch {
-            batch: builder.finish().map_err(event_error)?.batch,
-            received_us,
-        });
+        out.push_back(self.finish(builder, &mut received_us, &mut ids)?);
         Ok(())
+    }
+
+    /// The batch that was built, with the identities of its rows where they are wanted.
+    fn finish(
+        &self,
+        builder: BatchBuilder,
+        received_us: &mut Vec<i64>,
+        ids: &mut Vec<i64>,
+    ) -> Result<TailBatch, EngineError> {
+        let batch = builder.finish().map_err(event_error)?.batch;
+        Ok(TailBatch {
+            batch: match self.places {
+                Some(_) => rows::with_rows(&batch, std::mem::take(ids).into())?,
+                None => batch,
+            },
+            received_us: std::mem::take(received_us),
+        })
     }
 
     /// The events of a batch that are no copies of others.

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use pgrx::pg_sys;
 use rakam_engine::context::BATCH_ROWS;
+use rakam_engine::rows::ROW_FIELD_ID;
 use rakam_engine::{
     EngineContext, EngineError, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all, execute,
     execute_all,
@@ -18,6 +19,7 @@ use rakam_event::entry::Limits;
 use tokio::sync::Semaphore;
 
 use super::broker::{CollectionBroker, Message, TailFormat};
+use super::identity::Objects;
 use super::tiers::{self, Skipped, Stores, Visible};
 use super::unique::Unique;
 use crate::catalog::inbox::{self, Tail, TailRow};
@@ -93,12 +95,14 @@ impl Drop for Running {
     }
 }
 
-/// Begins an execution, as the effective user; None if there is nothing to read.
+/// Begins an execution, as the effective user; None if there is nothing to read. With `only` the rows of those objects
+/// tell which they are.
 pub fn start(
     view: View,
     visible: &Visible,
     plan: ScanPlan,
     is_all: bool,
+    only: Option<&Arc<Objects>>,
     stores: &mut Stores,
     done: &mut Done,
 ) -> Result<Option<Running>> {
@@ -106,6 +110,7 @@ pub fn start(
     let mut job = Job {
         view,
         visible,
+        only,
         stores,
         skipped: &mut done.skipped,
         sender: &sender,
@@ -223,6 +228,7 @@ impl Running {
 struct Job<'a> {
     view: View,
     visible: &'a Visible,
+    only: Option<&'a Arc<Objects>>,
     stores: &'a mut Stores,
     skipped: &'a mut Skipped,
     sender: &'a Sender<Message>,
@@ -238,7 +244,8 @@ impl Job<'_> {
             .parts
             .first()
             .ok_or_else(|| PgError::internal("a visible table has a collection"))?;
-        let mut stored = tiers::stored(self.view, part, plan.filter.as_ref(), self.skipped)?;
+        let only = self.only.map(AsRef::as_ref);
+        let mut stored = tiers::stored(self.view, part, plan.filter.as_ref(), only, self.skipped)?;
         let files = stored.open(self.view, self.stores, self.sender)?;
         let mut tail = self.tail(part);
         // Most often there is none: asking here saves the engine a question.
@@ -271,7 +278,8 @@ impl Job<'_> {
                 continue;
             }
             let own = all::part_plan(plan, name, &part.schema).map_err(engine_error)?;
-            let mut stored = tiers::stored(self.view, part, own.filter.as_ref(), self.skipped)?;
+            let mut stored =
+                tiers::stored(self.view, part, own.filter.as_ref(), None, self.skipped)?;
             let files = stored.open(self.view, self.stores, self.sender)?;
             let broker = self.broker(self.tails.len(), part, own.needed());
             let tail = self.tail(part);
@@ -290,6 +298,9 @@ impl Job<'_> {
 
     fn tail(&self, part: &tiers::Seen) -> Tail {
         let collection = &part.collection;
+        if self.only.is_some() {
+            return Tail::of_parked(collection.project_id, collection.id, &collection.name);
+        }
         Tail::new(
             &self.visible.tick,
             collection.project_id,
@@ -298,7 +309,14 @@ impl Job<'_> {
         )
     }
 
-    fn broker(&self, index: usize, part: &tiers::Seen, needed: Vec<i32>) -> Arc<CollectionBroker> {
+    fn broker(
+        &self,
+        index: usize,
+        part: &tiers::Seen,
+        mut needed: Vec<i32>,
+    ) -> Arc<CollectionBroker> {
+        // That is no field of an event.
+        needed.retain(|id| *id != ROW_FIELD_ID);
         let format = TailFormat {
             schema: part.schema.clone(),
             limits: Limits {
@@ -309,7 +327,9 @@ impl Job<'_> {
             time_past_us: self.visible.time_past_us,
             time_future_us: self.visible.time_future_us,
         };
-        let unique = guc::dedupe_window_us().map(|window_us| {
+        // Who tells the rows' identities wants the copies, too.
+        let window_us = guc::dedupe_window_us().filter(|_| self.only.is_none());
+        let unique = window_us.map(|window_us| {
             let memory = memory::pool().reserve("ids of the inbox tail");
             Unique::new(part.collection.id, window_us, memory)
         });
@@ -319,6 +339,7 @@ impl Job<'_> {
             format,
             needed,
             unique,
+            self.only.map(|only| Arc::clone(&only.parked)),
         ))
     }
 }

@@ -106,6 +106,9 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
         }
         text(c"Chunks", &format!("{} read", metrics.chunks_read), es);
         text(c"Inbox", &inbox, es);
+        if skipped.deleted_events > 0 {
+            integer(c"Deleted Events Hidden", skipped.deleted_events as i64, es);
+        }
         return;
     }
     for (label, value) in [
@@ -127,6 +130,7 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
         (c"Chunks Read", metrics.chunks_read as i64),
         (c"Inbox Entries Read", done.inbox_rows as i64),
         (c"Inbox Events Read", metrics.tail_rows as i64),
+        (c"Deleted Events Hidden", skipped.deleted_events as i64),
     ] {
         integer(label, value, es);
     }

@@ -9,11 +9,13 @@
 //! - [`tuples`]: Arrow columns as datums
 //! - [`modify`]: INSERT and COPY; [`row`] reads a row, [`bulk`] is where rows gather and are stored
 //! - [`explain`]: what EXPLAIN says
+//! - [`identity`]: scans that tell which stored row each row is, for deletion
 //!
 //! Invariants: a plan holds names of columns by number and constants only, nothing that depends on a role, a
 //! snapshot or the clock. Every read is made as the effective user of the scan, under its snapshot. What is
 //! invisible gives no rows, never an error that would tell that it exists.
 
+pub mod identity;
 pub mod options;
 
 mod broker;

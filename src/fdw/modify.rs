@@ -26,7 +26,7 @@ use crate::pg::spi::View;
 use crate::pg::{PG_EPOCH_US, PgError, Result, guc, xact};
 
 const DELETE_HINT: &str =
-    "Events cannot be changed; rakam.delete_events, to come in a later version, will remove them.";
+    "Events cannot be changed; rakam.delete_events(project, collection, condition) removes them.";
 
 /// What an INSERT or COPY into one collection needs.
 struct Insert {

@@ -5,14 +5,18 @@
 //! error ends a query without `EndForeignScan`.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{AsArray, Int64Array, RecordBatch};
+use arrow::datatypes::Int64Type;
 use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
+use rakam_engine::rows::ROW_FIELD_ID;
 use rakam_engine::{Expr, ScanPlan};
 use rakam_event::types::FieldType;
 
 use super::columns::Column;
 use super::execution::{self, Done, Running};
+use super::identity::{self, Objects};
 use super::node;
 use super::options::{self, TableOptions};
 use super::plan::ScanSpec;
@@ -40,6 +44,8 @@ pub struct ForeignScan {
     memory: pg_sys::MemoryContext,
     attributes: usize,
     system_columns: bool,
+    /// The rows tell which they are: see [`identity`].
+    identity: Option<Arc<Objects>>,
     /// None: not looked up yet; Some(None): nothing to be seen.
     visible: Option<Option<Visible>>,
     stores: Stores,
@@ -95,6 +101,7 @@ pub unsafe extern "C-unwind" fn begin(node: *mut pg_sys::ForeignScanState, flags
             memory,
             attributes: (*(*relation).rd_att).natts as usize,
             system_columns: (*plan).fsSystemCol,
+            identity: identity::take((*relation).rd_id, (*plan).scan.scanrelid),
             visible: None,
             stores: Stores::default(),
             running: None,
@@ -148,7 +155,8 @@ pub unsafe extern "C-unwind" fn iterate(
             if let Some(window) = &mut state.window {
                 std::slice::from_raw_parts_mut((*slot).tts_isnull, state.attributes).fill(true);
                 if window.fill((*slot).tts_values, (*slot).tts_isnull) {
-                    return state.store(slot);
+                    let row = window.row();
+                    return state.store(slot, row);
                 }
             }
             if !state.next_window().or_raise() {
@@ -184,7 +192,11 @@ pub unsafe extern "C-unwind" fn end(node: *mut pg_sys::ForeignScanState) {
 
 impl ForeignScan {
     /// The filled arrays of the slot as its tuple.
-    unsafe fn store(&self, slot: *mut pg_sys::TupleTableSlot) -> *mut pg_sys::TupleTableSlot {
+    unsafe fn store(
+        &self,
+        slot: *mut pg_sys::TupleTableSlot,
+        row: Option<i64>,
+    ) -> *mut pg_sys::TupleTableSlot {
         // SAFETY: the slot is empty and its arrays are filled; a formed tuple lives in the per-tuple context, which
         // is reset after the slot has been cleared.
         unsafe {
@@ -199,6 +211,9 @@ impl ForeignScan {
             // There are no such transactions: what heap_form_tuple leaves there is a row type's header.
             (*(*tuple).t_data).t_choice.t_heap = pg_sys::HeapTupleFields::default();
             (*tuple).t_tableOid = self.relation;
+            if let Some(row) = row {
+                (*tuple).t_self = identity::ctid(row);
+            }
             pg_sys::ExecStoreHeapTuple(tuple, slot, false)
         }
     }
@@ -219,10 +234,14 @@ impl ForeignScan {
                 // SAFETY: the last window's rows are out of use: the slot was cleared.
                 unsafe { pg_sys::MemoryContextReset(self.memory) };
                 let outputs = &self.outputs;
+                let rows = match &self.identity {
+                    Some(_) => Some(row_ids(&batch)?),
+                    None => None,
+                };
                 // SAFETY: the context is ours and lives as long as the scan.
                 let window = unsafe {
                     PgMemoryContexts::For(self.memory)
-                        .switch_to(|_| Window::convert(&batch, offset, outputs))?
+                        .switch_to(|_| Window::convert(&batch, offset, outputs, rows))?
                 };
                 self.window = Some(window);
                 self.batch = Some((batch, offset + WINDOW_ROWS));
@@ -260,14 +279,18 @@ impl ForeignScan {
             // Nothing that this user may see: no rows, and no word about it.
             return Ok(());
         };
-        let (plan, outputs) =
+        let (mut plan, outputs) =
             bound_plan(&self.spec, &self.options, visible, &self.columns, &values)?;
         self.outputs = outputs;
+        if self.identity.is_some() {
+            plan.columns.push(ROW_FIELD_ID);
+        }
         self.running = execution::start(
             view,
             visible,
             plan,
             self.options.is_all(),
+            self.identity.as_ref(),
             &mut self.stores,
             &mut self.done,
         )?;
@@ -341,6 +364,15 @@ impl ParamKind {
             .and_then(|filter| find(filter, index))
             .unwrap_or(Self::Count)
     }
+}
+
+/// The last column of a batch whose rows tell which they are.
+fn row_ids(batch: &RecordBatch) -> Result<&Int64Array> {
+    batch
+        .columns()
+        .last()
+        .and_then(|column| column.as_primitive_opt::<Int64Type>())
+        .ok_or_else(|| PgError::internal("the engine gave no identities of rows"))
 }
 
 /// The plan with fields and values in it, and where its columns go.

@@ -14,15 +14,18 @@ use rakam_event::schema::{SYSTEM_FIELDS, Schema};
 use rakam_event::types::FieldType;
 use rakam_lake::parts::PartStore;
 use rakam_lake::prune::{self, Predicate};
+use rakam_lake::rows::RowSet;
 use rakam_lake::scalar::Scalar;
 use rakam_lake::stats::{self, ColumnStat};
 use rakam_lake::storage::{DirectoryStorage, StorageUrl};
 
 use super::broker::{Message, ObjectSource};
 use super::columns::Column;
+use super::identity::Objects;
 use super::options::TableOptions;
+use crate::catalog::deletion::{self, Object};
 use crate::catalog::inbox::{self, Tick};
-use crate::catalog::manifest::{self, FileRow};
+use crate::catalog::manifest::{self, ChunkRow, FileRow};
 use crate::catalog::registry::{self, Collection};
 use crate::pg::runtime::Sender;
 use crate::pg::security::ActAs;
@@ -163,20 +166,25 @@ pub struct Skipped {
     pub files: i64,
     pub files_by_period: i64,
     pub files_by_statistics: i64,
+    /// Deleted rows of what was opened.
+    pub deleted_events: u64,
 }
 
 /// The data files and chunks of one collection that may hold rows for which the filter is true.
 pub struct Stored {
-    files: Vec<FileRow>,
+    /// Each with its number for a scan that tells its rows' identities.
+    files: Vec<(FileRow, u32)>,
     footers: HashMap<i64, Vec<u8>>,
+    deleted: HashMap<Object, Arc<RowSet>>,
     pub chunks: Vec<ChunkRef>,
 }
 
-/// Lists what has to be opened. `filter` speaks of field ids and values.
+/// Lists what has to be opened. `filter` speaks of field ids and values; with `only` other objects are left out.
 pub fn stored(
     view: View,
     part: &Seen,
     filter: Option<&Expr>,
+    only: Option<&Objects>,
     skipped: &mut Skipped,
 ) -> Result<Stored> {
     let id = part.collection.id;
@@ -195,12 +203,34 @@ pub fn stored(
     let before = files.len();
     prune(view, part, &conditions, &mut files)?;
     skipped.files_by_statistics += (before - files.len()) as i64;
+    let number = |object| only.map_or(Some(0), |only| only.number(object));
+    let files: Vec<(FileRow, u32)> = files
+        .into_iter()
+        .filter_map(|file| number(Object::File(file.file_id)).map(|number| (file, number)))
+        .collect();
+    let chunks: Vec<(ChunkRow, u32)> = manifest::chunks(view, id, range)?
+        .into_iter()
+        .filter_map(|chunk| number(Object::Chunk(chunk.chunk_id)).map(|number| (chunk, number)))
+        .collect();
+    let objects = files
+        .iter()
+        .map(|(file, _)| (Object::File(file.file_id), file.n as u64))
+        .chain(
+            chunks
+                .iter()
+                .map(|(chunk, _)| (Object::Chunk(chunk.chunk_id), chunk.n as u64)),
+        )
+        .collect();
+    let deleted = deletion::deleted(view, id, &objects)?;
+    skipped.deleted_events += deleted.values().map(|rows| rows.len()).sum::<u64>();
     let mut room = FOOTER_BYTES_MAX;
     let with_footer: Vec<i64> = files
         .iter()
-        .take_while(|file| {
+        .map(|(file, _)| file)
+        .filter(|file| {
             room -= i64::from(file.footer_bytes);
-            room >= 0
+            // Which row groups deleted rows are in is said by the footer.
+            room >= 0 || deleted.contains_key(&Object::File(file.file_id))
         })
         .map(|file| file.file_id)
         .collect();
@@ -209,20 +239,23 @@ pub fn stored(
     } else {
         manifest::footers(view, &with_footer)?
     };
-    let chunks = manifest::chunks(view, id, range)?
+    let chunks = chunks
         .into_iter()
-        .map(|chunk| ChunkRef {
+        .map(|(chunk, number)| ChunkRef {
             id: chunk.chunk_id,
             format: chunk.format,
             n: chunk.n as u32,
             bytes: chunk.bytes as u32,
             schema_version: chunk.schema_version,
             has_extra: chunk.has_extra,
+            deleted: deleted.get(&Object::Chunk(chunk.chunk_id)).cloned(),
+            number,
         })
         .collect();
     Ok(Stored {
         files,
         footers,
+        deleted,
         chunks,
     })
 }
@@ -238,13 +271,13 @@ impl Stored {
         let sizes = self
             .files
             .iter()
-            .map(|file| (file.path.clone(), file.bytes as u64))
+            .map(|(file, _)| (file.path.clone(), file.bytes as u64))
             .collect();
         let local = ObjectSource::new(sender.clone(), sizes);
         let local: Arc<dyn ObjectStore> = Arc::new(PartStore::new(local));
         std::mem::take(&mut self.files)
             .into_iter()
-            .map(|file| {
+            .map(|(file, number)| {
                 Ok(FileRef {
                     store: stores
                         .get(view, file.storage_id)?
@@ -254,6 +287,8 @@ impl Stored {
                     n: file.n as u64,
                     has_extra: file.has_extra,
                     footer: self.footers.remove(&file.file_id).map(Bytes::from),
+                    deleted: self.deleted.get(&Object::File(file.file_id)).cloned(),
+                    number,
                 })
             })
             .collect()

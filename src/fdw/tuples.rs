@@ -3,7 +3,8 @@
 //! Variable-length values are copied once, into blocks of a memory context that lives as long as the window.
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, Decimal128Array, FixedSizeBinaryArray, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, Decimal128Array, FixedSizeBinaryArray, Int64Array, RecordBatch,
+    StringArray,
 };
 use arrow::datatypes::{
     Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
@@ -29,6 +30,8 @@ pub struct Output {
 /// Some rows of a batch as datums.
 pub struct Window {
     columns: Vec<Datums>,
+    /// What [`rakam_engine::rows::ROW_FIELD_ID`] says of each row, if it was asked for.
+    ids: Option<Int64Array>,
     rows: usize,
     next: usize,
 }
@@ -43,7 +46,12 @@ impl Window {
     /// Converts up to [`WINDOW_ROWS`] rows from `offset` on. `outputs` are the batch's columns.
     ///
     /// The current memory context must live as long as the window; it holds by-reference values.
-    pub fn convert(batch: &RecordBatch, offset: usize, outputs: &[Output]) -> Result<Self> {
+    pub fn convert(
+        batch: &RecordBatch,
+        offset: usize,
+        outputs: &[Output],
+        ids: Option<&Int64Array>,
+    ) -> Result<Self> {
         let rows = (batch.num_rows() - offset).min(WINDOW_ROWS);
         let columns = outputs
             .iter()
@@ -57,9 +65,16 @@ impl Window {
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
             columns,
+            ids: ids.map(|ids| ids.slice(offset, rows)),
             rows,
             next: 0,
         })
+    }
+
+    /// The identity of the row filled in last.
+    pub fn row(&self) -> Option<i64> {
+        let ids = self.ids.as_ref()?;
+        self.next.checked_sub(1).map(|last| ids.value(last))
     }
 
     /// Puts the next row's values into the arrays of a tuple; false when there is none.

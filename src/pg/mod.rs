@@ -3,6 +3,7 @@
 
 pub mod activity;
 pub mod bgworker;
+pub mod condition;
 pub mod dsm;
 pub mod error;
 pub mod exit;
@@ -21,6 +22,7 @@ pub mod record;
 pub mod relation;
 pub mod roles;
 pub mod runtime;
+pub mod scrub;
 pub mod security;
 pub mod settings;
 pub mod shared;
@@ -30,6 +32,7 @@ pub mod tenant;
 pub mod transition;
 pub mod types;
 pub mod undo;
+pub mod vacuum;
 pub mod wait;
 pub mod wake;
 pub mod xact;

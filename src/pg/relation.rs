@@ -37,6 +37,17 @@ pub fn qualified_name(relation: pg_sys::Oid) -> Option<String> {
     }
 }
 
+/// The pages of a relation.
+pub fn blocks(relation: pg_sys::Oid) -> u32 {
+    // SAFETY: the relation is opened and closed around the call.
+    unsafe {
+        let rel = pg_sys::relation_open(relation, pg_sys::AccessShareLock as i32);
+        let blocks = pg_sys::RelationGetNumberOfBlocksInFork(rel, pg_sys::ForkNumber::MAIN_FORKNUM);
+        pg_sys::relation_close(rel, pg_sys::AccessShareLock as i32);
+        blocks
+    }
+}
+
 /// Whether a schema of this name exists.
 pub fn schema_exists(name: &str) -> bool {
     let Ok(name) = CString::new(name) else {

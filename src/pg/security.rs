@@ -23,15 +23,24 @@ pub struct ActAs {
 
 impl ActAs {
     pub fn user(user: pg_sys::Oid) -> Self {
+        Self::with(user, pg_sys::SECURITY_LOCAL_USERID_CHANGE)
+    }
+
+    /// For code that the user wrote: nothing it does outlives the act, no cursor, temporary table or deferred trigger.
+    pub fn restricted(user: pg_sys::Oid) -> Self {
+        Self::with(
+            user,
+            pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION,
+        )
+    }
+
+    fn with(user: pg_sys::Oid, flags: u32) -> Self {
         let mut previous = pg_sys::InvalidOid;
         let mut context = 0;
         // SAFETY: plain reads and writes of backend variables; paired with Drop.
         unsafe {
             pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
-            pg_sys::SetUserIdAndSecContext(
-                user,
-                context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
-            );
+            pg_sys::SetUserIdAndSecContext(user, context | flags as i32);
         }
         Self {
             user: previous,

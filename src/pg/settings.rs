@@ -1,8 +1,11 @@
-//! Settings of the server pinned for a while, where the caller's own choice must not change what something means.
+//! Settings of the server pinned for a while: where the caller's own choice must not change what something means, and where
+//! a worker has to understand something as its caller does.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
+
+use super::error::{PgError, Result};
 
 /// What values look like as text, and what the same SQL means: the server's defaults.
 const DEFAULTS: [(&CStr, &CStr); 8] = [
@@ -73,5 +76,57 @@ impl Drop for Defaults {
             // SAFETY: closes the level opened in `enter`.
             unsafe { pg_sys::AtEOXact_GUC(true, self.nest_level) };
         }
+    }
+}
+
+/// Settings that hold until it is dropped; an error that unwinds leaves their return to the transaction's end.
+pub struct Settings {
+    nest_level: i32,
+}
+
+impl Settings {
+    /// Sets each name to its value, with the rights of the current user.
+    pub fn set(values: &[(String, String)]) -> Result<Self> {
+        // SAFETY: a GUC nest level is closed in Drop, or by the transaction's end on error.
+        let nest_level = unsafe { pg_sys::NewGUCNestLevel() };
+        let settings = Self { nest_level };
+        for (name, value) in values {
+            let (Ok(name), Ok(value)) = (CString::new(name.as_str()), CString::new(value.as_str()))
+            else {
+                return Err(PgError::internal("NUL byte in a setting"));
+            };
+            // SAFETY: NUL-terminated texts, copied; a value that is not valid raises an error.
+            unsafe {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    value.as_ptr(),
+                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+        }
+        Ok(settings)
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: closes the level opened in `set`.
+            unsafe { pg_sys::AtEOXact_GUC(true, self.nest_level) };
+        }
+    }
+}
+
+/// The value of a setting as SHOW gives it; None if there is no such setting.
+pub fn get(name: &CStr) -> Option<String> {
+    // SAFETY: NUL-terminated text; missing_ok; the result is a string of the server's, copied at once.
+    unsafe {
+        let value = pg_sys::GetConfigOptionByName(name.as_ptr(), std::ptr::null_mut(), true);
+        (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy().into_owned())
     }
 }

@@ -14,7 +14,9 @@ use pgrx::{PGRXSharedMemory, PgAtomic, pg_guard, pg_shmem_init, pg_sys};
 const SLOTS: usize = 128;
 
 /// What a resident worker can be doing; [`Slot::state`] is an index into it.
-pub const STATES: [&str; 6] = ["idle", "digest", "merge", "flush", "ddl", "gc"];
+pub const STATES: [&str; 8] = [
+    "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase",
+];
 
 /// One database's part.
 #[derive(Default)]

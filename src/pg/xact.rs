@@ -61,6 +61,25 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
     outcome
 }
 
+/// As [`worker`], for code of users: the transaction is read-only, and rolled back also when the work succeeds, so that
+/// no setting or other state that such code changed is left in the session.
+pub fn read_only<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure> {
+    let mut done = None;
+    let outcome = worker(|| {
+        // SAFETY: sets a backend variable of the transaction just begun, before its first statement.
+        unsafe { pg_sys::XactReadOnly = true };
+        done = Some(work()?);
+        Err::<(), _>(PgError::internal("a read-only transaction is rolled back"))
+    });
+    match (done, outcome) {
+        (Some(value), Err(Failure::Error(_))) => Ok(value),
+        (_, Err(failure)) => Err(failure),
+        (_, Ok(())) => Err(Failure::Error(PgError::internal(
+            "a read-only transaction was committed",
+        ))),
+    }
+}
+
 /// Tells the statistics what the last transactions wrote and deleted, as a backend does when it becomes idle: else
 /// autovacuum would not learn of a worker's dead rows before the worker ends.
 fn report_statistics() {

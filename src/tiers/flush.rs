@@ -21,6 +21,7 @@ use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
+use crate::tiers::delete;
 
 const BATCH_ROWS: usize = 8192;
 
@@ -137,7 +138,12 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
         bytes += i64::from(chunk.bytes);
         let data = manifest::chunk_data(view, chunk.chunk_id)?
             .ok_or_else(|| PgError::internal("a chunk vanished under the collection's job lock"))?;
-        batches.push(chunk::read(chunk.format, data.into(), &schema)?);
+        let batch = chunk::read(chunk.format, data.into(), &schema)?;
+        batches.push(delete::without_deleted(
+            collection_id,
+            chunk.chunk_id,
+            batch,
+        )?);
         chunk_ids.push(chunk.chunk_id);
     }
     if chunk_ids.is_empty() {

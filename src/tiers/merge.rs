@@ -13,6 +13,7 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
+use crate::tiers::delete;
 
 /// A chunk with at least so many rows is not merged any more.
 const SMALL_ROWS: i32 = 20_000;
@@ -70,16 +71,26 @@ fn one(collection_id: i32) -> Result<bool> {
     if choice.format == ChunkFormat::Rows {
         let mut rows = Rows::default();
         for input in &choice.inputs {
-            rows.extend(&Rows::decode(data(input)?.into())?);
+            let stored = Rows::decode(data(input)?.into())?;
+            match delete::deleted(collection_id, input.chunk_id, stored.len())? {
+                Some(deleted) => rows.extend(&stored.without(&deleted)),
+                None => rows.extend(&stored),
+            }
         }
-        if rows.is_few() {
+        if rows.is_empty() {
+            // All of them are deleted.
+        } else if rows.is_few() {
             // Text is read by what was a field when it was digested, columns by what is one now.
             let oldest = choice.inputs.iter().map(|c| c.schema_version).min();
             let target = Target {
                 schema_version: oldest.unwrap_or(target.schema_version),
                 ..target
             };
-            append_rows(target, &info(&choice.inputs)?, &rows)?;
+            let bounds = ChunkInfo {
+                n: rows.len(),
+                ..info(&choice.inputs)?
+            };
+            append_rows(target, &bounds, &rows)?;
         } else {
             let columns = chunk::of_rows(&rows, &schema)?;
             append(Target { level: 0, ..target }, &columns)?;
@@ -87,7 +98,12 @@ fn one(collection_id: i32) -> Result<bool> {
     } else {
         let mut batches = Vec::with_capacity(choice.inputs.len());
         for input in &choice.inputs {
-            batches.push(chunk::read(input.format, data(input)?.into(), &schema)?);
+            let batch = chunk::read(input.format, data(input)?.into(), &schema)?;
+            batches.push(delete::without_deleted(
+                collection_id,
+                input.chunk_id,
+                batch,
+            )?);
         }
         append(target, &chunk::merge(&batches, schema.arrow())?)?;
     }

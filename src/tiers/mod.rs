@@ -2,10 +2,13 @@
 //! periodic step of a worker, in transactions of its own: a crash anywhere repeats it or leaves nothing.
 
 pub mod ddl;
+pub mod delete;
+pub mod erase;
 pub mod flush;
 pub mod gc;
 pub mod hot;
 pub mod ids;
 pub mod merge;
+pub mod rewrite;
 pub mod rotate;
 pub mod upkeep;

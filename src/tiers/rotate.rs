@@ -1,6 +1,8 @@
 //! Rotation of the inbox: another table takes the new rows, and a table whose rows are all digested, for every snapshot
 //! there is, is emptied.
 //!
+//! A table that held events deleted since is switched and emptied at the next look, whatever its age.
+//!
 //! Switch: readers and writers go on; writers re-read which table is current after locking theirs. Seal: once nobody
 //! can write a table any more and a tick covers all its rows, readers that see that tick need not open it. Truncate:
 //! once that tick is past the horizon, no snapshot can miss the rows.
@@ -40,14 +42,23 @@ fn switch() -> Result<bool> {
     let state = inbox::rotation(View::Current)?;
     let age_us = xact::now_us() - state.switched_at_us;
     let next = (state.current + 1) % 3;
-    if age_us < guc::rotation_interval().as_micros() as i64 || state.sealed[next] != 0 {
+    let forced = state.to_empty[state.current];
+    let due = forced || age_us >= guc::rotation_interval().as_micros() as i64;
+    if !due || state.sealed[next] != 0 {
+        return Ok(false);
+    }
+    if forced && relation::blocks(inbox::table_oid(state.current)) == 0 {
+        inbox::is_empty(state.current)?;
         return Ok(false);
     }
     let tick = inbox::tick(View::Current)?;
     let (next_has_rows, _) = inbox::table_content(View::Current, next, &tick.snapshot)?;
     let (has_rows, _) = inbox::table_content(View::Current, state.current, &tick.snapshot)?;
-    if !has_rows || next_has_rows {
+    if !(has_rows || forced) || next_has_rows {
         return Ok(false);
+    }
+    if relation::blocks(inbox::table_oid(next)) == 0 {
+        inbox::is_empty(next)?;
     }
     inbox::switch_to(next)?;
     failpoint::hit("rotate.before_switch");
@@ -67,7 +78,11 @@ fn seal(k: usize) -> Result<bool> {
     let view = View::Under(latest.get());
     let tick = inbox::tick(view)?;
     let (any, uncovered) = inbox::table_content(view, k, &tick.snapshot)?;
-    if !any || uncovered || inbox::table_lags(view, k)? {
+    if !any && state.to_empty[k] && relation::blocks(inbox::table_oid(k)) == 0 {
+        inbox::is_empty(k)?;
+        return Ok(false);
+    }
+    if !(any || state.to_empty[k]) || uncovered || inbox::table_lags(view, k)? {
         return Ok(false);
     }
     inbox::seal(k, tick.id)?;

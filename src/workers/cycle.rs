@@ -15,8 +15,9 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::Slot;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{bgworker, guc, notes};
+use crate::tiers::erase::Eraser;
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, ids, merge, rotate, upkeep};
+use crate::tiers::{ddl, flush, gc, ids, merge, rewrite, rotate, upkeep};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
@@ -30,6 +31,8 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 const IDS_INTERVAL: Duration = Duration::from_secs(5);
 /// How long the merging of event ids may keep the digest waiting.
 const IDS_BUDGET: Duration = Duration::from_millis(300);
+/// Between two steps of the eraser.
+const ERASE_PAUSE: Duration = Duration::from_millis(100);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
 /// What a step is called in [`crate::pg::shared::STATES`] and in the job table.
@@ -40,6 +43,8 @@ enum Step {
     Flush = 3,
     Ddl = 4,
     Gc = 5,
+    Rewrite = 6,
+    Erase = 7,
 }
 
 impl Step {
@@ -80,6 +85,11 @@ pub struct Cycle<'a> {
     /// More ids are to be merged than the last step had time for.
     ids_pending: bool,
     last_upkeep: Instant,
+    /// Collections with files to be written anew without deleted events.
+    rewrites: Vec<i32>,
+    eraser: Eraser,
+    /// The eraser has more to do: a step in every cycle.
+    erasing: bool,
 }
 
 impl<'a> Cycle<'a> {
@@ -102,6 +112,9 @@ impl<'a> Cycle<'a> {
             last_ids: past,
             ids_pending: false,
             last_upkeep: past,
+            rewrites: Vec::new(),
+            eraser: Eraser::default(),
+            erasing: false,
         }
     }
 
@@ -145,11 +158,16 @@ impl<'a> Cycle<'a> {
             self.last_upkeep = Instant::now();
             self.upkeep()?;
         }
+        if self.erasing && self.may(Step::Erase, 0) {
+            self.erase()?;
+        }
         self.slot.state.store(0, Ordering::Relaxed);
         Ok(if self.behind && self.may(Step::Digest, 0) {
             Duration::ZERO
         } else if self.ids_pending {
             Duration::from_millis(10)
+        } else if self.erasing {
+            ERASE_PAUSE
         } else if self.ddl_pending {
             Duration::from_millis(200)
         } else {
@@ -211,14 +229,21 @@ impl<'a> Cycle<'a> {
                 self.digested = true;
             }
         }
-        if slow.is_empty() || self.helper.is_some() {
+        let mut rewrites = std::mem::take(&mut self.rewrites);
+        rewrites.retain(|id| self.may(Step::Rewrite, *id));
+        if slow.is_empty() && rewrites.is_empty() || self.helper.is_some() {
             return Ok(());
         }
         slow.truncate(helper::MOST);
-        match Helper::start(slow) {
+        rewrites.truncate(helper::MOST - slow.len());
+        for id in &rewrites {
+            // Forgotten once there is nothing to rewrite any more.
+            self.put_off(Step::Rewrite, *id);
+        }
+        match Helper::start(slow, &rewrites) {
             Ok(helper) => self.helper = Some(helper),
             Err(slow) => {
-                // No free slot for a worker: the digest waits meanwhile.
+                // No free slot for a worker: the digest waits meanwhile, and rewrites wait for a slot.
                 for (id, work) in slow {
                     self.work_on(id, work)?;
                 }
@@ -264,8 +289,23 @@ impl<'a> Cycle<'a> {
                 gc::run()
             })?;
         }
+        if let Some(due) = self.attempt(Step::Rewrite, 0, rewrite::due)? {
+            self.back_off
+                .retain(|(step, id), _| *step != Step::Rewrite || *id == 0 || due.contains(id));
+            self.rewrites = due;
+        }
+        self.erasing = true;
         // A column or table may have been dropped or denied by hand.
         self.ddl_pending = true;
+        Ok(())
+    }
+
+    /// A bounded step of the eraser, so that events never wait for it.
+    fn erase(&mut self) -> Result<(), Failure> {
+        let mut eraser = std::mem::take(&mut self.eraser);
+        let outcome = self.attempt(Step::Erase, 0, || eraser.step())?;
+        self.erasing = outcome.unwrap_or(false);
+        self.eraser = eraser;
         Ok(())
     }
 
@@ -289,6 +329,8 @@ impl<'a> Cycle<'a> {
             Step::Flush => c"rakam flush",
             Step::Ddl => c"rakam ddl",
             Step::Gc => c"rakam gc",
+            Step::Rewrite => c"rakam rewrite",
+            Step::Erase => c"rakam erase",
         }));
         let outcome = work();
         bgworker::show(None);

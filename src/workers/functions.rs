@@ -9,17 +9,17 @@ use rakam_event::names::{self, CollectionName};
 use rakam_event::types::FieldType;
 use serde_json::json;
 
-use super::definitions;
 use super::task::{self, Scope, Task};
+use super::{definitions, delete};
 use crate::catalog::projects::{self, Right};
-use crate::catalog::{audit, registry};
+use crate::catalog::{audit, inbox, registry};
 use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, not_null, security, types, wait};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, ids, merge, rotate, upkeep};
+use crate::tiers::{ddl, erase, flush, gc, ids, merge, rewrite, rotate, upkeep};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -35,7 +35,8 @@ fn tick() -> std::result::Result<(), ErrorReport> {
     Ok(())
 }
 
-/// Digests, then writes everything committed before the call to data files, however small.
+/// Digests, then writes everything committed before the call to data files, however small, and writes files with
+/// deleted events anew without them (which the counts of the answer leave out).
 /// SQL: `rakam.flush(project text, collection text)`; NULL = all that the caller may.
 /// Errors: 42501 no right, 42704 no such collection, 58030 storage unreachable.
 #[pg_extern(volatile, parallel_unsafe)]
@@ -181,6 +182,11 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
     match task {
         Task::Tick => perform_tick().map(|()| json!(null)),
         Task::Flush { scope } => perform_flush(scope),
+        Task::CreateTables => {
+            digest::catch_up(None)?;
+            sync_for(Duration::from_secs(1)).map(|()| json!(null))
+        }
+        Task::Delete(deletion) => delete::perform(deletion),
         Task::CreateCollection { project_id, name } => {
             xact::worker(|| registry::add_collection(*project_id, name))?;
             sync_until(Duration::from_secs(5), || {
@@ -216,8 +222,11 @@ fn perform_tick() -> std::result::Result<(), Failure> {
         }
     }
     ids::run(None)?;
+    for id in rewrite::due()? {
+        rewrite::try_collection(id)?;
+    }
     gc::run()?;
-    Ok(())
+    erase::all()
 }
 
 fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
@@ -237,6 +246,7 @@ fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failur
     let mut rows = Vec::new();
     for collection in targets {
         let flushed = flush::collection(collection.id)?;
+        rewrite::collection(collection.id)?;
         rows.push((
             collection.name,
             flushed.events as i64,
@@ -244,7 +254,17 @@ fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failur
             flushed.bytes as i64,
         ));
     }
+    rotate_inbox()?;
     Ok(json!(rows))
+}
+
+/// Empties what can be emptied of the inbox, where deleted events still are.
+fn rotate_inbox() -> std::result::Result<(), Failure> {
+    if xact::worker(|| inbox::rotation(View::Current))?.to_empty == [false; 3] {
+        return Ok(());
+    }
+    let _lock = SessionLock::take(LockOn::Digest);
+    rotate::run().map(drop)
 }
 
 fn perform_add_field(

@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{inbox, manifest, mapper};
+use crate::catalog::{deletion, inbox, manifest, mapper};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
@@ -186,6 +186,7 @@ pub fn of_server() -> Result<Vec<Finding>> {
         };
         findings.push(storage_finding(&storage));
     }
+    findings.push(deletion_finding(view)?);
     findings.push(horizon_finding(view)?);
     findings.push(memory_finding());
     let missing = spi::query(
@@ -224,6 +225,26 @@ fn storage_finding(storage: &manifest::StorageRow) -> Finding {
             ..Finding::error("storage", e.message)
         },
     }
+}
+
+/// What is still stored of deleted events.
+fn deletion_finding(view: View) -> Result<Finding> {
+    let (events, objects, age_s, tables) = deletion::pending(view)?;
+    Ok(if objects + tables == 0 {
+        Finding::ok("deleted events", "nothing of them is stored")
+    } else if objects == 0 {
+        Finding::info(
+            "deleted events",
+            format!("the pages of {tables} tables are still to be wiped"),
+        )
+        .hint("It is done by itself; VACUUM and rakam.tick() hurry it, an old snapshot delays it.")
+    } else {
+        Finding::info(
+            "deleted events",
+            format!("{events} are hidden in {objects} chunks and files, for up to {age_s:.0} s"),
+        )
+        .hint("They are left out when those are written anew; rakam.flush() does it now.")
+    })
 }
 
 /// What queries hold at this moment.

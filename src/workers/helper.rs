@@ -1,5 +1,5 @@
-//! The resident's helper: a worker that flushes and merges some collections and ends, so that nobody's digest waits for
-//! files to be written. It exists while there is something to do.
+//! The resident's helper: a worker that flushes and merges some collections, writes files with deleted events anew, and
+//! ends, so that nobody's digest waits for files to be written. It exists while there is something to do.
 
 use std::sync::atomic::Ordering;
 
@@ -11,10 +11,10 @@ use crate::pg::exit;
 use crate::pg::shared;
 use crate::pg::xact::{self, Failure};
 use crate::tiers::hot::Work;
-use crate::tiers::{flush, merge};
+use crate::tiers::{flush, merge, rewrite};
 
 /// The most collections that a helper works on: what fits a worker's argument block.
-pub const MOST: usize = 31;
+pub const MOST: usize = 30;
 
 /// A helper that was started.
 pub struct Helper {
@@ -23,15 +23,20 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts one for this work, at most [`MOST`]; gives it back if there is no free slot for a worker.
-    pub fn start(work: Vec<(i32, Work)>) -> std::result::Result<Self, Vec<(i32, Work)>> {
+    /// Starts one for this work, and to write files of some collections anew, at most [`MOST`] together; gives the work
+    /// back if there is no free slot for a worker.
+    pub fn start(
+        work: Vec<(i32, Work)>,
+        rewrites: &[i32],
+    ) -> std::result::Result<Self, Vec<(i32, Work)>> {
         let mut extra = (work.len() as i32).to_ne_bytes().to_vec();
-        for (id, work) in &work {
-            // Ids are positive.
-            let number = match work {
-                Work::Flush => *id,
-                Work::Merge => -id,
-            };
+        extra.extend_from_slice(&(rewrites.len() as i32).to_ne_bytes());
+        // Ids are positive.
+        let numbers = work.iter().map(|(id, work)| match work {
+            Work::Flush => *id,
+            Work::Merge => -id,
+        });
+        for number in numbers.chain(rewrites.iter().copied()) {
             extra.extend_from_slice(&number.to_ne_bytes());
         }
         let started = bgworker::start(&Worker {
@@ -77,11 +82,15 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     let mut numbers = extra
         .chunks_exact(4)
         .map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-    let n = numbers.next().unwrap_or(0) as usize;
+    let mut count = || numbers.next().unwrap_or(0) as usize;
+    let (works, rewrites) = (count(), count());
+    let numbers: Vec<i32> = numbers.take(works + rewrites).collect();
     bgworker::show(Some(c"rakam flush"));
-    for number in numbers.take(n) {
+    for (place, number) in numbers.into_iter().enumerate() {
         let id = number.abs();
-        let (step, outcome) = if number > 0 {
+        let (step, outcome) = if place >= works {
+            ("rewrite", rewrite::try_collection(id).map(|_| ()))
+        } else if number > 0 {
             ("flush", flush::try_collection(id).map(|_| ()))
         } else {
             ("merge", merge::collection(id).map(|_| ()))

@@ -7,6 +7,7 @@
 
 pub mod cycle;
 pub mod definitions;
+pub mod delete;
 pub mod functions;
 mod health;
 pub mod helper;

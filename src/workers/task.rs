@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use pgrx::{pg_guard, pg_sys};
 use serde::{Deserialize, Serialize};
 
+use super::delete::Deletion;
 use super::{definitions, functions};
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
@@ -25,6 +26,10 @@ pub enum Task {
     Flush {
         scope: Scope,
     },
+    /// Digest, then make the tables of what is new.
+    CreateTables,
+    /// Hide the events for which a condition is true.
+    Delete(Deletion),
     CreateCollection {
         project_id: i32,
         name: String,

@@ -31,6 +31,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::adapt::{Stored, Table, adapt};
 use crate::error::EngineError;
 use crate::metrics::Counters;
+use crate::rows::{ROW_FIELD_ID, numbered};
 use crate::scan::{Broker, ChunkRef};
 
 /// Chunks that may be held at once: each is megabytes, and the server side answers them one after the other anyway.
@@ -77,6 +78,7 @@ pub(crate) struct HotExec {
     broker: Arc<dyn Broker>,
     counters: Arc<Counters>,
     batch_rows: usize,
+    with_rows: bool,
     properties: Arc<PlanProperties>,
 }
 
@@ -88,6 +90,7 @@ impl HotExec {
         counters: Arc<Counters>,
         threads: usize,
         batch_rows: usize,
+        with_rows: bool,
     ) -> Self {
         let partitions = match &source {
             HotSource::Chunks(chunks) => threads.min(chunks.refs.len()).min(CHUNKS_IN_FLIGHT),
@@ -105,6 +108,7 @@ impl HotExec {
             broker,
             counters,
             batch_rows,
+            with_rows,
             properties: Arc::new(properties),
         }
     }
@@ -162,6 +166,7 @@ impl ExecutionPlan for HotExec {
             broker: Arc::clone(&self.broker),
             counters: Arc::clone(&self.counters),
             batch_rows: self.batch_rows,
+            with_rows: self.with_rows,
             memory: MemoryConsumer::new(name).register(context.memory_pool()),
             current: None,
         };
@@ -182,6 +187,8 @@ struct HotReader {
     broker: Arc<dyn Broker>,
     counters: Arc<Counters>,
     batch_rows: usize,
+    /// The row numbers of a chunk are wanted; a tail batch brings its own.
+    with_rows: bool,
     /// Holds what `current` holds.
     memory: MemoryReservation,
     current: Option<Loaded>,
@@ -230,12 +237,17 @@ impl HotReader {
         // Before it is asked for: the server side would otherwise copy what nobody may hold.
         self.memory.try_grow(chunk.bytes as usize)?;
         let bytes = self.broker.chunk(chunk.id).await?;
-        let (batch, stored) = self
-            .decode(chunk, bytes)
-            .map_err(|e| EngineError::CorruptChunk {
-                id: chunk.id,
-                reason: e.to_string(),
-            })?;
+        let corrupt = |e: LakeError| EngineError::CorruptChunk {
+            id: chunk.id,
+            reason: e.to_string(),
+        };
+        let (mut batch, stored) = self.decode(chunk, bytes).map_err(corrupt)?;
+        if self.with_rows {
+            batch = numbered(&batch, chunk.number, 0)?;
+        }
+        if let Some(deleted) = &chunk.deleted {
+            batch = deleted.remove_from(&batch, 0).map_err(corrupt)?;
+        }
         self.memory
             .try_resize(get_record_batch_memory_size(&batch))?;
         self.counters.chunks_read.fetch_add(1, Ordering::Relaxed);
@@ -254,7 +266,9 @@ impl HotReader {
                 Ok((chunk::decode_projected(bytes, &needs)?, stored))
             }
             ChunkFormat::Rows => {
-                let wanted = self.table.targets.iter().map(|field| field.id).collect();
+                let targets = self.table.targets.iter().map(|field| field.id);
+                // The number of a row is nothing that an event has.
+                let wanted = targets.filter(|id| *id != ROW_FIELD_ID).collect();
                 let layout = Layout::Table {
                     projection: Some(wanted),
                 };
@@ -262,8 +276,9 @@ impl HotReader {
                 let mut schema = Cow::Borrowed(&self.table.schema);
                 let came_later =
                     |f: &Field| !f.column_ready && f.added_version > chunk.schema_version;
-                if schema.fields.iter().any(came_later) {
-                    schema.to_mut().fields.retain(|f| !came_later(f));
+                let unknown = |f: &Field| came_later(f) || f.id == ROW_FIELD_ID;
+                if schema.fields.iter().any(unknown) {
+                    schema.to_mut().fields.retain(|f| !unknown(f));
                 }
                 let batch = Rows::decode(bytes)?.batch(&schema, &layout)?;
                 Ok((batch, IN_TABLE_LAYOUT))

@@ -14,6 +14,7 @@ pub mod error;
 pub mod ir;
 pub mod memory;
 pub mod metrics;
+pub mod rows;
 pub mod scan;
 
 mod adapt;

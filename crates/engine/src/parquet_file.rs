@@ -10,6 +10,7 @@ use bytes::Bytes;
 use datafusion::common::Result as DfResult;
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::physical_plan::ParquetFileReaderFactory;
+use datafusion::datasource::physical_plan::parquet::{ParquetAccessPlan, RowGroupAccess};
 use datafusion::execution::memory_pool::{MemoryConsumer, MemoryPool, MemoryReservation};
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::physical_plan::metrics::ExecutionPlanMetricsSet;
@@ -17,11 +18,12 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use object_store::ObjectStore;
 use object_store::path::Path;
-use parquet::arrow::arrow_reader::ArrowReaderOptions;
+use parquet::arrow::arrow_reader::{ArrowReaderOptions, RowSelection, RowSelector};
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use rakam_lake::footer::parse_footer;
+use rakam_lake::rows::RowSet;
 
 use crate::error::EngineError;
 use crate::metrics::Counters;
@@ -35,7 +37,7 @@ pub(crate) fn placeholder_url() -> ObjectStoreUrl {
 
 /// A file of the scan, shared by all the partitions that read a part of it.
 #[derive(Debug)]
-struct Handle {
+pub(crate) struct Handle {
     store: Arc<dyn ObjectStore>,
     path: Path,
     bytes: u64,
@@ -46,6 +48,20 @@ struct Handle {
 }
 
 impl Handle {
+    pub(crate) fn new(file: FileRef) -> Result<Self, EngineError> {
+        let path = Path::parse(&file.path).map_err(|_| {
+            EngineError::Internal("the path of a data file is not a valid object name".to_owned())
+        })?;
+        Ok(Self {
+            store: file.store,
+            path,
+            bytes: file.bytes,
+            footer: file.footer,
+            metadata: Mutex::new(Weak::new()),
+            opened: AtomicBool::new(false),
+        })
+    }
+
     fn metadata(&self) -> MutexGuard<'_, Weak<ParquetMetaData>> {
         self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -53,18 +69,63 @@ impl Handle {
 
 /// The file as DataFusion wants it. Its location is only a number: locations show up in metrics and messages.
 pub(crate) fn partitioned_file(number: usize, file: FileRef) -> DfResult<PartitionedFile> {
-    let path = Path::parse(&file.path).map_err(|_| {
-        EngineError::Internal("the path of a data file is not a valid object name".to_owned())
-    })?;
-    let handle = Handle {
-        store: file.store,
-        path,
-        bytes: file.bytes,
-        footer: file.footer,
-        metadata: Mutex::new(Weak::new()),
-        opened: AtomicBool::new(false),
+    let (bytes, access) = (file.bytes, access_plan(&file)?);
+    let handle = Arc::new(Handle::new(file)?);
+    let file = PartitionedFile::new(number.to_string(), bytes).with_extension(handle);
+    Ok(match access {
+        Some(access) => file.with_extension(access),
+        None => file,
+    })
+}
+
+/// Which rows of which row groups are read; None: all. Pruning by statistics and pages and the decoder's filter take
+/// further rows away from it.
+fn access_plan(file: &FileRef) -> Result<Option<ParquetAccessPlan>, EngineError> {
+    let Some(deleted) = file.deleted.as_ref().filter(|rows| !rows.is_empty()) else {
+        return Ok(None);
     };
-    Ok(PartitionedFile::new(number.to_string(), file.bytes).with_extension(Arc::new(handle)))
+    let footer = file.footer.clone().ok_or_else(|| {
+        EngineError::Internal("a data file with deleted rows came without its footer".to_owned())
+    })?;
+    let metadata = parse_footer(footer).map_err(|e| EngineError::CorruptFile {
+        reason: e.to_string(),
+    })?;
+    let mut next = 0_u32;
+    let row_groups = metadata.row_groups().iter().map(|group| {
+        let start = next;
+        next = u32::try_from(group.num_rows())
+            .ok()
+            .and_then(|rows| start.checked_add(rows))
+            .ok_or_else(|| EngineError::CorruptFile {
+                reason: "impossible number of rows".to_owned(),
+            })?;
+        Ok(access(start..next, deleted))
+    });
+    row_groups
+        .collect::<Result<Vec<_>, _>>()
+        .map(|groups| Some(ParquetAccessPlan::new(groups)))
+}
+
+/// What is read of the row group with these rows of the file.
+fn access(rows: Range<u32>, deleted: &RowSet) -> RowGroupAccess {
+    let (mut next, mut selectors) = (rows.start, Vec::new());
+    for run in deleted.within(rows.clone()) {
+        if run == rows {
+            return RowGroupAccess::Skip;
+        }
+        if run.start > next {
+            selectors.push(RowSelector::select((run.start - next) as usize));
+        }
+        selectors.push(RowSelector::skip(run.len()));
+        next = run.end;
+    }
+    if selectors.is_empty() {
+        return RowGroupAccess::Scan;
+    }
+    if rows.end > next {
+        selectors.push(RowSelector::select((rows.end - next) as usize));
+    }
+    RowGroupAccess::Selection(RowSelection::from(selectors))
 }
 
 #[derive(Debug)]
@@ -84,15 +145,12 @@ impl ParquetFileReaderFactory for ReaderFactory {
         let handle = file.extension::<Arc<Handle>>().ok_or_else(|| {
             EngineError::Internal("a data file came without its store".to_owned())
         })?;
-        Ok(Box::new(Reader {
-            handle: Arc::clone(handle),
-            memory: MemoryConsumer::new("data files").register(&self.memory),
-            counters: Arc::clone(&self.counters),
-        }))
+        let reader = Reader::new(Arc::clone(handle), &self.memory, Arc::clone(&self.counters));
+        Ok(Box::new(reader))
     }
 }
 
-struct Reader {
+pub(crate) struct Reader {
     handle: Arc<Handle>,
     /// Empty itself: each fetch takes a reservation of its own from it.
     memory: MemoryReservation,
@@ -100,6 +158,18 @@ struct Reader {
 }
 
 impl Reader {
+    pub(crate) fn new(
+        handle: Arc<Handle>,
+        memory: &Arc<dyn MemoryPool>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            handle,
+            memory: MemoryConsumer::new("data files").register(memory),
+            counters,
+        }
+    }
+
     /// Reserves the bytes of a fetch before it is made.
     fn reserve(&self, ranges: &[Range<u64>]) -> ParquetResult<Vec<MemoryReservation>> {
         let reserved = ranges

@@ -20,6 +20,7 @@ use datafusion::datasource::physical_plan::{
     FileGroup, FileGroupPartitioner, FileScanConfigBuilder, ParquetSource,
 };
 use datafusion::datasource::source::DataSourceExec;
+use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_plan::coalesce_partitions::CoalescePartitionsExec;
 use datafusion::physical_plan::filter::FilterExecBuilder;
@@ -28,8 +29,10 @@ use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use object_store::ObjectStore;
+use parquet::arrow::arrow_reader::RowSelector;
 use rakam_event::schema::{Field, Schema};
 use rakam_lake::chunk::ChunkFormat;
+use rakam_lake::rows::RowSet;
 
 use crate::adapt::{FileAdapterFactory, Table};
 use crate::context::EngineContext;
@@ -38,6 +41,7 @@ use crate::hot::{Chunks, HotExec, HotSource};
 use crate::ir::ScanPlan;
 use crate::metrics::{Counters, ScanMetrics};
 use crate::parquet_file::{ReaderFactory, partitioned_file, placeholder_url};
+use crate::rows::{ROW_FIELD_ID, RowsExec, row_field};
 use crate::translate::{Filter, Translator, target_schema};
 
 /// Bytes a batch of rows should not exceed by much, by the average row of the scanned tiers.
@@ -45,6 +49,8 @@ const BATCH_BYTES: u64 = 32 << 20;
 /// What a stored byte may become in memory: the batch size is cut for wide rows with this in mind.
 const EXPANSION: u64 = 8;
 const TIME_FIELD_ID: i32 = 1;
+/// What a run of deleted rows takes in a Parquet selection: what is skipped and what is read after it.
+const SELECTION_BYTES: usize = 2 * size_of::<RowSelector>();
 
 /// Everything a scan of one collection reads. The caller has pruned files and chunks by their statistics.
 #[derive(Debug)]
@@ -68,12 +74,16 @@ pub struct FileRef {
     pub bytes: u64,
     pub n: u64,
     pub has_extra: bool,
-    /// From the manifest; without it the footer is read from the file.
+    /// From the manifest; without it the footer is read from the file. A file with deleted rows must have it.
     pub footer: Option<Bytes>,
+    /// Rows that are not there any more.
+    pub deleted: Option<Arc<RowSet>>,
+    /// What [`ROW_FIELD_ID`] calls the file.
+    pub number: u32,
 }
 
 /// A chunk of the hot tier.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ChunkRef {
     pub id: i64,
     pub format: ChunkFormat,
@@ -81,6 +91,10 @@ pub struct ChunkRef {
     pub bytes: u32,
     pub schema_version: i32,
     pub has_extra: bool,
+    /// Rows that are not there any more.
+    pub deleted: Option<Arc<RowSet>>,
+    /// What [`ROW_FIELD_ID`] calls the chunk.
+    pub number: u32,
 }
 
 /// What only the server can read, answered by the backend's main thread.
@@ -111,12 +125,16 @@ pub fn execute(
     ctx: &EngineContext,
 ) -> Result<ScanStream, EngineError> {
     let ScanInput {
-        schema,
+        mut schema,
         plan,
         files,
         chunks,
         has_tail,
     } = input;
+    let with_rows = plan.columns.contains(&ROW_FIELD_ID);
+    if with_rows {
+        schema.fields.push(row_field());
+    }
     let outputs = targets(&schema, &plan.columns)?;
     let targets = targets(&schema, &plan.needed())?;
     let output_schema: SchemaRef = Arc::new(ArrowSchema::new(
@@ -143,12 +161,14 @@ pub fn execute(
         }
     };
     let decode_filter = filter_while_decoding(&plan, &table.targets);
-    let scan = TierScan {
+    let mut scan = TierScan {
         table,
         filter,
         decode_filter,
         limit: plan.limit.map(|n| usize::try_from(n).unwrap_or(usize::MAX)),
         batch_rows: batch_rows(&files, &chunks, ctx.batch_rows),
+        with_rows,
+        memory: MemoryConsumer::new("deleted rows").register(ctx.task.memory_pool()),
         ctx,
     };
     let tiers = scan.tiers(files, chunks, has_tail, broker)?;
@@ -205,6 +225,10 @@ struct TierScan<'a> {
     decode_filter: bool,
     limit: Option<usize>,
     batch_rows: usize,
+    /// The plan wants [`ROW_FIELD_ID`].
+    with_rows: bool,
+    /// Holds what is known of deleted rows.
+    memory: MemoryReservation,
     ctx: &'a EngineContext,
 }
 
@@ -218,6 +242,19 @@ impl TierScan<'_> {
     ) -> Result<Tiers, EngineError> {
         let counters = Arc::new(Counters::default());
         let mut plans: Vec<Arc<dyn ExecutionPlan>> = Vec::with_capacity(4);
+        self.reserve(&files, &chunks)?;
+        let files = if self.with_rows && !files.is_empty() {
+            plans.push(Arc::new(RowsExec::new(
+                Arc::clone(&self.table),
+                files,
+                Arc::clone(&counters),
+                self.ctx.threads,
+                self.batch_rows,
+            )?));
+            Vec::new()
+        } else {
+            files
+        };
         // Apart, because a file without `_extra` is pruned by filters on fields it does not have.
         let (with_extra, without): (Vec<_>, Vec<_>) = files.into_iter().partition(|f| f.has_extra);
         for (files, has_extra) in [(with_extra, true), (without, false)] {
@@ -225,7 +262,11 @@ impl TierScan<'_> {
                 plans.push(self.parquet(files, has_extra, &counters)?);
             }
         }
-        let parquet = plans.clone();
+        let parquet = if self.with_rows {
+            Vec::new()
+        } else {
+            plans.clone()
+        };
         let mut hot = |source| {
             plans.push(Arc::new(HotExec::new(
                 Arc::clone(&self.table),
@@ -234,6 +275,7 @@ impl TierScan<'_> {
                 Arc::clone(&counters),
                 self.ctx.threads,
                 self.batch_rows,
+                self.with_rows,
             )));
         };
         if !chunks.is_empty() {
@@ -247,6 +289,18 @@ impl TierScan<'_> {
             parquet,
             counters,
         })
+    }
+
+    /// Takes memory for the sets of deleted rows, and for the selections that are made of them.
+    fn reserve(&self, files: &[FileRef], chunks: &[ChunkRef]) -> Result<(), EngineError> {
+        let files = files.iter().filter_map(|file| file.deleted.as_ref());
+        let chunks = chunks.iter().filter_map(|chunk| chunk.deleted.as_ref());
+        let selections: usize = files
+            .clone()
+            .map(|set| set.runs().len() * SELECTION_BYTES)
+            .sum();
+        let sets: usize = files.chain(chunks).map(|set| set.memory()).sum();
+        Ok(self.memory.try_grow(sets + selections)?)
     }
 
     fn parquet(
@@ -271,7 +325,8 @@ impl TierScan<'_> {
             has_extra,
             filter: self.filter.clone(),
         };
-        // DataFusion takes the limit of a scan before any filter above it.
+        // DataFusion takes the limit of a scan before any filter above it. (Given both, it would also forget which
+        // rows are deleted of the row groups that match as a whole.)
         let limit = self.limit.filter(|_| self.filter.is_none());
         let config = FileScanConfigBuilder::new(placeholder_url(), Arc::new(source))
             .with_file_groups(self.file_groups(files)?)
@@ -298,7 +353,7 @@ impl TierScan<'_> {
 
     /// Filters, joins the partitions, and gives the columns at `wanted` under the names of `schema`.
     fn stream(
-        &self,
+        &mut self,
         tiers: Tiers,
         wanted: Vec<usize>,
         schema: SchemaRef,
@@ -344,9 +399,13 @@ impl TierScan<'_> {
             }
             metrics
         };
+        let memory = self.memory.take();
         Ok(ScanStream::new(
             batches
-                .map(|batch| batch.map_err(EngineError::from))
+                .map(move |batch| {
+                    let _held_by_the_stream = &memory;
+                    batch.map_err(EngineError::from)
+                })
                 .boxed(),
             schema,
             wanted,

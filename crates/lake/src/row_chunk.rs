@@ -16,6 +16,7 @@ use rakam_event::entry::Limits;
 use rakam_event::schema::Schema;
 
 use crate::error::LakeError;
+use crate::rows::RowSet;
 use crate::seal;
 use crate::varint::{get_number, get_signed, put_number, put_signed};
 
@@ -92,6 +93,19 @@ impl Rows {
         for (event, origin) in other.iter() {
             self.push(event, origin);
         }
+    }
+
+    /// The events but those that are deleted, by their places.
+    pub fn without(&self, deleted: &RowSet) -> Self {
+        let mut kept = Self::default();
+        let mut runs = deleted.runs().iter().peekable();
+        for (place, (event, origin)) in self.iter().enumerate() {
+            while runs.next_if(|run| run.end as usize <= place).is_some() {}
+            if runs.peek().is_none_or(|run| place < run.start as usize) {
+                kept.push(event, origin);
+            }
+        }
+        kept
     }
 
     pub fn len(&self) -> usize {
@@ -314,6 +328,7 @@ mod tests {
     use rakam_event::types::FieldType;
 
     use super::*;
+    use crate::rows::RowBits;
     use crate::testing::Rng;
 
     fn origin(n: i64) -> Origin {
@@ -384,6 +399,24 @@ mod tests {
             Rows::decode(extreme.encode(1).unwrap().into()).unwrap(),
             extreme
         );
+    }
+
+    #[test]
+    fn deleted_events_are_left_out() {
+        let mut rng = Rng::new(3);
+        for events in [1, 5, 64, 300] {
+            let rows = sample(events, events as u64);
+            let mut deleted = RowBits::new(events as u32);
+            let mut kept = Rows::default();
+            for (place, (event, origin)) in rows.iter().enumerate() {
+                match rng.below(3) {
+                    0 => kept.push(event, origin),
+                    _ => assert!(deleted.insert(place as u32)),
+                }
+            }
+            assert_eq!(rows.without(&deleted.finish()), kept);
+            assert_eq!(rows.without(&RowSet::default()), rows);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use uuid::Uuid;
@@ -191,6 +192,15 @@ impl DirectoryStorage {
             Err(LakeError::Missing { .. }) => Ok(false),
             Err(e) => Err(e),
         }
+    }
+
+    /// The whole of an object.
+    pub fn read(&self, path: &str) -> Result<Bytes, LakeError> {
+        let target = self.resolve(path)?;
+        self.check_root()?;
+        fs::read(target)
+            .map(Bytes::from)
+            .map_err(|e| LakeError::io("read", path, &e))
     }
 
     /// The size of an object.

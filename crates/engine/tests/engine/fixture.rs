@@ -25,6 +25,7 @@ use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema};
 use rakam_event::types::FieldType;
 use rakam_lake::chunk::ChunkFormat;
 use rakam_lake::row_chunk::{Origin, Rows, Rules};
+use rakam_lake::rows::{RowBits, RowSet};
 use rakam_lake::scalar::Scalar;
 
 /// SplitMix64.
@@ -348,6 +349,17 @@ pub struct Tiers {
 impl Tiers {
     /// Adds a data file of small row groups and pages, with every kind of statistics and bloom filters everywhere.
     pub async fn file(&mut self, schema: &Schema, rows: &[Row], with_footer: bool) {
+        self.file_without(schema, rows, with_footer, None).await;
+    }
+
+    /// A data file of which some rows are deleted.
+    pub async fn file_without(
+        &mut self,
+        schema: &Schema,
+        rows: &[Row],
+        with_footer: bool,
+        deleted: Option<RowSet>,
+    ) {
         let batch = batch(schema, rows);
         let properties = WriterProperties::builder()
             .set_max_row_group_row_count(Some(64))
@@ -377,13 +389,20 @@ impl Tiers {
             n: rows.len() as u64,
             has_extra: has_extra(&batch),
             footer,
+            deleted: deleted.map(Arc::new),
+            number: self.files.len() as u32,
         });
     }
 
     pub fn chunk(&mut self, schema: &Schema, rows: &[Row]) {
+        self.chunk_without(schema, rows, None);
+    }
+
+    /// A chunk of which some rows are deleted.
+    pub fn chunk_without(&mut self, schema: &Schema, rows: &[Row], deleted: Option<RowSet>) {
         let batch = batch(schema, rows);
         let data = Bytes::from(rakam_lake::chunk::encode(&batch, schema.version).unwrap());
-        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data);
+        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data, deleted);
     }
 
     fn add_chunk(
@@ -392,6 +411,7 @@ impl Tiers {
         schema: &Schema,
         batch: &RecordBatch,
         data: Bytes,
+        deleted: Option<RowSet>,
     ) {
         let id = 100 + self.chunks.len() as i64;
         self.chunks.push(ChunkRef {
@@ -401,6 +421,8 @@ impl Tiers {
             bytes: data.len() as u32,
             schema_version: schema.version,
             has_extra: has_extra(batch),
+            deleted: deleted.map(Arc::new),
+            number: id as u32,
         });
         self.broker.chunks.insert(id, data);
     }
@@ -413,7 +435,7 @@ impl Tiers {
         }
         let batch = rows.batch(schema, &Layout::Stored).unwrap();
         let data = Bytes::from(rows.encode(schema.version).unwrap());
-        self.add_chunk(ChunkFormat::Rows, schema, &batch, data);
+        self.add_chunk(ChunkFormat::Rows, schema, &batch, data, None);
     }
 
     /// The same events as the digest makes an Arrow chunk of them.
@@ -429,7 +451,7 @@ impl Tiers {
         }
         let batch = builder.finish().unwrap().batch;
         let data = Bytes::from(rakam_lake::chunk::encode(&batch, schema.version).unwrap());
-        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data);
+        self.add_chunk(ChunkFormat::Arrow, schema, &batch, data, None);
     }
 
     pub fn tail(&mut self, schema: &Schema, rows: &[Row]) {
@@ -440,15 +462,27 @@ impl Tiers {
             .push_back(batch(schema, rows));
     }
 
-    /// Cuts the rows at random and puts each piece into a random tier.
+    /// Cuts the rows at random and puts each piece into a random tier, half of the files and chunks with further
+    /// rows that are deleted.
     pub async fn split(schema: &Schema, rows: &[Row], rng: &mut Rng) -> Self {
         let mut tiers = Self::default();
         let mut rest = rows;
         while !rest.is_empty() {
             let n = (1 + rng.below(300)).min(rest.len());
             let (piece, after) = rest.split_at(n);
+            let with_deleted = rng.below(2) == 0;
             match rng.below(4) {
+                0 | 1 if with_deleted => {
+                    let (stored, deleted) = with_rows_to_delete(piece, rng);
+                    tiers
+                        .file_without(schema, &stored, true, Some(deleted))
+                        .await;
+                }
                 0 | 1 => tiers.file(schema, piece, rng.below(2) == 0).await,
+                2 if with_deleted => {
+                    let (stored, deleted) = with_rows_to_delete(piece, rng);
+                    tiers.chunk_without(schema, &stored, Some(deleted));
+                }
                 2 => tiers.chunk(schema, piece),
                 _ => tiers.tail(schema, piece),
             }
@@ -487,6 +521,24 @@ impl Tiers {
         }
         (cells(&batches), stream)
     }
+}
+
+/// The rows with copies of some of them between, and where the copies are. Sometimes there are long runs.
+pub fn with_rows_to_delete(rows: &[Row], rng: &mut Rng) -> (Vec<Row>, RowSet) {
+    let longest = rng.pick(&[1, 3, 150]);
+    let (mut stored, mut copies) = (Vec::new(), Vec::new());
+    for row in rows {
+        if rng.below(longest * 2) == 0 {
+            for _ in 0..=rng.below(longest) {
+                copies.push(stored.len() as u32);
+                stored.push(rng.pick(rows));
+            }
+        }
+        stored.push(row.clone());
+    }
+    let mut bits = RowBits::new(stored.len() as u32);
+    assert!(copies.into_iter().all(|row| bits.insert(row)));
+    (stored, bits.finish())
 }
 
 pub fn cells(batches: &[RecordBatch]) -> Vec<Row> {

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use object_store::local::LocalFileSystem;
+use rakam_engine::rows::{ROW_FIELD_ID, row};
 use rakam_engine::{CmpOp, Expr, FileRef};
 use rakam_lake::period::Period;
+use rakam_lake::rows::RowBits;
 use rakam_lake::scalar::Scalar;
 use rakam_lake::write::{FileOptions, FileWriter};
 
@@ -73,6 +75,89 @@ async fn rows_are_counted_without_columns() {
         .scan(&schema, plan(&[], Some(filter), Some(7)), &context())
         .await;
     assert_eq!(found.len(), 7);
+}
+
+/// A scan by row tells which row of which object each is, and a set made of that deletes exactly those.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_found_by_number_are_the_rows_deleted() {
+    let schema = all_types();
+    for seed in 0..8 {
+        let mut rng = Rng(seed);
+        let rows = rows(&schema, 1_200, &mut rng);
+        let mut tiers = Tiers::split(&schema, &rows, &mut rng).await;
+        tiers.broker.tail.lock().unwrap().clear();
+        let (before, _) = tiers
+            .scan(&schema, plan(&[N], None, None), &context())
+            .await;
+        let filter = Expr::Cmp {
+            op: CmpOp::Lt,
+            left: Box::new(Expr::Column(N)),
+            right: Box::new(Expr::Literal(Scalar::Int8(rng.below(1_200) as i64))),
+        };
+        let columns = [N, ROW_FIELD_ID, 10];
+        let (found, _) = tiers
+            .scan(
+                &schema,
+                plan(&columns, Some(filter.clone()), None),
+                &context(),
+            )
+            .await;
+        for (object, n, deleted) in tiers
+            .files
+            .iter_mut()
+            .map(|f| {
+                (
+                    f.number,
+                    f.footer.is_some().then_some(3_000),
+                    &mut f.deleted,
+                )
+            })
+            .chain(
+                tiers
+                    .chunks
+                    .iter_mut()
+                    .map(|c| (c.number, Some(c.n), &mut c.deleted)),
+            )
+        {
+            // A file without a footer at hand cannot have deleted rows.
+            let Some(n) = n else { continue };
+            let mut bits = RowBits::new(n);
+            for value in &found {
+                let Some(Scalar::Int8(value)) = value[1] else {
+                    panic!("no row number");
+                };
+                let (of, row) = row(value);
+                assert!(of != object || bits.insert(row));
+            }
+            let known = deleted.clone().unwrap_or_default();
+            *deleted = Some(Arc::new(known.union(&bits.finish())));
+        }
+        let without_footer: Vec<u32> = tiers
+            .files
+            .iter()
+            .filter(|f| f.footer.is_none())
+            .map(|f| f.number)
+            .collect();
+        let kept: Vec<i64> = found
+            .iter()
+            .filter_map(|cells| match (&cells[0], &cells[1]) {
+                (Some(Scalar::Int8(n)), Some(Scalar::Int8(value))) => {
+                    without_footer.contains(&row(*value).0).then_some(*n)
+                }
+                _ => None,
+            })
+            .collect();
+        let (left, _) = tiers
+            .scan(&schema, plan(&[N], Some(filter), None), &context())
+            .await;
+        let mut kept = kept;
+        kept.sort_unstable();
+        assert_eq!(numbers(&left), kept, "seed {seed}");
+        let (after, _) = tiers
+            .scan(&schema, plan(&[N], None, None), &context())
+            .await;
+        assert_eq!(after.len(), before.len() - found.len() + kept.len());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -145,6 +230,8 @@ async fn a_file_of_the_lake_is_read_from_its_directory() {
         n: written.n,
         has_extra: written.has_extra,
         footer: Some(written.footer),
+        deleted: None,
+        number: 0,
     });
     let ids: Vec<i32> = schema.fields.iter().map(|f| f.id).collect();
     let (mut found, _) = tiers

@@ -1,0 +1,113 @@
+//! Reads a data file back as it was written, batch by batch in its order: to write it anew without some of its rows.
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use rakam_event::schema::Schema;
+
+use crate::chunk::{conform, field_id};
+use crate::error::LakeError;
+use crate::seal;
+
+const WHAT: &str = "data file";
+
+/// The rows of one file in the stored layout of the schema it was written under.
+pub struct FileReader {
+    batches: ParquetRecordBatchReader,
+    schema: Schema,
+    arrow: SchemaRef,
+}
+
+impl FileReader {
+    /// `schema` is the collection's, `version` the file's. Fields that the file does not have are left out: a value that
+    /// waits in `_extra` stays there, which a column of NULLs would hide.
+    pub fn open(
+        file: Bytes,
+        schema: &Schema,
+        version: i32,
+        batch_rows: usize,
+    ) -> Result<Self, LakeError> {
+        let failed = |e| LakeError::corrupt(WHAT, e);
+        seal::guarded(WHAT, || {
+            let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(failed)?;
+            let known = |id: i32| {
+                let mut fields = builder.schema().fields().iter();
+                fields.any(|field| field_id(field) == Some(id))
+            };
+            let user_fields = schema.fields.iter().filter(|f| f.is_user() && known(f.id));
+            let schema = Schema::new(version, user_fields.cloned().collect());
+            let batches = builder
+                .with_batch_size(batch_rows)
+                .build()
+                .map_err(failed)?;
+            let arrow = schema.arrow();
+            Ok(Self {
+                batches,
+                schema,
+                arrow,
+            })
+        })
+    }
+
+    /// The fields that the file has.
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    fn read(&mut self) -> Result<Option<RecordBatch>, LakeError> {
+        let batch = self.batches.next().transpose();
+        match batch.map_err(|e| LakeError::corrupt(WHAT, e))? {
+            // Ids and types are those of the stored layout: see the test of `write`.
+            Some(batch) => conform(&batch, &self.arrow).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+impl Iterator for FileReader {
+    type Item = Result<RecordBatch, LakeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        seal::guarded(WHAT, || self.read()).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::compute::concat_batches;
+
+    use super::*;
+    use crate::testing::all_types;
+    use crate::write::tests::written;
+
+    #[test]
+    fn a_file_is_read_back_under_its_own_schema() {
+        let (_, data) = written(5000, 9);
+        let mut schema = all_types();
+        let read = |schema: &Schema| {
+            let reader = FileReader::open(data.clone(), schema, 1, 700).unwrap();
+            let arrow = reader.schema().arrow();
+            let batches: Vec<_> = reader.map(Result::unwrap).collect();
+            concat_batches(&arrow, &batches).unwrap()
+        };
+        let before = read(&schema);
+        assert_eq!(before.num_rows(), 5000);
+        // A field added since is no column of the file, and none of what is read.
+        let mut added = schema.fields.last().unwrap().clone();
+        added.id += 1;
+        added.name = "added".to_owned();
+        schema.fields.push(added);
+        schema.version += 1;
+        assert_eq!(read(&schema), before);
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        let (_, data) = written(300, 2);
+        let schema = all_types();
+        for end in [0, 3, 100, data.len() - 1] {
+            assert!(FileReader::open(data.slice(..end), &schema, 1, 100).is_err());
+        }
+    }
+}

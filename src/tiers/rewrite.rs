@@ -1,0 +1,256 @@
+//! Data files with deleted rows are written anew without them, and so are chunks that no merge or flush comes to.
+//!
+//! Of a file, first the new file is made in memory and (for storages outside of Postgres) announced by an intent; then it is
+//! written, outside of any transaction; last, one transaction puts it in the place of the old one. A crash before that
+//! leaves the old file with its deleted rows hidden, and perhaps an object with an intent.
+
+use rakam_lake::chunk;
+use rakam_lake::period::{self, Period};
+use rakam_lake::read::FileReader;
+use rakam_lake::rows::RowSet;
+use rakam_lake::stats;
+use rakam_lake::write::{FileOptions, FileWriter, WrittenFile};
+use uuid::Uuid;
+
+use crate::catalog::deletion::{self, Reduced};
+use crate::catalog::manifest::{self, NewFile, StorageRow};
+use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::ingest::append::{Target, append};
+use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, failpoint, wait};
+use crate::tiers::{delete, flush};
+
+const BATCH_ROWS: usize = 8192;
+/// In the background a file or chunk is rewritten once it has lost this share of its rows …
+const SHARE: f64 = 0.5;
+/// … or once the first of them was deleted so many seconds ago.
+const AGE_S: f64 = 3600.0;
+
+/// Which files are worth it.
+#[derive(Debug, Clone, Copy)]
+struct Worth {
+    share: f64,
+    age_s: f64,
+}
+
+/// The collections that have files to be rewritten in the background.
+pub fn due() -> std::result::Result<Vec<i32>, Failure> {
+    xact::worker(|| deletion::collections_with_reduced(View::Current, SHARE, AGE_S))
+}
+
+/// Rewrites the files and chunks of a collection for which it is time, unless another job has the collection.
+pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
+    let worth = Worth {
+        share: SHARE,
+        age_s: AGE_S,
+    };
+    match SessionLock::try_take(LockOn::CollectionJob(collection_id)) {
+        Some(job) => {
+            let mut chunks = 0;
+            while xact::worker(|| one_chunk(collection_id, worth))? {
+                chunks += 1;
+            }
+            Ok(chunks + all(collection_id, worth, &job)?)
+        }
+        None => Ok(0),
+    }
+}
+
+/// Rewrites every file of a collection that has deleted rows. Waits for another job on the collection.
+pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
+    let worth = Worth {
+        share: 0.0,
+        age_s: 0.0,
+    };
+    let job = SessionLock::take(LockOn::CollectionJob(collection_id));
+    all(collection_id, worth, &job)
+}
+
+fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Result<u64, Failure> {
+    let (mut after, mut files) = (0, 0);
+    while let Some(last) = one(collection_id, worth, after)? {
+        after = last;
+        files += 1;
+    }
+    Ok(files)
+}
+
+/// Writes one chunk anew, under the collection's job lock; false: there is none to be written.
+fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
+    let view = View::Current;
+    let due = deletion::next_reduced_chunk(view, collection_id, worth.share, worth.age_s)?;
+    let Some(chunk_id) = due else {
+        return Ok(false);
+    };
+    let chunks = manifest::chunks(view, collection_id, None)?;
+    let chunk = chunks.iter().find(|chunk| chunk.chunk_id == chunk_id);
+    let (Some(chunk), Some(data)) = (chunk, manifest::chunk_data(view, chunk_id)?) else {
+        return Err(PgError::internal(
+            "a chunk vanished under the collection's job lock",
+        ));
+    };
+    let collection = registry::collection_by_id(view, collection_id)?
+        .ok_or_else(|| PgError::internal("the collection of a chunk is not registered"))?;
+    let schema = registry::schema(view, &collection)?;
+    let batch = chunk::read(chunk.format, data.into(), &schema)?;
+    let batch = delete::without_deleted(collection_id, chunk_id, batch)?;
+    let target = Target {
+        project_id: collection.project_id,
+        collection_id,
+        schema_version: schema.version,
+        level: chunk.level,
+        since_us: Some(chunk.created_at_us),
+    };
+    append(target, &batch)?;
+    manifest::delete_chunks(&[chunk_id])?;
+    Ok(true)
+}
+
+/// A file and what takes its place.
+struct Step {
+    project: ProjectRow,
+    collection: Collection,
+    storage: StorageRow,
+    old: Reduced,
+    period: Period,
+    path: String,
+    file: WrittenFile<Vec<u8>>,
+    flush_id: Uuid,
+}
+
+/// Rewrites the next file, and gives its old id.
+fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Option<i64>, Failure> {
+    let Some(step) = xact::worker(|| prepare(collection_id, worth, after))? else {
+        return Ok(None);
+    };
+    failpoint::hit("rewrite.after_intent");
+    if let Some(directory) = flush::directory(&step.storage).map_err(Failure::Error)? {
+        directory
+            .put(&step.path, &step.file.sink)
+            .map_err(|e| Failure::Error(e.into()))?;
+    }
+    failpoint::hit("rewrite.after_upload");
+    xact::worker(|| commit(&step))?;
+    Ok(Some(step.old.file_id))
+}
+
+fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>> {
+    let view = View::Current;
+    let Some(old) = deletion::next_reduced(view, collection_id, after, worth.share, worth.age_s)?
+    else {
+        return Ok(None);
+    };
+    let missing =
+        || PgError::internal("the collection or storage of a data file is not registered");
+    let collection = registry::collection_by_id(view, collection_id)?.ok_or_else(missing)?;
+    let project = registry::project_by_id(view, collection.project_id)?.ok_or_else(missing)?;
+    // It stays where it is, also if the project has moved to another storage since.
+    let storage = manifest::storage(view, old.storage_id)?.ok_or_else(missing)?;
+    let bytes = match flush::directory(&storage)? {
+        Some(directory) => directory.read(&old.path)?,
+        None => manifest::object_range(view, &old.path, 0, old.bytes as u64)?.into(),
+    };
+    let schema = registry::schema(view, &collection)?;
+    let mut reader = FileReader::open(bytes, &schema, old.schema_version, BATCH_ROWS)?;
+    let deleted = RowSet::decode(old.positions.clone().into(), old.n as u64)?;
+    let period: Period = old.period.parse()?;
+    let flush_id = Uuid::now_v7();
+    let options = FileOptions {
+        project: project.name.clone(),
+        collection: collection.name.clone(),
+        flush_id,
+        period,
+        first_day: old.first_day,
+    };
+    let mut writer = FileWriter::new(reader.schema(), &options, Vec::new());
+    let mut row = 0;
+    while let Some(batch) = reader.next().transpose()? {
+        wait::check_interrupts();
+        writer.write(&deleted.remove_from(&batch, row)?)?;
+        row += batch.num_rows() as u32;
+    }
+    if i64::from(row) != old.n {
+        return Err(PgError::new(
+            "XX001",
+            format!(
+                "a data file of collection \"{}\" has {row} rows where the manifest says {}",
+                collection.name, old.n
+            ),
+        ));
+    }
+    let path = period::object_path(
+        &project.name,
+        &collection.name,
+        period,
+        old.first_day,
+        Uuid::now_v7(),
+    );
+    if storage.kind != "local" {
+        manifest::add_intent(old.storage_id, &path, flush_id, collection_id, "rewrite")?;
+    }
+    Ok(Some(Step {
+        file: writer.finish()?,
+        project,
+        collection,
+        storage,
+        old,
+        period,
+        path,
+        flush_id,
+    }))
+}
+
+/// Last transaction: the new file for the old one.
+fn commit(step: &Step) -> Result<()> {
+    let (old, file) = (&step.old, &step.file);
+    locks::transaction(LockOn::Manifest(step.collection.id));
+    if !manifest::remove_file(old.file_id, "rewritten without deleted events")? {
+        return Err(PgError::new(
+            "40001",
+            format!(
+                "files of collection \"{}\" changed during a rewrite",
+                step.collection.name
+            ),
+        ));
+    }
+    if step.storage.kind == "local" {
+        manifest::put_object(step.project.id, &step.path, &file.sink)?;
+    } else if manifest::delete_intent(old.storage_id, &step.path)? != 1 {
+        return Err(PgError::new(
+            "40001",
+            "an announced object was collected as an orphan",
+        ));
+    }
+    manifest::add_file(&NewFile {
+        project_id: step.project.id,
+        collection_id: step.collection.id,
+        storage_id: old.storage_id,
+        path: &step.path,
+        schema_version: old.schema_version,
+        period: step.period.as_str(),
+        first_day: old.first_day,
+        n: file.n as i64,
+        bytes: file.bytes as i64,
+        min_time_us: file.min_time_us,
+        max_time_us: file.max_time_us,
+        min_xid: file.min_xid,
+        max_xid: file.max_xid,
+        has_extra: file.has_extra,
+        flush_id: step.flush_id,
+        footer_bytes: file.footer_bytes as i32,
+        footer: &file.footer,
+        stats: &stats::encode(&file.stats),
+    })?;
+    // The deleted events have left the totals when they were hidden.
+    manifest::add_to_stat(
+        step.collection.id,
+        step.project.id,
+        0,
+        file.bytes as i64 - old.bytes,
+        0,
+    )?;
+    failpoint::hit("rewrite.before_commit");
+    Ok(())
+}
