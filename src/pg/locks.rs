@@ -21,6 +21,8 @@ pub enum LockOn {
     Ddl,
     /// Deletion of objects.
     Gc,
+    /// A load of files, by a hash of its key: the same call runs once at a time.
+    Load(i32),
 }
 
 impl LockOn {
@@ -32,6 +34,7 @@ impl LockOn {
             Self::Manifest(id) => (103, id),
             Self::Ddl => (104, 0),
             Self::Gc => (105, 0),
+            Self::Load(key) => (106, key),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

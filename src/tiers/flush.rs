@@ -222,11 +222,7 @@ struct Step {
     flush_id: Uuid,
 }
 
-fn step(
-    collection_id: i32,
-    chunk_ids: &[i64],
-    write: Write,
-) -> std::result::Result<Done, Failure> {
+fn step(collection_id: i32, chunk_ids: &[i64], write: Write) -> std::result::Result<Done, Failure> {
     let step = match xact::worker(|| prepare(collection_id, chunk_ids, write))? {
         Prepared::Nothing => return Ok(Done::Written(Flushed::default())),
         Prepared::Split => return Ok(Done::Split),

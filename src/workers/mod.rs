@@ -7,6 +7,7 @@
 
 pub mod cycle;
 pub mod definitions;
+mod files;
 pub mod functions;
 mod health;
 pub mod helper;

@@ -17,6 +17,7 @@ use rakam_event::json::{self, Cutter, Kind, MAX_DEPTH};
 use rakam_event::number::Number;
 use rakam_event::time;
 use rakam_event::types::FieldType;
+use serde_json::value::RawValue;
 
 use crate::cell;
 
@@ -114,8 +115,8 @@ fn whole(array: &ArrayRef, ty: FieldType, max_string_bytes: usize) -> Option<Arr
             Some(Arc::new(typed))
         }
         (DataType::Date32, FieldType::Date) => {
-            let days = time::MIN_TIME_US / time::MICROS_PER_DAY
-                ..=time::MAX_TIME_US / time::MICROS_PER_DAY;
+            let days =
+                time::MIN_TIME_US / time::MICROS_PER_DAY..=time::MAX_TIME_US / time::MICROS_PER_DAY;
             let values = array.as_primitive::<Date32Type>();
             all(values, |v| days.contains(&i64::from(v))).then(|| array.clone())
         }
@@ -251,10 +252,8 @@ fn parse(text: &str, ty: FieldType, max_string_bytes: usize) -> Option<Value<'_>
         FieldType::Text if text.len() <= max_string_bytes => Value::Text(Cow::Borrowed(text)),
         FieldType::Float8 => {
             // Short and plain numbers need none of the checks of `Number`. Adding 0 makes -0 to 0.
-            let plain = text.len() <= 15
-                && text
-                    .bytes()
-                    .all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
+            let plain =
+                text.len() <= 15 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
             let value: f64 = plain.then(|| text.parse().ok()).flatten()?;
             Value::Float8(value + 0.0)
         }
@@ -289,7 +288,12 @@ fn spells_json(text: &str, ty: FieldType) -> bool {
         FieldType::BoolArray | FieldType::Float8Array | FieldType::TextArray => kind == Kind::Array,
         _ => false,
     };
-    holds && json::check(text, MAX_DEPTH).is_ok()
+    holds && is_json(text)
+}
+
+/// Whether the text is JSON that an event may hold.
+pub fn is_json(text: &str) -> bool {
+    json::check(text, MAX_DEPTH).is_ok() && serde_json::from_str::<&RawValue>(text).is_ok()
 }
 
 /// The type that the cells of a column without types show, by the rules of first sight. All of them must agree; None while
@@ -351,7 +355,7 @@ pub fn is_literal(text: &str) -> bool {
     matches!(
         infer_text(text),
         FieldType::Bool | FieldType::Float8 | FieldType::Int8
-    ) && json::check(text, MAX_DEPTH).is_ok()
+    ) && is_json(text)
 }
 
 /// The event's times that a column means: milliseconds since 1970, or a time as text or as itself. None for no value, an
@@ -403,7 +407,11 @@ mod tests {
                 out
             })
             .collect();
-        let notes = cast.notes.iter().map(|n| format!("{}: {}", n.row, n.error)).collect();
+        let notes = cast
+            .notes
+            .iter()
+            .map(|n| format!("{}: {}", n.row, n.error))
+            .collect();
         (values, notes)
     }
 
@@ -421,7 +429,12 @@ mod tests {
 
     #[test]
     fn typed_columns() {
-        check(Int64Array::from(vec![Some(1), None]), FieldType::Float8, &["1", "null"], &[]);
+        check(
+            Int64Array::from(vec![Some(1), None]),
+            FieldType::Float8,
+            &["1", "null"],
+            &[],
+        );
         check(
             Int64Array::from(vec![1, 9_007_199_254_740_993]),
             FieldType::Float8,
@@ -434,28 +447,70 @@ mod tests {
             &["1", "null"],
             &["1: number is out of range for type integer"],
         );
-        check(UInt64Array::from(vec![u64::MAX]), FieldType::Numeric { precision: 20, scale: 0 }, &["18446744073709551615"], &[]);
+        check(
+            UInt64Array::from(vec![u64::MAX]),
+            FieldType::Numeric {
+                precision: 20,
+                scale: 0,
+            },
+            &["18446744073709551615"],
+            &[],
+        );
         check(Int64Array::from(vec![7]), FieldType::Text, &["\"7\""], &[]);
-        check(Float64Array::from(vec![-0.0, 1.5]), FieldType::Float8, &["0", "1.5"], &[]);
+        check(
+            Float64Array::from(vec![-0.0, 1.5]),
+            FieldType::Float8,
+            &["0", "1.5"],
+            &[],
+        );
         check(
             Float64Array::from(vec![f64::NAN, 1.5, f64::INFINITY]),
             FieldType::Float8,
             &["null", "1.5", "null"],
-            &["0: text is not a value of type double precision", "2: text is not a value of type double precision"],
+            &[
+                "0: text is not a value of type double precision",
+                "2: text is not a value of type double precision",
+            ],
         );
-        check(Float64Array::from(vec![2.0, 2.5]), FieldType::Int8, &["2", "null"], &["1: number is not whole"]);
-        check(BooleanArray::from(vec![true]), FieldType::Text, &["\"true\""], &[]);
-        check(Date32Array::from(vec![19_000]), FieldType::Timestamptz, &["\"2022-01-08T00:00:00+00:00\""], &[]);
+        check(
+            Float64Array::from(vec![2.0, 2.5]),
+            FieldType::Int8,
+            &["2", "null"],
+            &["1: number is not whole"],
+        );
+        check(
+            BooleanArray::from(vec![true]),
+            FieldType::Text,
+            &["\"true\""],
+            &[],
+        );
+        check(
+            Date32Array::from(vec![19_000]),
+            FieldType::Timestamptz,
+            &["\"2022-01-08T00:00:00+00:00\""],
+            &[],
+        );
         check(
             TimestampNanosecondArray::from(vec![1_500_000_000_123_456_789]),
             FieldType::Timestamptz,
             &["\"2017-07-14T02:40:00.123456+00:00\""],
             &[],
         );
-        let money = Decimal128Array::from(vec![12_345]).with_precision_and_scale(10, 2).unwrap();
-        check(money.clone(), FieldType::Numeric { precision: 12, scale: 2 }, &["123.45"], &[]);
+        let money = Decimal128Array::from(vec![12_345])
+            .with_precision_and_scale(10, 2)
+            .unwrap();
+        check(
+            money.clone(),
+            FieldType::Numeric {
+                precision: 12,
+                scale: 2,
+            },
+            &["123.45"],
+            &[],
+        );
         check(money, FieldType::Float8, &["123.45"], &[]);
-        let words: DictionaryArray<Int8Type> = vec![Some("a"), None, Some("a")].into_iter().collect();
+        let words: DictionaryArray<Int8Type> =
+            vec![Some("a"), None, Some("a")].into_iter().collect();
         check(words, FieldType::Text, &["\"a\"", "null", "\"a\""], &[]);
         let list = ListArray::from_iter_primitive::<Int64Type, _, _>([Some(vec![Some(1), None])]);
         check(list.clone(), FieldType::Float8Array, &["[1,null]"], &[]);
@@ -466,20 +521,55 @@ mod tests {
             &["\"äääää\"", "\"x\""],
             &["0: string of 18 bytes was cut to 10 bytes"],
         );
-        check(StringArray::from(vec!["12", "x", ""]), FieldType::Float8, &["12", "null", "null"],
-            &["1: text is not a value of type double precision", "2: text is not a value of type double precision"]);
+        check(
+            StringArray::from(vec!["12", "x", ""]),
+            FieldType::Float8,
+            &["12", "null", "null"],
+            &[
+                "1: text is not a value of type double precision",
+                "2: text is not a value of type double precision",
+            ],
+        );
     }
 
     #[test]
     fn cells_without_a_type() {
-        check_text(&[Some("1.50"), Some(""), None, Some("x")], FieldType::Float8, &["1.5", "null", "null", "null"],
-            &["3: text is not a value of type double precision"]);
-        check_text(&[Some(""), Some("x")], FieldType::Text, &["\"\"", "\"x\""], &[]);
-        check_text(&[Some("[1,2]"), Some("3"), Some("[x")], FieldType::Float8Array, &["[1,2]", "[3]", "null"],
-            &["2: text is not a value of type double precision"]);
-        check_text(&[Some("{\"a\": 1}"), Some("x"), Some("1")], FieldType::Jsonb, &["{\"a\":1}", "\"x\"", "1"], &[]);
-        check_text(&[Some("2024-05-17 10:00:00+02")], FieldType::Timestamptz, &["\"2024-05-17T08:00:00+00:00\""], &[]);
-        check_text(&[Some("+5"), Some("1e2")], FieldType::Int8, &["5", "100"], &[]);
+        check_text(
+            &[Some("1.50"), Some(""), None, Some("x")],
+            FieldType::Float8,
+            &["1.5", "null", "null", "null"],
+            &["3: text is not a value of type double precision"],
+        );
+        check_text(
+            &[Some(""), Some("x")],
+            FieldType::Text,
+            &["\"\"", "\"x\""],
+            &[],
+        );
+        check_text(
+            &[Some("[1,2]"), Some("3"), Some("[x")],
+            FieldType::Float8Array,
+            &["[1,2]", "[3]", "null"],
+            &["2: text is not a value of type double precision"],
+        );
+        check_text(
+            &[Some("{\"a\": 1}"), Some("x"), Some("1")],
+            FieldType::Jsonb,
+            &["{\"a\":1}", "\"x\"", "1"],
+            &[],
+        );
+        check_text(
+            &[Some("2024-05-17 10:00:00+02")],
+            FieldType::Timestamptz,
+            &["\"2024-05-17T08:00:00+00:00\""],
+            &[],
+        );
+        check_text(
+            &[Some("+5"), Some("1e2")],
+            FieldType::Int8,
+            &["5", "100"],
+            &[],
+        );
     }
 
     #[test]
@@ -495,13 +585,20 @@ mod tests {
             (&["true", "false"], Some(FieldType::Bool)),
             (&["true", "1"], Some(FieldType::Text)),
             (&["2024-05-17", "2024-05-18"], Some(FieldType::Date)),
-            (&["2024-05-17", "2024-05-18T10:00Z"], Some(FieldType::Timestamptz)),
+            (
+                &["2024-05-17", "2024-05-18T10:00Z"],
+                Some(FieldType::Timestamptz),
+            ),
             (&["2024-02-30"], Some(FieldType::Text)),
             (&[""], Some(FieldType::Text)),
             (&[], None),
             (&["12345678901234567890"], Some(FieldType::Text)),
         ] {
-            assert_eq!(infer(&StringArray::from(cells.to_vec())), expected, "{cells:?}");
+            assert_eq!(
+                infer(&StringArray::from(cells.to_vec())),
+                expected,
+                "{cells:?}"
+            );
         }
         assert_eq!(infer(&StringArray::from(vec![None::<&str>, None])), None);
     }
@@ -518,7 +615,13 @@ mod tests {
         let us = 1_715_932_800_000_000;
         assert_eq!(
             times(&(Arc::new(text) as ArrayRef)),
-            [Ok(Some(us)), Ok(Some(us)), Err("\"soon\"".to_owned()), Ok(None), Ok(None)]
+            [
+                Ok(Some(us)),
+                Ok(Some(us)),
+                Err("\"soon\"".to_owned()),
+                Ok(None),
+                Ok(None)
+            ]
         );
         let ms = Arc::new(Int64Array::from(vec![1_715_932_800_000])) as ArrayRef;
         assert_eq!(times(&ms), [Ok(Some(us))]);

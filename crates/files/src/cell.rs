@@ -66,9 +66,12 @@ pub fn plain(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
         DataType::RunEndEncoded(_, value) => value.data_type().clone(),
         DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
         DataType::LargeBinary | DataType::BinaryView => DataType::Binary,
-        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::UInt8 | DataType::UInt16 | DataType::UInt32 => {
-            DataType::Int64
-        }
+        DataType::Int8
+        | DataType::Int16
+        | DataType::Int32
+        | DataType::UInt8
+        | DataType::UInt16
+        | DataType::UInt32 => DataType::Int64,
         DataType::Float16 => DataType::Float32,
         DataType::Date64 => DataType::Timestamp(TimeUnit::Millisecond, None),
         DataType::Decimal32(p, s) | DataType::Decimal64(p, s) => DataType::Decimal128(*p, *s),
@@ -109,10 +112,7 @@ pub fn write_json(array: &ArrayRef, row: usize, out: &mut String) {
         DataType::Utf8 => json::write_string(array.as_string::<i32>().value(row), out),
         DataType::Binary => write_bytes(array.as_binary::<i32>().value(row), out),
         DataType::FixedSizeBinary(16) => {
-            match array.as_fixed_size_binary().value(row).first_chunk() {
-                Some(uuid) => print::write_uuid(uuid, out),
-                None => out.push_str("null"),
-            }
+            print::write_uuid(array.as_fixed_size_binary().value(row), out);
         }
         DataType::FixedSizeBinary(_) => {
             write_bytes(array.as_fixed_size_binary().value(row), out);
@@ -211,9 +211,7 @@ pub fn micros(array: &ArrayRef, row: usize) -> Option<i64> {
             .as_primitive::<TimestampMillisecondType>()
             .value(row)
             .checked_mul(1000),
-        TimeUnit::Microsecond => {
-            Some(array.as_primitive::<TimestampMicrosecondType>().value(row))
-        }
+        TimeUnit::Microsecond => Some(array.as_primitive::<TimestampMicrosecondType>().value(row)),
         TimeUnit::Nanosecond => Some(
             array
                 .as_primitive::<TimestampNanosecondType>()
@@ -230,7 +228,11 @@ pub fn write_float(value: f64, out: &mut String, finite: impl FnOnce(f64, &mut S
     } else if value.is_nan() {
         out.push_str("\"NaN\"");
     } else {
-        out.push_str(if value > 0.0 { "\"Infinity\"" } else { "\"-Infinity\"" });
+        out.push_str(if value > 0.0 {
+            "\"Infinity\""
+        } else {
+            "\"-Infinity\""
+        });
     }
 }
 

@@ -276,7 +276,10 @@ impl Converter {
                     if field.name == ID {
                         making.check_ids(&cast.array);
                     }
-                    let told = cast.notes.into_iter().map(|n| (field.name.clone(), field.ty, n));
+                    let told = cast
+                        .notes
+                        .into_iter()
+                        .map(|n| (field.name.clone(), field.ty, n));
                     making.notes.extend(told);
                     fields[*position] = Some(cast.array);
                 }
@@ -343,7 +346,9 @@ impl Converter {
                 ty: &ty.to_string(),
                 raw: &note.raw,
                 error: &format!("{} (file \"{file}\", line {})", note.error, lines[note.row]),
-                event_id: ids.filter(|i| i.is_valid(note.row)).map(|i| i.value(note.row)),
+                event_id: ids
+                    .filter(|i| i.is_valid(note.row))
+                    .map(|i| i.value(note.row)),
                 received_at_us: stamp.received_at_us,
             });
         }
@@ -385,7 +390,10 @@ fn refused(sources: &[ArrayRef], max_event_bytes: usize) -> BTreeMap<usize, Even
         }
     }
     let longest = |texts: &&StringArray| {
-        let lengths = texts.value_offsets().windows(2).map(|w| (w[1] - w[0]) as usize);
+        let lengths = texts
+            .value_offsets()
+            .windows(2)
+            .map(|w| (w[1] - w[0]) as usize);
         lengths.max().unwrap_or(0)
     };
     if texts.iter().map(longest).sum::<usize>() > max_event_bytes {
@@ -470,10 +478,10 @@ impl Making {
                 continue;
             }
             let mut members = Vec::new();
-            let checked = json::check(&raw, json::MAX_DEPTH).and_then(|()| {
-                json::object_entries(&raw, |key, value| members.push((key.to_owned(), value)))
+            let walked = json::object_entries(&raw, |key, value| {
+                members.push((key.to_owned(), value.to_owned()));
             });
-            if checked.is_err() {
+            if walked.is_err() || !cast::is_json(&raw) {
                 let note = Note {
                     row,
                     raw: raw.clone(),
@@ -483,10 +491,6 @@ impl Making {
                 self.notes.push((EXTRA.to_owned(), FieldType::Jsonb, note));
                 continue;
             }
-            let members: Vec<(String, String)> = members
-                .into_iter()
-                .map(|(key, value)| (key, value.to_owned()))
-                .collect();
             for (key, value) in members {
                 self.put(row, &key, &value);
             }
@@ -520,7 +524,8 @@ impl Making {
             let bytes = ids.value_length(row) as usize;
             if bytes > MAX_ID_BYTES {
                 let limit = MAX_ID_BYTES;
-                self.refused.insert(row, EventError::IdTooLong { bytes, limit });
+                self.refused
+                    .insert(row, EventError::IdTooLong { bytes, limit });
             }
         }
     }

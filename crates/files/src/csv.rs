@@ -3,7 +3,7 @@
 //! Cells become text columns; what they mean is decided by [`crate::convert`]. Own parser, since COPY tells an empty cell
 //! (no value) from a quoted empty one, and a bad record must be known by its line.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
@@ -181,7 +181,9 @@ impl TextColumn {
             self.values.into(),
             nulls,
         );
-        Ok(Arc::new(array.map_err(|e| FilesError::Arrow(e.to_string()))?))
+        Ok(Arc::new(
+            array.map_err(|e| FilesError::Arrow(e.to_string()))?,
+        ))
     }
 }
 
@@ -236,7 +238,9 @@ impl CsvSource {
                 .map(|(cell, _)| std::str::from_utf8(cell).map(str::to_owned))
                 .collect::<Result<_, _>>()
                 .map_err(|_| {
-                    let name = path.file_name().map_or_else(Default::default, |n| n.to_string_lossy());
+                    let name = path
+                        .file_name()
+                        .map_or_else(Default::default, |n| n.to_string_lossy());
                     FilesError::malformed(&name, "csv", "the header is not UTF-8 text")
                 })?;
             self.advance(length);
@@ -313,7 +317,8 @@ impl Source for CsvSource {
             if found == width && !(blank && width > 1) {
                 if length > self.max_record_bytes {
                     let limit = self.max_record_bytes;
-                    let error = format!("record of {length} bytes is over the limit of {limit} bytes");
+                    let error =
+                        format!("record of {length} bytes is over the limit of {limit} bytes");
                     bad.push(BadRow::new(line, raw, error));
                 } else if std::str::from_utf8(&record.text).is_err() {
                     bad.push(BadRow::new(line, raw, "invalid UTF-8 text"));
@@ -394,7 +399,13 @@ mod tests {
                 let cells: Vec<&str> = batch
                     .columns()
                     .iter()
-                    .map(|c| if c.is_null(row) { "NULL" } else { c.as_string::<i32>().value(row) })
+                    .map(|c| {
+                        if c.is_null(row) {
+                            "NULL"
+                        } else {
+                            c.as_string::<i32>().value(row)
+                        }
+                    })
                     .collect();
                 rows.push(format!("{}: {}", lines[row], cells.join("|")));
             }
@@ -415,12 +426,32 @@ mod tests {
         check("a,b\r\n1,2\r\n3,4", "{}", &["2: 1|2", "3: 3|4"], &[]);
         check("\u{feff}a,b\n1,\n", "{}", &["2: 1|NULL"], &[]);
         check("a,b\n\"\",x\n", "{}", &["2: |x"], &[]);
-        check("a,b\n\"x,\"\"y\"\"\",\"two\nlines\"\n5,6\n", "{}", &["2: x,\"y\"|two\nlines", "4: 5|6"], &[]);
+        check(
+            "a,b\n\"x,\"\"y\"\"\",\"two\nlines\"\n5,6\n",
+            "{}",
+            &["2: x,\"y\"|two\nlines", "4: 5|6"],
+            &[],
+        );
         check("a\n\n1\n", "{}", &["2: NULL", "3: 1"], &[]);
         check("a,b\n\n1,2\n\n", "{}", &["3: 1|2"], &[]);
-        check("a;b\nNA;'x''y'\n;2\n", r#"{"delimiter": ";", "quote": "'", "null": "NA"}"#, &["2: NULL|x'y", "3: |2"], &[]);
-        check("a,b\n\"x\\\"y\",\"\\\\\"\n", r#"{"escape": "\\"}"#, &["2: x\"y|\\"], &[]);
-        check("1,2\n3,4\n", r#"{"header": false}"#, &["1: 1|2", "2: 3|4"], &[]);
+        check(
+            "a;b\nNA;'x''y'\n;2\n",
+            r#"{"delimiter": ";", "quote": "'", "null": "NA"}"#,
+            &["2: NULL|x'y", "3: |2"],
+            &[],
+        );
+        check(
+            "a,b\n\"x\\\"y\",\"\\\\\"\n",
+            r#"{"escape": "\\"}"#,
+            &["2: x\"y|\\"],
+            &[],
+        );
+        check(
+            "1,2\n3,4\n",
+            r#"{"header": false}"#,
+            &["1: 1|2", "2: 3|4"],
+            &[],
+        );
         check("", "{}", &[], &[]);
         check("a,b\n", "{}", &[], &[]);
         check("a,b\nx\"y\"z,1", "{}", &["2: xyz|1"], &[]);
@@ -432,9 +463,17 @@ mod tests {
             "a,b\n1\n\"x\ny\",2\n1,2,3\n4,5\n",
             "{}",
             &["3: x\ny|2", "6: 4|5"],
-            &["2: expected 2 columns, found 1", "5: expected 2 columns, found 3"],
+            &[
+                "2: expected 2 columns, found 1",
+                "5: expected 2 columns, found 3",
+            ],
         );
-        check("a,b\n1,2\n3,\"open\n4,5\n", "{}", &["2: 1|2"], &["3: a quote is not closed"]);
+        check(
+            "a,b\n1,2\n3,\"open\n4,5\n",
+            "{}",
+            &["2: 1|2"],
+            &["3: a quote is not closed"],
+        );
         let (rows, bad) = shown(b"a,b\n1,\xff\n3,4\n", "{}");
         assert_eq!(rows, ["3: 3|4"]);
         assert_eq!(bad, ["2: invalid UTF-8 text"]);
@@ -456,8 +495,14 @@ mod tests {
         let rest = read(&path, "{}", pieces[0].after);
         assert_eq!(rest.len(), pieces.len() - 1);
         assert_eq!(rest.last().map(|p| p.after), pieces.last().map(|p| p.after));
-        let (Rows::Columns { batch: a, lines: x, .. }, Rows::Columns { batch: b, lines: y, .. }) =
-            (&rest[0].rows, &pieces[1].rows)
+        let (
+            Rows::Columns {
+                batch: a, lines: x, ..
+            },
+            Rows::Columns {
+                batch: b, lines: y, ..
+            },
+        ) = (&rest[0].rows, &pieces[1].rows)
         else {
             panic!("CSV gives columns");
         };
@@ -469,8 +514,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.csv");
         std::fs::write(&path, format!("a,b\n1,\"{}", "x\n".repeat(1 << 20))).unwrap();
-        let mut source =
-            CsvSource::open(&path, "x.csv", &spec("{}"), Position::default(), &Meter::default()).unwrap();
-        assert_eq!(source.next().map(drop).map_err(|e| e.sqlstate()), Err("54000"));
+        let mut source = CsvSource::open(
+            &path,
+            "x.csv",
+            &spec("{}"),
+            Position::default(),
+            &Meter::default(),
+        )
+        .unwrap();
+        assert_eq!(
+            source.next().map(drop).map_err(|e| e.sqlstate()),
+            Err("54000")
+        );
     }
 }

@@ -235,7 +235,11 @@ impl Options {
         if csv.delimiter == csv.quote {
             return wrong("options \"delimiter\" and \"quote\" must differ");
         }
-        if csv.null.bytes().any(|b| b == csv.delimiter || b == csv.quote) {
+        if csv
+            .null
+            .bytes()
+            .any(|b| b == csv.delimiter || b == csv.quote)
+        {
             return wrong("option \"null\" must contain neither the delimiter nor the quote");
         }
         Ok(csv)
@@ -277,7 +281,9 @@ mod tests {
         assert_eq!(csv("{}"), Ok(CsvOptions::of_name("x.csv")));
         assert_eq!(CsvOptions::of_name("x.tsv.gz").delimiter, b'\t');
         assert_eq!(
-            csv(r#"{"header": false, "delimiter": ";", "null": "NA", "quote": "'", "escape": null}"#),
+            csv(
+                r#"{"header": false, "delimiter": ";", "null": "NA", "quote": "'", "escape": null}"#
+            ),
             Ok(CsvOptions {
                 header: false,
                 delimiter: b';',
@@ -300,7 +306,11 @@ mod tests {
             r#"{"null": "a,b"}"#,
             r#"{"null": 1}"#,
         ] {
-            assert_eq!(csv(wrong).map_err(|e| e.sqlstate()), Err("22023"), "{wrong}");
+            assert_eq!(
+                csv(wrong).map_err(|e| e.sqlstate()),
+                Err("22023"),
+                "{wrong}"
+            );
         }
         let some = Options::parse(r#"{"header": true}"#);
         assert!(some.is_ok_and(|o| o.ensure_for(Format::Avro).is_err()));

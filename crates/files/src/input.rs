@@ -155,7 +155,9 @@ mod tests {
     #[test]
     fn a_position_counts_decompressed_bytes() {
         let folder = tempfile::tempdir().unwrap();
-        let text: Vec<u8> = (0..200_000u32).flat_map(|i| format!("{i}\n").into_bytes()).collect();
+        let text: Vec<u8> = (0..200_000u32)
+            .flat_map(|i| format!("{i}\n").into_bytes())
+            .collect();
         let path = |name: &str| folder.path().join(name);
         std::fs::write(path("a"), &text).unwrap();
         // Two members, as appended logs have them.
@@ -187,7 +189,13 @@ mod tests {
                 assert_eq!(read.bytes(), std::fs::metadata(path(name)).unwrap().len());
             }
         }
-        let beyond = open(&path("a.gz"), "a.gz", Compression::Gzip, 1 << 40, &Meter::default());
+        let beyond = open(
+            &path("a.gz"),
+            "a.gz",
+            Compression::Gzip,
+            1 << 40,
+            &Meter::default(),
+        );
         assert!(beyond.is_err());
     }
 }

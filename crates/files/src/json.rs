@@ -276,7 +276,14 @@ mod tests {
         let path = folder.path().join("x.json");
         std::fs::write(&path, content).unwrap();
         let spec = spec(max_record_bytes);
-        let mut source = open(&path, "x.json", &spec, Position::default(), &Meter::default()).unwrap();
+        let mut source = open(
+            &path,
+            "x.json",
+            &spec,
+            Position::default(),
+            &Meter::default(),
+        )
+        .unwrap();
         let mut found = Vec::new();
         loop {
             match source.next() {
@@ -298,20 +305,29 @@ mod tests {
     #[test]
     fn lines_and_arrays() {
         for (content, expect) in [
-            ("{\"a\":1}\n\n{\"b\":2}\r\n{}", &["1: {\"a\":1}", "3: {\"b\":2}", "4: {}"][..]),
+            (
+                "{\"a\":1}\n\n{\"b\":2}\r\n{}",
+                &["1: {\"a\":1}", "3: {\"b\":2}", "4: {}"][..],
+            ),
             ("\u{feff}{\"a\":1}\n", &["1: {\"a\":1}"]),
             ("", &[]),
             ("\n\n", &[]),
             ("[]", &[]),
             (" [ ] ", &[]),
-            ("[{\"a\":[1,2]},\n {\"b\":\"],\\\"\"}\n]\n", &["1: {\"a\":[1,2]}", "2: {\"b\":\"],\\\"\"}"]),
+            (
+                "[{\"a\":[1,2]},\n {\"b\":\"],\\\"\"}\n]\n",
+                &["1: {\"a\":[1,2]}", "2: {\"b\":\"],\\\"\"}"],
+            ),
             ("[1,,2,]", &["1: 1", "1: ", "1: 2"]),
             ("[{\"a\":1},{\"b\":", &["1: {\"a\":1}", "1: {\"b\":"]),
             ("[1] trailing", &["1: 1"]),
         ] {
             assert_eq!(shown(content.as_bytes(), 100), expect, "{content:?}");
         }
-        assert_eq!(shown(b"{\"a\":\"\xff\"}\n{}\n", 100), ["2: {}", "1! invalid UTF-8 text"]);
+        assert_eq!(
+            shown(b"{\"a\":\"\xff\"}\n{}\n", 100),
+            ["2: {}", "1! invalid UTF-8 text"]
+        );
     }
 
     #[test]
@@ -319,7 +335,11 @@ mod tests {
         let long = format!("{{}}\n{{\"a\":\"{}\"}}\n{{}}\n", "x".repeat(2 << 20));
         assert_eq!(
             shown(long.as_bytes(), 1 << 20),
-            ["1: {}", "3: {}", "2! event is over the limit of 1048576 bytes"]
+            [
+                "1: {}",
+                "3: {}",
+                "2! event is over the limit of 1048576 bytes"
+            ]
         );
         let endless = format!("[{{\"a\":\"{}", "x".repeat(2 << 20));
         assert!(shown(endless.as_bytes(), 1 << 20)[0].contains("line 1: a record is larger"));

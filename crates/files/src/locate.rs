@@ -69,9 +69,8 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
         reason: "it is not a valid pattern",
     })?;
     for path in paths {
-        let path = path.map_err(|e| {
-            FilesError::io("open", &e.path().display().to_string(), e.error())
-        })?;
+        let path =
+            path.map_err(|e| FilesError::io("open", &e.path().display().to_string(), e.error()))?;
         if let Some(file) = file(&root, &path, confined)? {
             found.push(file);
         }
@@ -124,11 +123,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("root");
         fs::create_dir_all(root.join("2024/05")).unwrap();
-        for name in ["b.csv", "a.csv", "a.json", "2024/05/x.csv", ".hidden.csv", "[1].csv"] {
+        for name in [
+            "b.csv",
+            "a.csv",
+            "a.json",
+            "2024/05/x.csv",
+            ".hidden.csv",
+            "[1].csv",
+        ] {
             fs::write(root.join(name), name).unwrap();
         }
         fs::write(folder.path().join("secret.csv"), "secret").unwrap();
-        std::os::unix::fs::symlink(folder.path().join("secret.csv"), root.join("link.csv")).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("secret.csv"), root.join("link.csv"))
+            .unwrap();
         std::os::unix::fs::symlink(root.join("a.csv"), root.join("own.csv")).unwrap();
 
         let names = |pattern: &str, confined| {
@@ -150,7 +157,14 @@ mod tests {
         assert_eq!(names("link.csv", false), owned(&["link.csv"]));
         assert_eq!(names("none.csv", true), Err("58P01"));
         assert_eq!(names("2024", true), Err("58P01"));
-        for bad in ["", "/etc/passwd", "../secret.csv", "a/../../secret.csv", "a\0b", "./a.csv"] {
+        for bad in [
+            "",
+            "/etc/passwd",
+            "../secret.csv",
+            "a/../../secret.csv",
+            "a\0b",
+            "./a.csv",
+        ] {
             assert_eq!(names(bad, true), Err("22023"), "{bad}");
         }
         let found = find(&root, "b.csv", true).unwrap();

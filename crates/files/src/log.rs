@@ -31,7 +31,10 @@ pub struct Entry<'a> {
 impl Log {
     pub fn add(&mut self, entry: &Entry<'_>) {
         let day = entry.received_at_us.div_euclid(MICROS_PER_DAY) as i32;
-        let n = self.counts.entry((entry.field.to_owned(), day)).or_default();
+        let n = self
+            .counts
+            .entry((entry.field.to_owned(), day))
+            .or_default();
         *n += 1;
         if *n > SAMPLES_PER_FIELD {
             return;

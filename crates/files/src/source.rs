@@ -131,7 +131,8 @@ pub fn open(
         Format::Parquet if compression != Compression::None => {
             return Err(FilesError::Unsupported {
                 message: format!("file \"{name}\" is Parquet inside of another compression"),
-                hint: "Parquet compresses its columns itself: decompress the file first.".to_owned(),
+                hint: "Parquet compresses its columns itself: decompress the file first."
+                    .to_owned(),
             });
         }
         Format::Parquet => Box::new(parquet_file::ParquetSource::open(path, name, from, meter)?),
@@ -141,5 +142,3 @@ pub fn open(
         Format::Avro => Box::new(avro::AvroSource::open(path, name, from, meter)?),
     })
 }
-
-

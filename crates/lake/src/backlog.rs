@@ -127,7 +127,9 @@ pub fn steps(chunks: &[ChunkSpan], bounds: Bounds) -> Vec<Step> {
         {
             packed.end(&mut steps);
         }
-        group.chunks.sort_by_key(|c| (c.first_day, c.last_day, c.id));
+        group
+            .chunks
+            .sort_by_key(|c| (c.first_day, c.last_day, c.id));
         for chunk in group.chunks {
             if packed.bytes > 0 && packed.bytes + chunk.bytes > bounds.step_bytes {
                 packed.end(&mut steps);
@@ -278,9 +280,7 @@ mod tests {
 
     #[test]
     fn small_months_share_a_year() {
-        let chunks: Vec<ChunkSpan> = (0..36)
-            .map(|i| chunk(i64::from(i), i, 900, MB))
-            .collect();
+        let chunks: Vec<ChunkSpan> = (0..36).map(|i| chunk(i64::from(i), i, 900, MB)).collect();
         assert_eq!(shape(&chunks), [(Period::Year, 36)]);
         // More months than files there should be.
         let chunks: Vec<ChunkSpan> = (0..60)
@@ -296,9 +296,7 @@ mod tests {
 
     #[test]
     fn a_step_writes_few_files() {
-        let chunks: Vec<ChunkSpan> = (0..2400)
-            .map(|i| chunk(i64::from(i), i, 10, 10))
-            .collect();
+        let chunks: Vec<ChunkSpan> = (0..2400).map(|i| chunk(i64::from(i), i, 10, 10)).collect();
         assert_eq!(
             shape(&chunks)
                 .iter()

@@ -132,11 +132,7 @@ pub fn plan_within(
     plan
 }
 
-fn plan_from(
-    finest: Period,
-    counts_per_day: &BTreeMap<i32, u64>,
-    min_file_events: u64,
-) -> Plan {
+fn plan_from(finest: Period, counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
     let rest = |period: Period, days: &[(i32, u64)]| {
         let mut sums = BTreeMap::<i32, u64>::new();
         for &(day, n) in days {

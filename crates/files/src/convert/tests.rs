@@ -54,7 +54,11 @@ fn shown(converter: &mut Converter, rows: Rows) -> Vec<String> {
         let mut event = ObjectWriter::default();
         for (field, column) in converter.schema.fields.iter().zip(batch.columns()) {
             let server = field.name == RECEIVED_AT
-                || field.name == TIME && column.as_primitive::<arrow::datatypes::TimestampMicrosecondType>().value(row) == NOW;
+                || field.name == TIME
+                    && column
+                        .as_primitive::<arrow::datatypes::TimestampMicrosecondType>()
+                        .value(row)
+                        == NOW;
             if !server && column.is_valid(row) {
                 print::to_json_text(column, field.ty, row, event.key(&field.name)).unwrap();
             }
@@ -63,8 +67,15 @@ fn shown(converter: &mut Converter, rows: Rows) -> Vec<String> {
     }
     out.extend(bad.iter().map(|b| format!("! {}: {}", b.line, b.error)));
     let (samples, counts) = converter.take_log();
-    out.extend(samples.iter().map(|s| format!("? {} {} {}: {}", s.field, s.ty, s.value, s.error)));
-    assert_eq!(counts.iter().map(|c| c.n).sum::<u64>(), samples.len() as u64);
+    out.extend(
+        samples
+            .iter()
+            .map(|s| format!("? {} {} {}: {}", s.field, s.ty, s.value, s.error)),
+    );
+    assert_eq!(
+        counts.iter().map(|c| c.n).sum::<u64>(),
+        samples.len() as u64
+    );
     out
 }
 
@@ -76,7 +87,10 @@ fn columns_become_events() {
         &[
             ("Price", text(&[Some("1.5"), Some("x"), None])),
             ("URL", text(&[Some("/"), None, Some("/a")])),
-            ("_time", text(&[Some("2024-05-01"), Some("soon"), Some("1800-01-01")])),
+            (
+                "_time",
+                text(&[Some("2024-05-01"), Some("soon"), Some("1800-01-01")]),
+            ),
             ("_user", text(&[Some("u1"), Some("u2"), None])),
             ("xmin", text(&[Some("5"), Some(""), Some("a")])),
             ("_extra", text(&[None, Some("{\"k\":[1]}"), Some("7")])),
@@ -100,7 +114,11 @@ fn columns_become_events() {
 
 #[test]
 fn new_fields_have_the_types_of_the_file() {
-    let converter = Converter::new(&schema(&[("known", FieldType::Text)]), Limits::default(), false);
+    let converter = Converter::new(
+        &schema(&[("known", FieldType::Text)]),
+        Limits::default(),
+        false,
+    );
     let file = rows(
         &[
             ("known", text(&[Some("1")])),
@@ -114,27 +132,51 @@ fn new_fields_have_the_types_of_the_file() {
     );
     let expected = [("n", FieldType::Float8), ("user_name", FieldType::Text)];
     let named = |fields: Vec<(String, FieldType)>| -> Vec<(String, FieldType)> { fields };
-    assert!(named(converter.new_fields(&file, &[])).iter().map(|(n, t)| (n.as_str(), *t)).eq(expected));
-    let declared = [("N".to_owned(), FieldType::Int8), ("known".to_owned(), FieldType::Int4)];
+    assert!(
+        named(converter.new_fields(&file, &[]))
+            .iter()
+            .map(|(n, t)| (n.as_str(), *t))
+            .eq(expected)
+    );
+    let declared = [
+        ("N".to_owned(), FieldType::Int8),
+        ("known".to_owned(), FieldType::Int4),
+    ];
     let fields = converter.new_fields(&file, &declared);
     assert_eq!(fields[0], ("n".to_owned(), FieldType::Int8));
-    let full = Limits { max_fields: 1, ..Limits::default() };
+    let full = Limits {
+        max_fields: 1,
+        ..Limits::default()
+    };
     let converter = Converter::new(&schema(&[("known", FieldType::Text)]), full, false);
     assert_eq!(converter.new_fields(&file, &declared), []);
-    let events = Rows::Events(vec![TextEvent { line: 1, json: r#"{"a":[1],"b":null}"#.to_owned() }]);
+    let events = Rows::Events(vec![TextEvent {
+        line: 1,
+        json: r#"{"a":[1],"b":null}"#.to_owned(),
+    }]);
     let converter = Converter::new(&schema(&[]), Limits::default(), false);
-    assert_eq!(converter.new_fields(&events, &[]), [("a".to_owned(), FieldType::Float8Array)]);
+    assert_eq!(
+        converter.new_fields(&events, &[]),
+        [("a".to_owned(), FieldType::Float8Array)]
+    );
 }
 
 #[test]
 fn rows_that_are_no_events() {
     let schema = schema(&[("a", FieldType::Text)]);
-    let limits = Limits { max_event_bytes: 400, max_string_bytes: 300, ..Limits::default() };
+    let limits = Limits {
+        max_event_bytes: 400,
+        max_string_bytes: 300,
+        ..Limits::default()
+    };
     let mut converter = Converter::new(&schema, limits, false);
     let (long, longer) = ("x".repeat(257), "y".repeat(500));
     let file = rows(
         &[
-            ("a", text(&[Some("ok"), Some("n\0ul"), Some(&longer), Some("b")])),
+            (
+                "a",
+                text(&[Some("ok"), Some("n\0ul"), Some(&longer), Some("b")]),
+            ),
             ("_id", text(&[Some("1"), Some("2"), Some("3"), Some(&long)])),
         ],
         false,
@@ -152,15 +194,27 @@ fn rows_that_are_no_events() {
         ["{\"a\":1}", "{\"a\":", "[1]", "{\"_received_at\":1}"]
             .iter()
             .zip(1..)
-            .map(|(json, line)| TextEvent { line, json: (*json).to_owned() })
+            .map(|(json, line)| TextEvent {
+                line,
+                json: (*json).to_owned(),
+            })
             .collect(),
     );
     let found = shown(&mut converter, events);
     assert_eq!(found[0], r#"{"a":"1"}"#);
     assert_eq!(found.len(), 4);
-    assert!(found[1].starts_with("! 2: invalid input syntax"), "{found:?}");
-    assert_eq!(found[2], "! 3: event properties must be a JSON object, not an array");
-    assert_eq!(found[3], "! 4: field \"_received_at\" is reserved for the server");
+    assert!(
+        found[1].starts_with("! 2: invalid input syntax"),
+        "{found:?}"
+    );
+    assert_eq!(
+        found[2],
+        "! 3: event properties must be a JSON object, not an array"
+    );
+    assert_eq!(
+        found[3],
+        "! 4: field \"_received_at\" is reserved for the server"
+    );
 }
 
 #[test]
@@ -169,7 +223,10 @@ fn columns_of_the_server() {
     let file = |name: &str| rows(&[(name, text(&[Some("2024-01-01")]))], true);
     let mut converter = Converter::new(&schema, Limits::default(), false);
     let code = |converter: &mut Converter, name: &str| {
-        converter.convert(file(name), "f", &stamp()).map(drop).map_err(|e| e.sqlstate())
+        converter
+            .convert(file(name), "f", &stamp())
+            .map(drop)
+            .map_err(|e| e.sqlstate())
     };
     assert_eq!(code(&mut converter, "_received_at"), Err("42501"));
     assert_eq!(code(&mut converter, "_collection"), Err("42939"));
@@ -183,7 +240,14 @@ fn columns_of_the_server() {
 
 #[test]
 fn typed_files_keep_what_is_no_field() {
-    let mut converter = Converter::new(&schema(&[("a", FieldType::Int8)]), Limits { max_fields: 1, ..Limits::default() }, false);
+    let mut converter = Converter::new(
+        &schema(&[("a", FieldType::Int8)]),
+        Limits {
+            max_fields: 1,
+            ..Limits::default()
+        },
+        false,
+    );
     let bytes: ArrayRef = Arc::new(BinaryArray::from_vec(vec![b"\xff\x01", b"text"]));
     let file = rows(
         &[
@@ -196,6 +260,9 @@ fn typed_files_keep_what_is_no_field() {
     // Of columns of one name the last wins, also where it has no value.
     assert_eq!(
         shown(&mut converter, file),
-        [r#"{"_extra":{"b":"\\xff01"},"a":3}"#, r#"{"_extra":{"b":"text"}}"#]
+        [
+            r#"{"_extra":{"b":"\\xff01"},"a":3}"#,
+            r#"{"_extra":{"b":"text"}}"#
+        ]
     );
 }

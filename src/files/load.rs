@@ -1,0 +1,352 @@
+//! The load of files into a collection, in a worker.
+//!
+//! Outside of any transaction the files are read piece by piece and converted; what has been converted waits in memory until
+//! it is worth a transaction, which stores it as chunks of one month each and notes in the same breath how far the files
+//! are stored. A cancel or a crash loses what waits; the same call goes on from the note. New fields are registered before
+//! the data, in short transactions of their own.
+
+use std::time::{Duration, Instant};
+
+use arrow::array::{Array, ArrayRef, Int64Array, RecordBatch};
+use rakam_event::batch::EventStamp;
+use rakam_event::entry::Limits;
+use rakam_event::schema::{EXTRA, RECEIVED_AT, TIME, XID};
+use rakam_event::types::FieldType;
+use rakam_files::convert::Converter;
+use rakam_files::format::{Format, Options};
+use rakam_files::locate::{self, Found};
+use rakam_files::source::{self, Meter, Piece, Position, Spec};
+use rakam_lake::{backlog, chunk};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::place::Place;
+use crate::catalog::load::{self as note, Progress};
+use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::catalog::{invalid, progress};
+use crate::ingest::append::{Target, append};
+use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, failpoint, guc, wait};
+
+/// Memory of converted events that makes a transaction worth while: with history in any order it makes chunks of some
+/// ten thousand events of each month.
+const BUFFER_BYTES: usize = 256 << 20;
+/// After so long what is there is stored, however little.
+const STORE_INTERVAL: Duration = Duration::from_secs(60);
+/// Rows of a chunk.
+const CHUNK_ROWS: usize = 65_536;
+/// A transaction is repeated so often when it met another one.
+const ATTEMPTS: usize = 4;
+/// How much larger than an event its text in a file may be.
+const RECORD_SLACK: usize = 64 << 10;
+
+/// What a call asks for, with its rights already checked.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    pub project_id: i32,
+    pub collection: String,
+    /// As the caller wrote it.
+    pub url: String,
+    pub place: Place,
+    pub format: Option<String>,
+    /// A JSON object.
+    pub options: String,
+    /// The caller may set `_received_at`.
+    pub admin: bool,
+}
+
+/// A load that is complete.
+#[derive(Debug, Clone, Copy)]
+pub struct Loaded {
+    pub collection_id: i32,
+    /// Events stored by the load, in all its attempts.
+    pub events: u64,
+}
+
+/// Loads the files, or the rest of them.
+pub fn run(request: &Request) -> std::result::Result<Loaded, Failure> {
+    let spec = spec(request).map_err(Failure::Error)?;
+    let place = &request.place;
+    let files = locate::find(&place.root, &place.pattern, place.confined).map_err(error)?;
+    for file in &files {
+        let format = match spec.format {
+            Some(format) => format,
+            None => Format::of_name(&file.name).map_err(error)?,
+        };
+        spec.options.ensure_for(format).map_err(error)?;
+    }
+    let key = key(request, &files).map_err(Failure::Error)?;
+    let [a, b, c, d, ..] = key;
+    let _turn = SessionLock::take(LockOn::Load(i32::from_le_bytes([a, b, c, d])));
+    let mut load = xact::worker(|| Load::begin(request, &key))?;
+    let total = files.iter().map(|f| f.bytes).sum();
+    progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
+        load.files(&files, &spec, shown)
+    })?;
+    Ok(Loaded {
+        collection_id: load.collection.id,
+        events: load.stored.events,
+    })
+}
+
+fn error(error: rakam_files::FilesError) -> Failure {
+    Failure::Error(error.into())
+}
+
+fn spec(request: &Request) -> Result<Spec> {
+    Ok(Spec {
+        format: request.format.as_deref().map(Format::parse).transpose()?,
+        options: Options::parse(&request.options)?,
+        max_record_bytes: guc::max_event_bytes() + RECORD_SLACK,
+    })
+}
+
+/// What makes a call the same one: everything it says, and the files as they are.
+fn key(request: &Request, files: &[Found]) -> Result<[u8; 32]> {
+    let mut hash = Sha256::new();
+    let text = serde_json::to_vec(request)
+        .map_err(|e| PgError::internal(format!("could not encode a request: {e}")))?;
+    hash.update((text.len() as u64).to_le_bytes());
+    hash.update(text);
+    for file in files {
+        let path = file.path.as_os_str().as_encoded_bytes();
+        hash.update((path.len() as u64).to_le_bytes());
+        hash.update(path);
+        hash.update(file.bytes.to_le_bytes());
+        hash.update(file.modified_ns.to_le_bytes());
+    }
+    Ok(hash.finalize().into())
+}
+
+/// A load under way.
+struct Load<'a> {
+    key: &'a [u8],
+    project: ProjectRow,
+    collection: Collection,
+    converter: Converter,
+    /// What is stored.
+    stored: Progress,
+    /// Up to where the buffer reaches.
+    read: Progress,
+    buffer: Vec<RecordBatch>,
+    buffer_bytes: usize,
+    last_store: Instant,
+}
+
+impl<'a> Load<'a> {
+    fn begin(request: &Request, key: &'a [u8]) -> Result<Self> {
+        let gone = || PgError::new("42704", "the project was dropped");
+        let project =
+            registry::project_by_id(View::Current, request.project_id)?.ok_or_else(gone)?;
+        registry::add_collection(project.id, &request.collection)?;
+        let collection =
+            registry::collection_named(View::Current, project.id, &request.collection)?
+                .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
+        let schema = registry::schema(View::Current, &collection)?;
+        let stored = note::begin(key, project.id, collection.id)?;
+        let limits = Limits {
+            max_event_bytes: guc::max_event_bytes(),
+            max_string_bytes: guc::max_string_bytes(),
+            max_fields: guc::max_fields(),
+        };
+        Ok(Self {
+            key,
+            converter: Converter::new(&schema, limits, request.admin),
+            project,
+            collection,
+            stored,
+            read: stored,
+            buffer: Vec::new(),
+            buffer_bytes: 0,
+            last_store: Instant::now(),
+        })
+    }
+
+    /// Loads what is left of the files.
+    fn files(
+        &mut self,
+        files: &[Found],
+        spec: &Spec,
+        shown: &mut progress::Progress,
+    ) -> std::result::Result<(), Failure> {
+        let mut before: u64 = files.iter().take(self.stored.file).map(|f| f.bytes).sum();
+        for (index, file) in files.iter().enumerate().skip(self.stored.file) {
+            let meter = Meter::default();
+            let from = self.read.position;
+            let mut source =
+                source::open(&file.path, &file.name, spec, from, &meter).map_err(error)?;
+            let declared = source.declared().to_vec();
+            loop {
+                wait::check_interrupts();
+                let Some(piece) = source.next().map_err(error)? else {
+                    break;
+                };
+                self.piece(piece, &declared, &file.name)?;
+                if self.buffer_bytes >= BUFFER_BYTES || self.last_store.elapsed() >= STORE_INTERVAL
+                {
+                    self.store(false)?;
+                }
+                shown.set(before + meter.bytes())?;
+            }
+            before += file.bytes;
+            self.read.file = index + 1;
+            self.read.position = Position::default();
+        }
+        self.store(true)
+    }
+
+    /// Converts a piece into the buffer.
+    fn piece(
+        &mut self,
+        piece: Piece,
+        declared: &[(String, FieldType)],
+        file: &str,
+    ) -> std::result::Result<(), Failure> {
+        let fields = self.converter.new_fields(&piece.rows, declared);
+        if !fields.is_empty() {
+            let schema = xact::worker(|| {
+                registry::add_fields(self.collection.id, &fields, false)?;
+                let collection = self.registered()?;
+                registry::schema(View::Current, &collection)
+            })?;
+            self.converter.set_schema(&schema);
+        }
+        let now = xact::now_us();
+        let stamp = EventStamp {
+            received_at_us: now,
+            shift_us: 0,
+            time_min_us: now.saturating_sub(self.project.time_past_us),
+            time_max_us: now.saturating_add(self.project.time_future_us),
+            // Known when the events are stored.
+            xid: 0,
+        };
+        let (batch, refused) = self
+            .converter
+            .convert(piece.rows, file, &stamp)
+            .map_err(error)?;
+        for bad in piece.bad.iter().chain(&refused) {
+            self.converter.log_bad(bad, file, now);
+        }
+        self.read.events += batch.num_rows() as u64;
+        self.read.position = piece.after;
+        if batch.num_rows() > 0 {
+            self.buffer_bytes += batch.get_array_memory_size();
+            self.buffer.push(batch);
+        }
+        Ok(())
+    }
+
+    /// The collection as it is registered now.
+    fn registered(&self) -> Result<Collection> {
+        registry::collection_by_id(View::Current, self.collection.id)?.ok_or_else(|| {
+            let name = &self.collection.name;
+            PgError::new("42704", format!("collection \"{name}\" was dropped"))
+        })
+    }
+
+    /// Stores what is in the buffer, with the note of how far the files are stored; `last` ends the load.
+    fn store(&mut self, last: bool) -> std::result::Result<(), Failure> {
+        failpoint::hit("load.before_store");
+        let (samples, counts) = self.converter.take_log();
+        let mut attempt = 1;
+        loop {
+            let stored = xact::worker(|| {
+                self.store_events()?;
+                invalid::record(self.project.id, self.collection.id, &samples, &counts)?;
+                let there = if last {
+                    note::finish(self.key)?
+                } else {
+                    note::advance(self.key, &self.read)?
+                };
+                if !there {
+                    return Err(PgError::new("55000", "the load was given up meanwhile"));
+                }
+                failpoint::hit("load.before_commit");
+                Ok(())
+            });
+            match stored {
+                Ok(()) => break,
+                // The counters of invalid values have other writers, too.
+                Err(Failure::Error(error))
+                    if attempt < ATTEMPTS
+                        && matches!(error.sqlstate.as_str(), "40P01" | "40001") =>
+                {
+                    attempt += 1;
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        self.buffer.clear();
+        self.buffer_bytes = 0;
+        self.stored = self.read;
+        self.last_store = Instant::now();
+        failpoint::hit("load.after_store");
+        Ok(())
+    }
+
+    fn store_events(&self) -> Result<()> {
+        let collection = self.registered()?;
+        let schema = registry::schema(View::Current, &collection)?;
+        let target = Target {
+            project_id: self.project.id,
+            collection_id: collection.id,
+            schema_version: schema.version,
+            level: 0,
+        };
+        let batches = self
+            .buffer
+            .iter()
+            .map(|batch| chunk::conform(batch, &schema.arrow()))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let batches = without_empty_columns(batches)?;
+        let xid = xact::top_xid() as i64;
+        backlog::split_by_month(&batches, CHUNK_ROWS, |part| {
+            wait::check_interrupts();
+            store_part(target, &stamped(&part, xid)?)
+        })
+    }
+}
+
+/// Where the events of a load enter the hot tier.
+fn store_part(target: Target, events: &RecordBatch) -> Result<()> {
+    append(target, events)
+}
+
+/// The events with the id of the transaction that stores them.
+fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
+    let mut columns = batch.columns().to_vec();
+    let position = batch.schema().index_of(XID).map_err(arrow_failed)?;
+    columns[position] = std::sync::Arc::new(Int64Array::from_value(xid, batch.num_rows()));
+    RecordBatch::try_new(batch.schema(), columns).map_err(arrow_failed)
+}
+
+/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs.
+fn without_empty_columns(batches: Vec<RecordBatch>) -> Result<Vec<RecordBatch>> {
+    let Some(first) = batches.first() else {
+        return Ok(batches);
+    };
+    let has_values = |column: &ArrayRef| column.null_count() < column.len();
+    let kept: Vec<usize> = first
+        .schema()
+        .fields()
+        .iter()
+        .enumerate()
+        .filter(|(position, field)| {
+            matches!(field.name().as_str(), TIME | RECEIVED_AT | EXTRA | XID)
+                || batches
+                    .iter()
+                    .any(|batch| has_values(batch.column(*position)))
+        })
+        .map(|(position, _)| position)
+        .collect();
+    batches
+        .iter()
+        .map(|batch| batch.project(&kept).map_err(arrow_failed))
+        .collect()
+}
+
+fn arrow_failed(error: arrow::error::ArrowError) -> PgError {
+    PgError::internal(format!("could not store the rows of a file: {error}"))
+}
