@@ -30,9 +30,10 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
 
-/// Memory of converted events that makes a transaction worth while: with history in any order it makes chunks of some
-/// ten thousand events of each month.
-const BUFFER_BYTES: usize = 256 << 20;
+/// Memory of converted events that makes a transaction worth while, in sizes of a flush: with history in any order it
+/// makes chunks of some ten thousand events of each month.
+const BUFFER_SIZES: usize = 4;
+const BUFFER_BYTES_MAX: usize = 256 << 20;
 /// After so long what is there is stored, however little.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 /// Rows of a chunk.
@@ -171,6 +172,9 @@ impl<'a> Load<'a> {
         spec: &Spec,
         shown: &mut progress::Progress,
     ) -> std::result::Result<(), Failure> {
+        let buffer = (guc::flush_size_bytes() as usize)
+            .saturating_mul(BUFFER_SIZES)
+            .min(BUFFER_BYTES_MAX);
         let mut before: u64 = files.iter().take(self.stored.file).map(|f| f.bytes).sum();
         for (index, file) in files.iter().enumerate().skip(self.stored.file) {
             let meter = Meter::default();
@@ -184,8 +188,7 @@ impl<'a> Load<'a> {
                     break;
                 };
                 self.piece(piece, &declared, &file.name)?;
-                if self.buffer_bytes >= BUFFER_BYTES || self.last_store.elapsed() >= STORE_INTERVAL
-                {
+                if self.buffer_bytes >= buffer || self.last_store.elapsed() >= STORE_INTERVAL {
                     self.store(false)?;
                 }
                 shown.set(before + meter.bytes())?;
