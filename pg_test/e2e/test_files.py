@@ -365,7 +365,7 @@ def long_csv(path: Path, rows: int) -> None:
     with path.open("w") as file:
         file.write("_time,n,word\n")
         for n in range(rows):
-            file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{n * 104_729 % 1_000_003:x}\n")
+            file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{"long word " * 10}\n")
 
 
 def in_background(db: Database, call):
@@ -389,12 +389,13 @@ def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):
     db = Database(cluster, "files_cut").create()
     db.project(PROJECT)
     path = cluster.make_folder("files") / "long.csv"
-    rows = 120_000
+    rows = 200_000
     long_csv(path, rows)
     # Each step of storing pauses, so that there is a moment to hit.
-    db.admin.execute("ALTER DATABASE files_cut SET rakam.failpoint = 'load.after_store=sleep(1500)'")
+    db.admin.execute("ALTER DATABASE files_cut SET rakam.failpoint = 'load.after_store=sleep(800)'")
     watcher = db.login(PROJECT, "read")
-    stranger = db.connect("login_stranger") if db.make_login("login_stranger") else db.connect("login_stranger")
+    db.make_login("login_stranger")
+    stranger = db.connect("login_stranger")
     seen = [0]
 
     def shown(session):
@@ -499,9 +500,9 @@ def shuffled(path: Path, rows: int) -> None:
     duck = duckdb.connect()
     duck.execute("SET TimeZone = 'UTC'")
     duck.execute(
-        f"""COPY (SELECT TIMESTAMPTZ '2022-01-01 00:00:00+00' + to_seconds(hash(n) % (1096 * 86400)) AS _time,
+        f"""COPY (SELECT TIMESTAMPTZ '2022-01-01 00:00:00+00' + to_seconds((hash(n) % (1096 * 86400))::int) AS _time,
                         'u' || (hash(n + 1) % 50000) AS _user, n, (hash(n + 2) % 10000) / 100 AS price,
-                        ['home', 'cart', 'search', 'item'][1 + hash(n + 3) % 4] AS page
+                        ['home', 'cart', 'search', 'item'][1 + (hash(n + 3) % 4)::int] AS page
                  FROM range({rows}) t(n)) TO '{path}' (FORMAT parquet)"""
     )
 

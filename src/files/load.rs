@@ -235,7 +235,10 @@ impl<'a> Load<'a> {
         self.read.events += batch.num_rows() as u64;
         self.read.position = piece.after;
         if batch.num_rows() > 0 {
-            self.buffer_bytes += batch.get_array_memory_size();
+            self.buffer_bytes += (batch.columns().iter())
+                .filter(|column| has_values(column))
+                .map(|column| column.get_array_memory_size())
+                .sum::<usize>();
             self.buffer.push(batch);
         }
         Ok(())
@@ -330,7 +333,6 @@ fn without_empty_columns(batches: Vec<RecordBatch>) -> Result<Vec<RecordBatch>> 
     let Some(first) = batches.first() else {
         return Ok(batches);
     };
-    let has_values = |column: &ArrayRef| column.null_count() < column.len();
     let kept: Vec<usize> = first
         .schema()
         .fields()
@@ -348,6 +350,10 @@ fn without_empty_columns(batches: Vec<RecordBatch>) -> Result<Vec<RecordBatch>> 
         .iter()
         .map(|batch| batch.project(&kept).map_err(arrow_failed))
         .collect()
+}
+
+fn has_values(column: &ArrayRef) -> bool {
+    column.null_count() < column.len()
 }
 
 fn arrow_failed(error: arrow::error::ArrowError) -> PgError {
