@@ -365,7 +365,7 @@ def long_csv(path: Path, rows: int) -> None:
     with path.open("w") as file:
         file.write("_time,n,word\n")
         for n in range(rows):
-            file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{"long word " * 10}\n")
+            file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{'long word ' * 10}\n")
 
 
 def in_background(db: Database, call):
