@@ -1,5 +1,7 @@
 //! Loads of files: how far each has been stored, and the storages whose files a role may name.
 
+use std::collections::HashSet;
+
 use rakam_files::source::Position;
 
 use crate::pg::spi::{self, View, arg};
@@ -68,6 +70,21 @@ pub fn finish(key: &[u8]) -> Result<bool> {
         &[arg(key)],
     )?;
     Ok(deleted == 1)
+}
+
+/// How long an interrupted load counts as under way, as an interval: its caller may take it up again.
+const PAUSE: &str = "10 minutes";
+
+/// The collections into which files are being loaded.
+pub fn loading(view: View) -> Result<HashSet<i32>> {
+    let ids = spi::query(
+        view,
+        "SELECT collection_id FROM rakam_internal.file_load
+         WHERE updated_at > pg_catalog.clock_timestamp() - $1::interval",
+        &[arg(PAUSE)],
+        |row| row.must(1),
+    )?;
+    Ok(ids.into_iter().collect())
 }
 
 /// The addresses of the storages that a role may use.

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use arrow::array::{Array, ArrayRef, Int64Array, RecordBatch};
 use rakam_event::batch::EventStamp;
 use rakam_event::entry::Limits;
-use rakam_event::schema::{EXTRA, RECEIVED_AT, TIME, XID};
+use rakam_event::schema::{EXTRA, RECEIVED_AT, SYSTEM_FIELDS, Schema, TIME, XID};
 use rakam_event::types::FieldType;
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
 use rakam_files::locate::{self, Found};
 use rakam_files::source::{self, Meter, Piece, Position, Spec};
-use rakam_lake::{backlog, chunk};
+use rakam_lake::backlog;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -131,7 +131,8 @@ struct Load<'a> {
     stored: Progress,
     /// Up to where the buffer reaches.
     read: Progress,
-    buffer: Vec<RecordBatch>,
+    /// By the schema of the batches: a field that came later may lie in `_extra` of those before it.
+    buffer: Vec<(Schema, Vec<RecordBatch>)>,
     buffer_bytes: usize,
     last_store: Instant,
 }
@@ -239,7 +240,11 @@ impl<'a> Load<'a> {
                 .filter(|column| has_values(column))
                 .map(|column| column.get_array_memory_size())
                 .sum::<usize>();
-            self.buffer.push(batch);
+            let schema = self.converter.schema();
+            match self.buffer.last_mut() {
+                Some((last, batches)) if last.version == schema.version => batches.push(batch),
+                _ => self.buffer.push((schema.clone(), vec![batch])),
+            }
         }
         Ok(())
     }
@@ -294,24 +299,22 @@ impl<'a> Load<'a> {
 
     fn store_events(&self) -> Result<()> {
         let collection = self.registered()?;
-        let schema = registry::schema(View::Current, &collection)?;
-        let target = Target {
-            project_id: self.project.id,
-            collection_id: collection.id,
-            schema_version: schema.version,
-            level: 0,
-        };
-        let batches = self
-            .buffer
-            .iter()
-            .map(|batch| chunk::conform(batch, &schema.arrow()))
-            .collect::<std::result::Result<Vec<_>, _>>()?;
-        let batches = without_empty_columns(batches)?;
         let xid = xact::top_xid() as i64;
-        backlog::split_by_month(&batches, CHUNK_ROWS, |part| {
-            wait::check_interrupts();
-            store_part(target, &stamped(&part, xid)?)
-        })
+        for (schema, batches) in &self.buffer {
+            let target = Target {
+                project_id: self.project.id,
+                collection_id: collection.id,
+                schema_version: schema.version,
+                level: 0,
+                since_us: None,
+            };
+            let batches = without_empty_columns(batches)?;
+            backlog::split_by_month(&batches, CHUNK_ROWS, |part| {
+                wait::check_interrupts();
+                store_part(target, &stamped(&part, xid)?)
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -328,23 +331,28 @@ fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
     RecordBatch::try_new(batch.schema(), columns).map_err(arrow_failed)
 }
 
-/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs.
-fn without_empty_columns(batches: Vec<RecordBatch>) -> Result<Vec<RecordBatch>> {
+/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs,
+/// but looks for a missing field in `_extra`.
+fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>> {
     let Some(first) = batches.first() else {
-        return Ok(batches);
+        return Ok(Vec::new());
     };
-    let kept: Vec<usize> = first
-        .schema()
-        .fields()
-        .iter()
-        .enumerate()
-        .filter(|(position, field)| {
-            matches!(field.name().as_str(), TIME | RECEIVED_AT | EXTRA | XID)
-                || batches
-                    .iter()
-                    .any(|batch| has_values(batch.column(*position)))
+    let used = |position: usize| {
+        batches
+            .iter()
+            .any(|batch| has_values(batch.column(position)))
+    };
+    let schema = first.schema();
+    let extra = schema.index_of(EXTRA).map_err(arrow_failed)?;
+    let has_extra = used(extra);
+    let kept: Vec<usize> = (0..schema.fields().len())
+        .filter(|&position| {
+            let name = schema.field(position).name().as_str();
+            let system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
+            matches!(name, TIME | RECEIVED_AT | EXTRA | XID)
+                || has_extra && !system
+                || used(position)
         })
-        .map(|(position, _)| position)
         .collect();
     batches
         .iter()

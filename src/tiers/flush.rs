@@ -13,12 +13,12 @@ use std::collections::{BTreeMap, HashMap};
 use arrow::array::RecordBatch;
 use rakam_event::schema::Schema;
 use rakam_lake::backlog::{self, Bounds, ChunkSpan, FEW_FILES, MAX_FILES, SCATTERED_FILES};
+use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::period::{self, Period, PeriodFile, Plan};
 use rakam_lake::sort::{SortedRows, count_days};
+use rakam_lake::stats;
 use rakam_lake::storage::{DirectoryStorage, StorageUrl};
 use rakam_lake::write::{FileOptions, FileWriter, WrittenFile};
-use rakam_lake::chunk::{self, ChunkFormat};
-use rakam_lake::stats;
 use uuid::Uuid;
 
 use crate::catalog::load;
@@ -309,11 +309,10 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
 /// The events of the chunks, in the collection's present layout.
 fn read(collection_id: i32, chunk_ids: &[i64], schema: &Schema) -> Result<Vec<RecordBatch>> {
     let vanished = || PgError::internal("a chunk vanished under the collection's job lock");
-    let formats: HashMap<i64, ChunkFormat> =
-        manifest::chunks(View::Current, collection_id, None)?
-            .into_iter()
-            .map(|chunk| (chunk.chunk_id, chunk.format))
-            .collect();
+    let formats: HashMap<i64, ChunkFormat> = manifest::chunks(View::Current, collection_id, None)?
+        .into_iter()
+        .map(|chunk| (chunk.chunk_id, chunk.format))
+        .collect();
     let mut batches = Vec::with_capacity(chunk_ids.len());
     for id in chunk_ids {
         wait::check_interrupts();
