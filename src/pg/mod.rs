@@ -3,6 +3,7 @@
 
 pub mod activity;
 pub mod bgworker;
+pub mod cursor;
 pub mod dsm;
 pub mod error;
 pub mod exit;
