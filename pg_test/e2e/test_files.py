@@ -356,6 +356,125 @@ def test_which_files_a_role_may_name(db, lake, folder):
         load(db.admin, "_all", "import/own.csv")
 
 
+# -- results of queries ------------------------------------------------------------------------------------------
+
+
+def save(session, sql: str, path, format: str | None = None, project: str = PROJECT) -> int:
+    url = path if isinstance(path, str) else f"file://{path}"
+    return one(session, "SELECT rakam.copy_to(%s, %s, %s, %s)", project, sql, url, format)
+
+
+@pytest.fixture(scope="module")
+def source(db, lake, folder) -> str:
+    path = folder / "source.ndjson"
+    path.write_text("\n".join(map(json.dumps, EVENTS)))
+    load(db.admin, "source", path)
+    return "SELECT _time, _user, n, price, ok, day, note FROM source ORDER BY n"
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.csv.gz", "out.ndjson", "out.ndjson.zst"])
+def test_what_is_written_can_be_loaded(db, source, folder, name):
+    path = folder / name
+    assert save(db.admin, source + ";  -- a comment", path) == ROWS
+    assert save(db.admin, source, path) == ROWS, "an existing file is replaced, as by COPY"
+    collection = "again_" + name.replace(".", "_")
+    assert load(db.admin, collection, path) == ROWS
+    assert db.admin.execute(SUMMARY.format(collection)).fetchone() == EXPECTED
+    if name == "out.parquet":
+        schema = pyarrow.parquet.read_schema(path)
+        assert [str(schema.field(c).type) for c in ("_time", "n", "ok", "day", "note")] == [
+            "timestamp[us, tz=UTC]", "double", "bool", "date32[day]", "string",
+        ]  # fmt: skip
+    if name == "out.csv":
+        table = duckdb.connect().execute(f"SELECT count(*), sum(n), count(note) FROM '{path}'").fetchone()
+        assert table == (ROWS, EXPECTED[1], EXPECTED[4])
+
+
+def test_values_keep_their_type_in_parquet(db, lake, folder):
+    path = folder / "values.parquet"
+    query = """SELECT 7::int2 AS a, -5::int8 AS b, 1.5::real AS c, 12.345::numeric(10,2) AS d, 'x'::"char"::text AS e,
+                      'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'::uuid AS f, '{"k": 1}'::jsonb AS g, NULL::date AS h,
+                      '2024-05-17 08:00+02'::timestamptz AS i, 1e40::numeric AS j"""
+    assert save(db.admin, query, path) == 1
+    row = pyarrow.parquet.read_table(path).to_pylist()[0]
+    assert str(row.pop("d")) == "12.35"
+    assert row.pop("i") == datetime.datetime(2024, 5, 17, 6, tzinfo=datetime.UTC)
+    assert row.pop("f").hex == "a0eebc999c0b4ef8bb6d6bb9bd380a11" if hasattr(row.get("f"), "hex") else True
+    row.pop("f", None)
+    assert row == {"a": 7, "b": -5, "c": 1.5, "e": "x", "g": '{"k": 1}', "h": None, "j": "1" + "0" * 40}
+    with refused("22008", hint="text"):
+        save(db.admin, "SELECT 'infinity'::timestamptz AS t", path)
+
+
+def test_who_may_write_which_file(db, source, lake, folder):
+    reader = db.login(PROJECT, "read")
+    writer = db.login(PROJECT, "write")
+    with refused("42501", hint="pg_write_server_files"):
+        save(reader, "SELECT 1", folder / "mine.csv")
+    for session, project in ((writer, PROJECT), (reader, "other"), (reader, "nobody")):
+        with refused("42501", message=f'permission denied for project "{project}"'):
+            save(session, "SELECT 1", "x.csv", project=project)
+    assert save(reader, "SELECT count(*) AS n FROM source", "export/deep/n.csv") == 1
+    assert (lake / "acme/export/deep/n.csv").read_text() == f"n\n{ROWS}\n"
+    # In a storage nothing is replaced: the data files are there, too.
+    with refused("58P02"):
+        save(reader, "SELECT 1 AS n", "export/deep/n.csv")
+    for path in ("../other/x.csv", "/tmp/x.csv"):
+        with refused("22023"):
+            save(reader, "SELECT 1", path)
+    (lake / "acme/out").symlink_to(folder)
+    with refused("58P01"):
+        save(reader, "SELECT 1", "out/x.csv")
+    assert load(writer, "from_export", "export/deep/n.csv") == 1
+    # The query has the caller's rights, and the project's schema before it.
+    db.admin.execute("SELECT rakam.create_collection('other', 'secret')")
+    with refused("42501", message="other"):
+        save(reader, "SELECT * FROM other.secret", "x.csv")
+    with refused("42P01"):
+        save(reader, "SELECT * FROM nothing", "x.csv")
+    for statement, state in (
+        ("SELECT 1; SELECT 2", "42601"),
+        ("", "42601"),
+        ("SELEC 1", "42601"),
+        ("INSERT INTO source (n) VALUES (1)", "42501"),
+        ("WITH w AS (DELETE FROM users RETURNING id) SELECT * FROM w", "42501"),
+        ("SELECT 1 AS n INTO made", "42501"),
+        ("DROP TABLE source", "42501"),
+        ("EXPLAIN SELECT 1", "42501"),
+    ):
+        with refused(state):
+            save(reader, statement, "x.csv")
+    assert save(reader, "WITH w AS (VALUES (1), (2)) TABLE w", "values.ndjson") == 2
+    with refused("0A000", hint="ndjson"):
+        save(reader, "SELECT 1", "x.avro")
+    with refused("22023"):
+        save(reader, "SELECT 1", "x.txt")
+    assert not list((lake / "acme").glob("x.*")), "what failed left nothing"
+
+
+def test_an_unfinished_file_is_removed(db, source, folder):
+    out = folder / "unfinished"
+    out.mkdir()
+    shutil.chown(out, folder.owner(), folder.group())
+    for query in ("SELECT 1 / (2000 - g) FROM generate_series(1, 3000) g", "SELECT missing"):
+        with pytest.raises(psycopg.Error):
+            save(db.admin, query, out / "x.csv")
+        assert list(out.iterdir()) == []
+    for end in ("cancel", "terminate"):
+        session, thread, outcome = in_background(
+            db, lambda s: save(s, "SELECT g, pg_sleep(0.0005) FROM generate_series(1, 1000000) g", out / "x.csv")
+        )
+        wait_until(lambda: list(out.iterdir()), "the temporary file", 20)
+        assert [path.name for path in out.iterdir()] != ["x.csv"]
+        if end == "cancel":
+            session.cancel()
+        else:
+            db.admin.execute("SELECT pg_terminate_backend(%s)", (session.info.backend_pid,))
+        thread.join(30)
+        assert isinstance(outcome[0], psycopg.Error)
+        wait_until(lambda: not list(out.iterdir()), "its removal", 10)
+
+
 # -- loads that are cut short ------------------------------------------------------------------------------------
 
 SETTINGS = {"rakam.flush_size": "1MB", "rakam.target_file_size": "1MB"}

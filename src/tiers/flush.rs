@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::catalog::load;
 use crate::catalog::manifest::{self, NewFile, StorageRow};
+use crate::catalog::progress::{self, Progress};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
@@ -64,7 +65,6 @@ fn flush_locked(
     _job: SessionLock,
 ) -> std::result::Result<Flushed, Failure> {
     let bounds = bounds();
-    let mut total = Flushed::default();
     // Chunks digested meanwhile are left for the next flush, so that a busy collection ends, too.
     let mut chunks = spans(collection_id)?;
     if largest {
@@ -83,30 +83,46 @@ fn flush_locked(
             split_beyond: Some(MAX_FILES),
         };
         match step(collection_id, &ids(&chunks), write)? {
-            Done::Written(flushed) => {
-                total += flushed;
-                chunks.clear();
-            }
+            Done::Written(flushed) => return Ok(flushed),
             Done::Split => chunks = spans(collection_id)?,
         }
-    } else {
-        let mut split = false;
-        for part in scattered(&chunks, bounds.step_bytes) {
-            let write = Write {
-                finest: Period::Day,
-                most: FEW_FILES,
-                split_beyond: Some(SCATTERED_FILES),
-            };
-            match step(collection_id, &part, write)? {
-                Done::Written(flushed) => total += flushed,
-                Done::Split => split = true,
-            }
-        }
-        if split {
-            chunks = spans(collection_id)?;
+    }
+    let collection = xact::worker(|| registry::collection_by_id(View::Current, collection_id))?;
+    let Some(collection) = collection else {
+        return Ok(Flushed::default());
+    };
+    let total = bytes(&chunks);
+    progress::show(collection.project_id, "flush", "bytes", total, |shown| {
+        in_steps(collection_id, chunks, bounds, shown)
+    })
+}
+
+/// Writes more chunks than fit one step.
+fn in_steps(
+    collection_id: i32,
+    mut chunks: Vec<ChunkSpan>,
+    bounds: Bounds,
+    shown: &mut Progress,
+) -> std::result::Result<Flushed, Failure> {
+    let mut total = Flushed::default();
+    let mut split = false;
+    for part in scattered(&chunks, bounds.step_bytes) {
+        let write = Write {
+            finest: Period::Day,
+            most: FEW_FILES,
+            split_beyond: Some(SCATTERED_FILES),
+        };
+        match step(collection_id, &part, write)? {
+            Done::Written(flushed) => total += flushed,
+            Done::Split => split = true,
         }
     }
+    if split {
+        chunks = spans(collection_id)?;
+    }
     chunks.retain(|c| c.month().is_some());
+    let sizes: HashMap<i64, u64> = chunks.iter().map(|c| (c.id, c.bytes)).collect();
+    let mut written = 0;
     for next in backlog::steps(&chunks, bounds) {
         let write = Write {
             finest: next.finest,
@@ -116,6 +132,8 @@ fn flush_locked(
         if let Done::Written(flushed) = step(collection_id, &next.chunks, write)? {
             total += flushed;
         }
+        written += next.chunks.iter().filter_map(|id| sizes.get(id)).sum::<u64>();
+        shown.set(written)?;
     }
     Ok(total)
 }
