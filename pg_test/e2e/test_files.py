@@ -399,9 +399,8 @@ def test_values_keep_their_type_in_parquet(db, lake, folder):
     row = pyarrow.parquet.read_table(path).to_pylist()[0]
     assert str(row.pop("d")) == "12.35"
     assert row.pop("i") == datetime.datetime(2024, 5, 17, 6, tzinfo=datetime.UTC)
-    assert row.pop("f").hex == "a0eebc999c0b4ef8bb6d6bb9bd380a11" if hasattr(row.get("f"), "hex") else True
-    row.pop("f", None)
-    assert row == {"a": 7, "b": -5, "c": 1.5, "e": "x", "g": '{"k": 1}', "h": None, "j": "1" + "0" * 40}
+    uuid = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+    assert row == {"a": 7, "b": -5, "c": 1.5, "e": "x", "f": uuid, "g": '{"k": 1}', "h": None, "j": "1" + "0" * 40}
     with refused("22008", hint="text"):
         save(db.admin, "SELECT 'infinity'::timestamptz AS t", path)
 

@@ -83,9 +83,14 @@ pub fn run(request: &Request) -> std::result::Result<Loaded, Failure> {
     let _turn = SessionLock::take(LockOn::Load(i32::from_le_bytes([a, b, c, d])));
     let mut load = xact::worker(|| Load::begin(request, &key))?;
     let total = files.iter().map(|f| f.bytes).sum();
-    progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
+    let outcome = progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
         load.files(&files, &spec, shown)
-    })?;
+    });
+    if matches!(outcome, Err(Failure::Error(_))) && load.stored == Progress::default() {
+        // There is nothing to go on from, and nothing for which chunks should wait.
+        xact::worker(|| note::finish(&key))?;
+    }
+    outcome?;
     Ok(Loaded {
         collection_id: load.collection.id,
         events: load.stored.events,

@@ -4,7 +4,6 @@
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
 
-use pgrx::datum::FromDatum;
 use pgrx::pg_sys;
 use rakam_event::coerce::Value;
 use rakam_event::number::Number;
@@ -95,7 +94,6 @@ impl Column {
             pg_sys::FLOAT8OID => FieldType::Float8,
             pg_sys::DATEOID => FieldType::Date,
             pg_sys::TIMESTAMPTZOID | pg_sys::TIMESTAMPOID => FieldType::Timestamptz,
-            pg_sys::UUIDOID => FieldType::Uuid,
             pg_sys::NUMERICOID => match numeric(self.typmod) {
                 Some((precision, scale)) => FieldType::Numeric { precision, scale },
                 None => FieldType::Text,
@@ -253,8 +251,18 @@ pub struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// A column as Postgres prints it.
+    /// A column as Postgres prints it, but a boolean as a word, which other programs know.
     pub fn text(&self, column: usize) -> Option<String> {
+        if self
+            .columns
+            .get(column)
+            .is_some_and(|c| c.type_oid == pg_sys::BOOLOID)
+        {
+            return match self.value(column) {
+                Ok(Some(Value::Bool(value))) => Some(value.to_string()),
+                _ => None,
+            };
+        }
         // SAFETY: tuple and descriptor are live; the text is palloc'd for us, copied and freed.
         unsafe {
             let text = pg_sys::SPI_getvalue(self.tuple, self.desc, column as i32 + 1);
@@ -314,11 +322,6 @@ impl Row<'_> {
                     us.filter(|us| range.contains(us))
                         .ok_or_else(out_of_range)?,
                 )
-            }
-            (_, FieldType::Uuid) => {
-                // SAFETY: the datum is of type uuid, and not NULL.
-                let uuid = unsafe { pgrx::Uuid::from_datum(datum, false) };
-                Value::Uuid(*uuid.ok_or_else(out_of_range)?.as_bytes())
             }
             (_, FieldType::Numeric { scale, .. }) => {
                 let text = self.text(column).unwrap_or_default();

@@ -132,7 +132,11 @@ fn in_steps(
         if let Done::Written(flushed) = step(collection_id, &next.chunks, write)? {
             total += flushed;
         }
-        written += next.chunks.iter().filter_map(|id| sizes.get(id)).sum::<u64>();
+        written += next
+            .chunks
+            .iter()
+            .filter_map(|id| sizes.get(id))
+            .sum::<u64>();
         shown.set(written)?;
     }
     Ok(total)

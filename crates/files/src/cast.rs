@@ -220,7 +220,7 @@ fn text_by_text(
         if untyped && text.is_empty() && ty != FieldType::Text {
             continue;
         }
-        if let Some(value) = parse(text, ty, max_string_bytes) {
+        if let Some(value) = parse(text, ty, untyped, max_string_bytes) {
             column.append(row, value);
             continue;
         }
@@ -247,7 +247,7 @@ fn text_by_text(
 }
 
 /// The value of a text in the spelling that most have; None where [`coerce`] has to decide.
-fn parse(text: &str, ty: FieldType, max_string_bytes: usize) -> Option<Value<'_>> {
+fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> Option<Value<'_>> {
     Some(match ty {
         FieldType::Text if text.len() <= max_string_bytes => Value::Text(Cow::Borrowed(text)),
         FieldType::Float8 => {
@@ -262,6 +262,9 @@ fn parse(text: &str, ty: FieldType, max_string_bytes: usize) -> Option<Value<'_>
         FieldType::Bool => match text {
             "true" => Value::Bool(true),
             "false" => Value::Bool(false),
+            // As COPY writes them.
+            "t" if untyped => Value::Bool(true),
+            "f" if untyped => Value::Bool(false),
             _ => return None,
         },
         FieldType::Date => Value::Date(time::exact_date(text)?),
@@ -563,6 +566,12 @@ mod tests {
             FieldType::Timestamptz,
             &["\"2024-05-17T08:00:00+00:00\""],
             &[],
+        );
+        check_text(
+            &[Some("t"), Some("f"), Some("true"), Some("yes")],
+            FieldType::Bool,
+            &["true", "false", "true", "null"],
+            &["3: text is not a value of type boolean"],
         );
         check_text(
             &[Some("+5"), Some("1e2")],
