@@ -15,6 +15,7 @@ use rakam_files::sink::{self, RowForm, Sink};
 use uuid::Uuid;
 
 use super::place::{self, Access, Place};
+use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
 use crate::pg::cursor::{self, Cursor};
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait};
@@ -36,29 +37,42 @@ fn copy_to(
     url: Option<&str>,
     format: default!(Option<&str>, "NULL"),
 ) -> std::result::Result<i64, ErrorReport> {
+    let rows = audit::call("copy_to", project, url, || {
+        export(project, sql, url, format)
+    })?;
+    Ok(rows as i64)
+}
+
+fn export(
+    project: Option<&str>,
+    sql: Option<&str>,
+    url: Option<&str>,
+    format: Option<&str>,
+) -> Result<u64> {
     let project = projects::authorize(not_null(project, "project")?, Right::Read)?;
     let sql = not_null(sql, "sql")?;
     let url = not_null(url, "url")?;
     let query = cursor::single_select(sql)?;
     let format = match format {
-        Some(name) => Format::parse(name),
-        None => Format::of_name(url),
-    }
-    .map_err(PgError::from)?;
-    let form = sink::row_form(format).map_err(PgError::from)?;
+        Some(name) => Format::parse(name)?,
+        None => Format::of_name(url)?,
+    };
+    let form = sink::row_form(format)?;
     let place = place::resolve(&project, url, Access::Write)?;
     let target = Target::new(&place)?;
-    let rows = match form {
+    let lines;
+    let query = match form {
         RowForm::Line => {
-            // The text after the query may be a comment without an end of its line.
-            let lines =
+            // The text may end in a comment that has no end of its line.
+            lines =
                 format!("SELECT pg_catalog.row_to_json(q)::pg_catalog.text FROM (\n{query}\n) q");
-            write(&lines, &project.name, &target, format)?
+            &lines
         }
-        RowForm::Cells | RowForm::Values => write(query, &project.name, &target, format)?,
+        RowForm::Cells | RowForm::Values => query,
     };
+    let rows = write(query, &project.name, &target, format)?;
     target.publish()?;
-    Ok(rows as i64)
+    Ok(rows)
 }
 
 fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u64> {

@@ -7,11 +7,15 @@
 
 use std::time::{Duration, Instant};
 
-use arrow::array::{Array, ArrayRef, Int64Array, RecordBatch};
+use arrow::array::types::TimestampMicrosecondType;
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
+use arrow::compute::{filter_record_batch, is_not_null, is_null};
 use rakam_event::batch::EventStamp;
 use rakam_event::entry::Limits;
-use rakam_event::schema::{EXTRA, RECEIVED_AT, SYSTEM_FIELDS, Schema, TIME, XID};
+use rakam_event::error::EventError;
+use rakam_event::schema::{EXTRA, ID, RECEIVED_AT, SYSTEM_FIELDS, Schema, TIME, XID};
 use rakam_event::types::FieldType;
+use rakam_event::{json, print};
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
 use rakam_files::locate::{self, Found};
@@ -21,10 +25,14 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::place::Place;
+use crate::catalog::inbox::Entry;
 use crate::catalog::load::{self as note, Progress};
+use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::catalog::{invalid, progress};
 use crate::ingest::append::{Target, append};
+use crate::ingest::mapper::{self, Shape};
+use crate::ingest::quota;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -40,6 +48,8 @@ const STORE_INTERVAL: Duration = Duration::from_secs(60);
 const CHUNK_ROWS: usize = 65_536;
 /// A transaction is repeated so often when it met another one.
 const ATTEMPTS: usize = 4;
+/// Bytes of events after which there is another inbox row.
+const INBOX_ROW_BYTES: usize = 1 << 20;
 /// How much larger than an event its text in a file may be.
 const RECORD_SLACK: usize = 64 << 10;
 
@@ -56,6 +66,8 @@ pub struct Request {
     pub options: String,
     /// The caller may set `_received_at`.
     pub admin: bool,
+    /// New collections and fields are refused.
+    pub fixed: bool,
 }
 
 /// A load that is complete.
@@ -131,6 +143,7 @@ struct Load<'a> {
     key: &'a [u8],
     project: ProjectRow,
     collection: Collection,
+    fixed: bool,
     converter: Converter,
     /// What is stored.
     stored: Progress,
@@ -147,10 +160,21 @@ impl<'a> Load<'a> {
         let gone = || PgError::new("42704", "the project was dropped");
         let project =
             registry::project_by_id(View::Current, request.project_id)?.ok_or_else(gone)?;
-        registry::add_collection(project.id, &request.collection)?;
-        let collection =
-            registry::collection_named(View::Current, project.id, &request.collection)?
-                .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
+        let name = &request.collection;
+        let find = || registry::collection_named(View::Current, project.id, name);
+        let collection = match find()? {
+            Some(collection) => collection,
+            None if request.fixed => return Err(EventError::UnknownCollection(name.clone()).into()),
+            None if registry::add_collection(project.id, name)? => find()?
+                .ok_or_else(|| PgError::internal("a collection just registered is not there"))?,
+            None => {
+                return Err(PgError::new(
+                    "53400",
+                    "the project has as many collections as its quota allows",
+                )
+                .hint("rakam.set_quota raises the quota."));
+            }
+        };
         let schema = registry::schema(View::Current, &collection)?;
         let stored = note::begin(key, project.id, collection.id)?;
         let limits = Limits {
@@ -160,6 +184,7 @@ impl<'a> Load<'a> {
         };
         Ok(Self {
             key,
+            fixed: request.fixed,
             converter: Converter::new(&schema, limits, request.admin),
             project,
             collection,
@@ -214,7 +239,14 @@ impl<'a> Load<'a> {
         file: &str,
     ) -> std::result::Result<(), Failure> {
         let fields = self.converter.new_fields(&piece.rows, declared);
-        if !fields.is_empty() {
+        if let Some((field, _)) = fields.first() {
+            if self.fixed {
+                let refused = EventError::UnknownField {
+                    collection: self.collection.name.clone(),
+                    field: field.clone(),
+                };
+                return Err(Failure::Error(refused.into()));
+            }
             let schema = xact::worker(|| {
                 registry::add_fields(self.collection.id, &fields, false)?;
                 let collection = self.registered()?;
@@ -228,8 +260,8 @@ impl<'a> Load<'a> {
             shift_us: 0,
             time_min_us: now.saturating_sub(self.project.time_past_us),
             time_max_us: now.saturating_add(self.project.time_future_us),
-            // Known when the events are stored.
-            xid: 0,
+            // Known when the events are stored; after whatever was dropped before.
+            xid: i64::MAX,
         };
         let (batch, refused) = self
             .converter
@@ -238,13 +270,9 @@ impl<'a> Load<'a> {
         for bad in piece.bad.iter().chain(&refused) {
             self.converter.log_bad(bad, file, now);
         }
-        self.read.events += batch.num_rows() as u64;
         self.read.position = piece.after;
         if batch.num_rows() > 0 {
-            self.buffer_bytes += (batch.columns().iter())
-                .filter(|column| has_values(column))
-                .map(|column| column.get_array_memory_size())
-                .sum::<usize>();
+            self.buffer_bytes += value_bytes(&batch);
             let schema = self.converter.schema();
             match self.buffer.last_mut() {
                 Some((last, batches)) if last.version == schema.version => batches.push(batch),
@@ -269,21 +297,28 @@ impl<'a> Load<'a> {
         let mut attempt = 1;
         loop {
             let stored = xact::worker(|| {
-                self.store_events()?;
+                let events = self.stored.events + self.store_events()?;
                 invalid::record(self.project.id, self.collection.id, &samples, &counts)?;
+                let to = Progress {
+                    events,
+                    ..self.read
+                };
                 let there = if last {
                     note::finish(self.key)?
                 } else {
-                    note::advance(self.key, &self.read)?
+                    note::advance(self.key, &to)?
                 };
                 if !there {
                     return Err(PgError::new("55000", "the load was given up meanwhile"));
                 }
                 failpoint::hit("load.before_commit");
-                Ok(())
+                Ok(to)
             });
             match stored {
-                Ok(()) => break,
+                Ok(to) => {
+                    self.stored = to;
+                    break;
+                }
                 // The counters of invalid values have other writers, too.
                 Err(Failure::Error(error))
                     if attempt < ATTEMPTS
@@ -296,15 +331,24 @@ impl<'a> Load<'a> {
         }
         self.buffer.clear();
         self.buffer_bytes = 0;
-        self.stored = self.read;
         self.last_store = Instant::now();
         failpoint::hit("load.after_store");
         Ok(())
     }
 
-    fn store_events(&self) -> Result<()> {
+    /// Stores what is in the buffer; how many events that were. Those with an `_id`, whose copies are to be found, and
+    /// those that go through a mapper take the road of the inbox, the others are chunks at once.
+    fn store_events(&self) -> Result<u64> {
         let collection = self.registered()?;
         let xid = xact::top_xid() as i64;
+        let mut stored = 0;
+        // A load is no flood: it passes no inbox, and nobody waits for it. Its bytes count.
+        let mut payer = projects::by_name(&self.project.name)?.map_or_else(
+            || Err(PgError::no_project(&self.project.name)),
+            |p| Ok(p.as_ref().clone()),
+        )?;
+        payer.quota.events_per_second = None;
+        let is_mapped = mapper::applies(self.project.id, &collection.name)?;
         for (schema, batches) in &self.buffer {
             let target = Target {
                 project_id: self.project.id,
@@ -313,19 +357,110 @@ impl<'a> Load<'a> {
                 level: 0,
                 since_us: None,
             };
-            let batches = without_empty_columns(batches)?;
-            backlog::split_by_month(&batches, CHUNK_ROWS, |part| {
+            let mut plain = Vec::with_capacity(batches.len());
+            for batch in batches {
+                let (chunk, inbox) = roads(batch, is_mapped)?;
+                if let Some(rows) = inbox {
+                    wait::check_interrupts();
+                    stored += to_inbox(&payer, &collection, schema, &rows)?;
+                }
+                plain.extend(chunk);
+            }
+            let rows: usize = plain.iter().map(RecordBatch::num_rows).sum();
+            let bytes: usize = plain.iter().map(value_bytes).sum();
+            quota::charge_stored(&payer, rows as i64, bytes as i64)?;
+            stored += rows as u64;
+            backlog::split_by_month(&without_empty_columns(&plain)?, CHUNK_ROWS, |part| {
                 wait::check_interrupts();
-                store_part(target, &stamped(&part, xid)?)
+                append(target, &stamped(&part, xid)?)
             })?;
         }
-        Ok(())
+        Ok(stored)
     }
 }
 
-/// Where the events of a load enter the hot tier.
-fn store_part(target: Target, events: &RecordBatch) -> Result<()> {
-    append(target, events)
+/// The rows that become chunks, and those that go through the inbox.
+fn roads(
+    batch: &RecordBatch,
+    is_mapped: bool,
+) -> Result<(Option<RecordBatch>, Option<RecordBatch>)> {
+    let ids = batch.column_by_name(ID).filter(|ids| has_values(ids));
+    match ids {
+        _ if is_mapped => Ok((None, Some(batch.clone()))),
+        None => Ok((Some(batch.clone()), None)),
+        Some(ids) => {
+            let some = |mask: &BooleanArray| {
+                let part = filter_record_batch(batch, mask).map_err(arrow_failed)?;
+                Ok::<_, PgError>((part.num_rows() > 0).then_some(part))
+            };
+            let without = is_null(ids).map_err(arrow_failed)?;
+            let with = is_not_null(ids).map_err(arrow_failed)?;
+            Ok((some(&without)?, some(&with)?))
+        }
+    }
+}
+
+/// Sends rows through mappers and inbox; how many were stored.
+fn to_inbox(
+    payer: &Project,
+    collection: &Collection,
+    schema: &Schema,
+    rows: &RecordBatch,
+) -> Result<u64> {
+    let received = rows
+        .column_by_name(RECEIVED_AT)
+        .and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>())
+        .ok_or_else(|| PgError::internal("rows of a file have no time of receipt"))?;
+    let mut stored = 0;
+    let mut payload = String::new();
+    let mut n = 0;
+    for row in 0..rows.num_rows() {
+        if n > 0 {
+            payload.push('\n');
+        }
+        write_row(rows, schema, row, &mut payload)?;
+        n += 1;
+        let next = row + 1;
+        let ends = next == rows.num_rows()
+            || payload.len() >= INBOX_ROW_BYTES
+            || received.value(next) != received.value(row);
+        if ends {
+            quota::charge(payer, n.into(), payload.len() as i64)?;
+            let entry = Entry {
+                project_id: payer.id,
+                collection_id: collection.id,
+                collection: &collection.name,
+                n,
+                received_at_us: received.value(row),
+                shift_us: 0,
+                payload: payload.as_bytes(),
+            };
+            stored += mapper::enter(&entry, Shape::Row)? as u64;
+            payload.clear();
+            n = 0;
+        }
+    }
+    Ok(stored)
+}
+
+/// A row as the JSON of an event that the digest reads back as it is.
+fn write_row(rows: &RecordBatch, schema: &Schema, row: usize, out: &mut String) -> Result<()> {
+    let mut first = true;
+    out.push('{');
+    for (field, column) in schema.fields.iter().zip(rows.columns()) {
+        // The time of receipt is beside the event.
+        if column.is_null(row) || field.name == RECEIVED_AT {
+            continue;
+        }
+        if !std::mem::take(&mut first) {
+            out.push(',');
+        }
+        json::write_string(&field.name, out);
+        out.push(':');
+        print::to_json_text(column, field.ty, row, out)?;
+    }
+    out.push('}');
+    Ok(())
 }
 
 /// The events with the id of the transaction that stores them.
@@ -363,6 +498,14 @@ fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>> {
         .iter()
         .map(|batch| batch.project(&kept).map_err(arrow_failed))
         .collect()
+}
+
+/// About the memory of the columns that have values.
+fn value_bytes(batch: &RecordBatch) -> usize {
+    (batch.columns().iter())
+        .filter(|column| has_values(column))
+        .map(|column| column.get_array_memory_size())
+        .sum()
 }
 
 fn has_values(column: &ArrayRef) -> bool {

@@ -6,9 +6,11 @@ use rakam_event::names::CollectionName;
 use rakam_files::format::{Format, Options};
 
 use super::task::{self, Task};
-use crate::catalog::projects::{self, Right};
+use crate::catalog::audit;
+use crate::catalog::projects::Right;
 use crate::files::load::Request;
 use crate::files::place::{self, Access};
+use crate::ingest::collect::writable_project;
 use crate::pg::jsonb::JsonbText;
 use crate::pg::{ErrorReport, PgError, not_null, security};
 
@@ -28,30 +30,28 @@ fn copy_from(
     format: default!(Option<&str>, "NULL"),
     options: default!(Option<JsonbText>, "'{}'"),
 ) -> std::result::Result<i64, ErrorReport> {
-    let project = projects::authorize(not_null(project, "project")?, Right::Write)?;
-    let collection = CollectionName::parse(not_null(collection, "collection")?)
-        .map_err(PgError::from)?
-        .into_string();
-    let url = not_null(url, "url")?;
-    let format = format
-        .map(Format::parse)
-        .transpose()
-        .map_err(PgError::from)?;
-    let options = options.map_or_else(|| "{}".to_owned(), |options| options.0);
-    let parsed = Options::parse(&options).map_err(PgError::from)?;
-    if let Some(format) = format {
-        parsed.ensure_for(format).map_err(PgError::from)?;
-    }
-    let place = place::resolve(&project, url, Access::Read)?;
-    let events = task::run(&Task::CopyFrom(Request {
-        project_id: project.id,
-        collection,
-        url: url.to_owned(),
-        place,
-        format: format.map(|format| format.name().to_owned()),
-        options,
-        admin: project.allows(security::current_user(), Right::Admin),
-    }))?;
+    let events = audit::call("copy_from", project, collection, || {
+        let project = writable_project(not_null(project, "project")?)?;
+        let collection = CollectionName::parse(not_null(collection, "collection")?)?.into_string();
+        let url = not_null(url, "url")?;
+        let format = format.map(Format::parse).transpose()?;
+        let options = options.map_or_else(|| "{}".to_owned(), |options| options.0);
+        let parsed = Options::parse(&options)?;
+        if let Some(format) = format {
+            parsed.ensure_for(format)?;
+        }
+        let place = place::resolve(&project, url, Access::Read)?;
+        task::run(&Task::CopyFrom(Request {
+            project_id: project.id,
+            collection,
+            url: url.to_owned(),
+            place,
+            format: format.map(|format| format.name().to_owned()),
+            options,
+            admin: project.allows(security::current_user(), Right::Admin),
+            fixed: project.is_fixed,
+        }))
+    })?;
     let events = events
         .as_i64()
         .ok_or_else(|| PgError::internal("malformed reply of a load"))?;

@@ -112,7 +112,8 @@ impl Converter {
             Rows::Events(events) => {
                 let mut discovery = Discovery::new(&self.schema, self.limits.max_fields);
                 for event in events {
-                    discovery.observe(&event.json);
+                    // They come after whatever was dropped.
+                    discovery.observe(&event.json, i64::MAX, i64::MAX);
                 }
                 for (name, ty) in discovery.new_fields() {
                     add(&name, ty, &mut fields);
