@@ -435,6 +435,32 @@ CREATE TABLE rakam_internal.session_span (
 CREATE INDEX session_span_actor ON rakam_internal.session_span (project_id, actor, last_at);
 CREATE INDEX session_span_seen ON rakam_internal.session_span (seen_at);
 
+-- A load of files under way or interrupted: how far it has been stored. The key is a hash of the call and of the files.
+CREATE TABLE rakam_internal.file_load (
+  load_key      bytea PRIMARY KEY,
+  project_id    int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
+  collection_id int NOT NULL REFERENCES rakam_internal.collection ON DELETE CASCADE,
+  file          int NOT NULL DEFAULT 0,                  -- files stored in full
+  next_row      bigint NOT NULL DEFAULT 0,               -- of the file after them: records, bytes and lines stored
+  next_byte     bigint NOT NULL DEFAULT 0,
+  next_line     bigint NOT NULL DEFAULT 0,
+  events        bigint NOT NULL DEFAULT 0,
+  started_at    timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  updated_at    timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+) WITH (fillfactor = 50);
+CREATE INDEX file_load_collection ON rakam_internal.file_load (collection_id);
+
+-- What workers are doing now; a row whose process is gone is nobody's and is removed by the next one of its pid.
+CREATE TABLE rakam_internal.progress (
+  pid        int PRIMARY KEY,
+  project_id int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
+  what       text NOT NULL,
+  done       bigint NOT NULL DEFAULT 0,
+  total      bigint NOT NULL,
+  unit       text NOT NULL,
+  started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+) WITH (fillfactor = 50);
+
 CREATE TABLE rakam_internal.job (
   job_key     text COLLATE "C" PRIMARY KEY,
   failures    int NOT NULL DEFAULT 0,

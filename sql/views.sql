@@ -69,8 +69,14 @@ FROM rakam_internal.collection_sizes();
 CREATE VIEW rakam.audit_log WITH (security_invoker = true) AS
 SELECT at, role, project, call, object, outcome FROM rakam_internal.audit_log;
 
+CREATE VIEW rakam.stat_progress WITH (security_invoker = true) AS
+SELECT r.pid, p.name AS project, r.what, r.done, r.total, r.unit, r.started_at
+FROM rakam_internal.progress r JOIN rakam_internal.project p USING (project_id)
+WHERE rakam_internal.is_running(r.pid);
+
 GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.schema_versions,
-  rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.audit_log TO PUBLIC;
+  rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.audit_log,
+  rakam.stat_progress TO PUBLIC;
 
 COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
 COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
@@ -82,3 +88,4 @@ COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their
 COMMENT ON VIEW rakam.dead_letter IS 'Events and records that could not be stored, with the reason';
 COMMENT ON VIEW rakam.audit_log IS 'Calls that change or export something, refused ones included: who, when, project, call, outcome';
 COMMENT ON VIEW rakam.stat_collection IS 'Events and bytes of each collection, tier by tier';
+COMMENT ON VIEW rakam.stat_progress IS 'How far the calls and background steps that work on one''s projects are';

@@ -9,6 +9,7 @@ use pgrx::{extension_sql_file, pg_guard};
 
 pub mod catalog;
 pub mod fdw;
+pub mod files;
 pub mod ingest;
 pub mod pg;
 pub mod projects;
@@ -53,7 +54,8 @@ extension_sql_file!(
         storages,
         data_files,
         collection_sizes,
-        avro_schema
+        avro_schema,
+        is_running
     ]
 );
 extension_sql_file!(

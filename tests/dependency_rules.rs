@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module of `src/` → the other modules it may name.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("pg", &[]),
     ("catalog", &["pg"]),
     ("views", &["catalog", "pg"]),
@@ -15,6 +15,7 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("ingest", &["views", "catalog", "pg"]),
     ("tiers", &["ingest", "catalog", "pg"]),
     ("fdw", &["ingest", "catalog", "pg"]),
+    ("files", &["ingest", "catalog", "pg"]),
     ("query", &["catalog", "pg"]),
     (
         "product",
@@ -25,7 +26,8 @@ const ARROWS: [(&str, &[&str]); 11] = [
     (
         "workers",
         &[
-            "product", "query", "fdw", "tiers", "ingest", "projects", "views", "catalog", "pg",
+            "product", "query", "files", "fdw", "tiers", "ingest", "projects", "views", "catalog",
+            "pg",
         ],
     ),
     // The tests inside a server: like workers, they run steps of every module.
@@ -38,11 +40,12 @@ const ARROWS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crate → the crates of this workspace it may depend on.
-const CRATE_ARROWS: [(&str, &[&str]); 6] = [
+const CRATE_ARROWS: [(&str, &[&str]); 7] = [
     ("event", &[]),
     ("lake", &["event"]),
     ("engine", &["event", "lake"]),
     ("mappers", &["event"]),
+    ("files", &["event"]),
     ("sources", &["event"]),
     ("iceberg", &["event", "lake"]),
 ];

@@ -1,13 +1,16 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
 benches/sql/run.sh                 everything
-benches/sql/run.sh collect idle    some of: collect batch size scan floor idle
+benches/sql/run.sh collect idle    some of: collect batch files size scan floor idle
+
+RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -19,13 +22,15 @@ sys.path[:0] = [str(ROOT / "pg_test"), str(ROOT / "demo"), str(Path(__file__).pa
 
 import clickstream  # noqa: E402
 import duckdb  # noqa: E402
+import pyarrow  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, wakeups, wall_s  # noqa: E402
 
-CHAPTERS = ["collect", "batch", "size", "scan", "floor", "idle"]
+CHAPTERS = ["collect", "batch", "files", "size", "scan", "floor", "idle"]
 CLICKS = 120_000
+HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "10000000"))
 BATCH = 500
 IDLE_S = 30
 FLIGHT_COLUMNS = {
@@ -214,6 +219,65 @@ class Bench:
 
     def workers(self) -> list[int]:
         return [pid for pid, title in self.cluster.processes().items() if "rakam" in title]
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def files(self) -> None:
+        """Flights over three years in no order: copy_from against COPY into a heap table and DuckDB writing Parquet."""
+        folder = self.cluster.make_folder("history")
+        flown = pyarrow.Table.from_pylist(self.events)
+        self.duck.register("flown", flown)
+        columns = ", ".join(["_user", *(c for c in FLIGHT_COLUMNS if c != "time_hour")])
+        shift = "to_years((k % 3)::int - 1) + to_minutes((k * 7)::int)"
+        self.duck.execute(
+            f"""COPY (SELECT _time::timestamptz + {shift} AS _time, {columns}, time_hour::timestamptz + {shift} AS time_hour
+                     FROM flown, range({HISTORY} // {len(self.events)} + 1) t(k) ORDER BY hash(k, flight, _time, tailnum)
+                     LIMIT {HISTORY}) TO '{folder}/history.parquet' (FORMAT parquet, COMPRESSION zstd)"""
+        )
+        self.duck.unregister("flown")
+        rows = f"read_parquet('{folder}/history.parquet')"
+        self.duck.execute(f"COPY (SELECT * FROM {rows}) TO '{folder}/history.csv' (HEADER)")
+        typed = ", ".join(
+            f"{name} {kind}" for name, kind in {"_time": "timestamptz", "_user": "text", **FLIGHT_COLUMNS}.items()
+        )
+        names = ", ".join(["_time", "_user", *(c for c in FLIGHT_COLUMNS if c != "time_hour"), "time_hour"])
+        taken = {}
+        self.db.admin.execute(f"CREATE TABLE heap_history ({typed})")
+        taken["heap"] = wall_s(
+            lambda: self.db.admin.execute(
+                f"COPY heap_history ({names}) FROM '{folder}/history.csv' (FORMAT csv, HEADER)"
+            )
+        )
+        for kind in ("parquet", "csv"):
+            project = f"history_{kind}"
+            self.db.project(project, "lake")
+            call = f"SELECT rakam.copy_from('{project}', 'departure', 'file://{folder}/history.{kind}')"
+            before = self.workers_cpu()
+            taken[kind] = wall_s(lambda call=call: self.db.admin.execute(call))
+            cpu = self.workers_cpu() - before
+            duck = wall_s(
+                lambda kind=kind: self.duck.execute(
+                    f"COPY (SELECT * FROM '{folder}/history.{kind}') TO '{folder}/copy.parquet' (FORMAT parquet, COMPRESSION zstd)"
+                )
+            )
+            speed = f"{HISTORY / taken[kind]:,.0f}/s"
+            goal = "≥ 3" if kind == "parquet" else "≥ 1.5"
+            self.table.add(
+                f"copy_from {kind}, {HISTORY:,} events", speed, f"COPY csv into heap {HISTORY / taken['heap']:,.0f}/s",
+                taken["heap"] / taken[kind], goal,
+            )  # fmt: skip
+            self.table.add(f"copy_from {kind}", speed, f"DuckDB to Parquet {HISTORY / duck:,.0f}/s", duck / taken[kind], "")
+            self.table.add(f"copy_from {kind}, worker CPU per event", f"{cpu / HISTORY * 1e6:.2f} µs", "", None, "")
+            before = self.workers_cpu()
+            flush = wall_s(lambda project=project: self.db.flush(project))
+            cpu = self.workers_cpu() - before
+            files, small = self.db.admin.execute(
+                "SELECT count(*), count(*) FILTER (WHERE bytes < pg_size_bytes(current_setting('rakam.target_file_size')) / 2)"
+                " FROM rakam.data_files WHERE project = %s", (project,),
+            ).fetchone()  # fmt: skip
+            self.table.add(f"its flush, {flush:.0f} s: worker CPU per event", f"{cpu / HISTORY * 1e6:.2f} µs", "", None, "")
+            self.table.add("files; below half the target size", f"{files}; {small}", "", None, "≤ 40")
+        shutil.rmtree(folder)
 
     # -- size ----------------------------------------------------------------------------------------------------
 

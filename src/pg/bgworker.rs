@@ -201,6 +201,12 @@ pub fn extra() -> [u8; 128] {
     extra.map(|b| b as u8)
 }
 
+/// Whether a process of this server has this id.
+pub fn is_running(pid: i32) -> bool {
+    // SAFETY: looks the id up in the server's own table; zero is never in it.
+    pid > 0 && unsafe { !pg_sys::BackendPidGetProc(pid).is_null() }
+}
+
 pub fn my_pid() -> i32 {
     // SAFETY: reads a backend variable.
     unsafe { pg_sys::MyProcPid }

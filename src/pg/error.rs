@@ -125,6 +125,14 @@ impl From<rakam_lake::error::LakeError> for PgError {
     }
 }
 
+impl From<rakam_files::FilesError> for PgError {
+    fn from(error: rakam_files::FilesError) -> Self {
+        let mut out = Self::new(error.sqlstate(), error.to_string());
+        out.hint = error.hint();
+        out
+    }
+}
+
 /// The value of an argument that must not be NULL.
 pub fn not_null<T>(value: Option<T>, argument: &str) -> Result<T> {
     value.ok_or_else(|| PgError::new("22004", format!("argument \"{argument}\" must not be null")))

@@ -25,6 +25,8 @@ pub enum LockOn {
     Ids(i32),
     /// Merging the runs of ids of a project.
     IdMerge(i32),
+    /// A load of files, by a hash of its key: the same call runs once at a time.
+    Load(i32),
 }
 
 /// How many locks the writers of event ids share: few enough that one transaction may take all of them.
@@ -41,6 +43,7 @@ impl LockOn {
             Self::Gc => (105, 0),
             Self::Ids(slot) => (120, slot),
             Self::IdMerge(project_id) => (121, project_id),
+            Self::Load(key) => (106, key),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -4,6 +4,7 @@
 pub mod activity;
 pub mod bgworker;
 pub mod condition;
+pub mod cursor;
 pub mod dsm;
 pub mod error;
 pub mod exit;

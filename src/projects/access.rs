@@ -11,7 +11,7 @@ use pgrx::trigger_support::PgTrigger;
 use pgrx::{AllocatedByPostgres, name, pg_extern, pg_trigger};
 
 use crate::catalog::{monitor, projects};
-use crate::pg::{ErrorReport, invalidation};
+use crate::pg::{ErrorReport, bgworker, invalidation};
 
 /// The projects whose data the effective user may read (roles read and admin).
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
@@ -127,4 +127,10 @@ fn collection_sizes() -> std::result::Result<
 > {
     let rows = monitor::collection_sizes(&projects::scope()?.member)?;
     Ok(TableIterator::new(rows))
+}
+
+/// Whether a process of this server has this id: what a process says of itself counts while it lives.
+#[pg_extern(schema = "rakam_internal", volatile, parallel_safe, strict)]
+fn is_running(pid: i32) -> bool {
+    bgworker::is_running(pid)
 }

@@ -1,22 +1,31 @@
 //! Flush: a collection's chunks become data files.
 //!
-//! First transaction: which chunks, and (for storages outside of Postgres) an intent per object. Then the objects are
-//! written, outside of any transaction. Last transaction: chunks out, files in, intents gone. A crash before
+//! In steps, each of bounded memory and few files. What fits one step is written as it is; a larger backlog is taken
+//! period by period ([`rakam_lake::backlog`]), for which chunks of many months are first rewritten as chunks of one
+//! month each.
+//!
+//! First transaction of a step: which chunks, and (for storages outside of Postgres) an intent per object. Then the
+//! objects are written, outside of any transaction. Last transaction: chunks out, files in, intents gone. A crash before
 //! it leaves the chunks and perhaps objects that have an intent, which [`super::gc`] deletes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use arrow::array::RecordBatch;
 use rakam_event::schema::Schema;
-use rakam_lake::period::{self, PeriodFile};
+use rakam_lake::backlog::{self, Bounds, ChunkSpan, FEW_FILES, MAX_FILES, SCATTERED_FILES};
+use rakam_lake::chunk::{self, ChunkFormat};
+use rakam_lake::period::{self, Period, PeriodFile, Plan};
 use rakam_lake::sort::{SortedRows, count_days};
+use rakam_lake::stats;
 use rakam_lake::storage::{DirectoryStorage, StorageUrl};
 use rakam_lake::write::{FileOptions, FileWriter, WrittenFile};
-use rakam_lake::{chunk, stats};
 use uuid::Uuid;
 
+use crate::catalog::load;
 use crate::catalog::manifest::{self, NewFile, StorageRow};
+use crate::catalog::progress::{self, Progress};
 use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -24,6 +33,8 @@ use crate::pg::{PgError, Result, failpoint, guc, wait};
 use crate::tiers::delete;
 
 const BATCH_ROWS: usize = 8192;
+/// Rows of a chunk that a split makes.
+const SPLIT_ROWS: usize = 65_536;
 
 /// What a flush wrote.
 #[derive(Debug, Clone, Copy, Default)]
@@ -36,33 +47,175 @@ pub struct Flushed {
 /// Writes all chunks that a collection has when called. Waits for another job on the collection.
 pub fn collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
     let job = SessionLock::take(LockOn::CollectionJob(collection_id));
-    flush_locked(collection_id, job)
+    flush_locked(collection_id, false, job)
 }
 
-/// As [`collection`], unless another job has the collection.
+/// As [`collection`], unless another job has the collection. While history is loaded into it, only the months of which
+/// there is most: the others wait for more.
 pub fn try_collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
-    match SessionLock::try_take(LockOn::CollectionJob(collection_id)) {
-        Some(job) => flush_locked(collection_id, job),
-        None => Ok(Flushed::default()),
-    }
+    let Some(job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
+        return Ok(Flushed::default());
+    };
+    let loading = xact::worker(|| load::loading(View::Current))?.contains(&collection_id);
+    flush_locked(collection_id, loading, job)
 }
 
-fn flush_locked(collection_id: i32, _job: SessionLock) -> std::result::Result<Flushed, Failure> {
-    let mut total = Flushed::default();
+fn flush_locked(
+    collection_id: i32,
+    largest: bool,
+    _job: SessionLock,
+) -> std::result::Result<Flushed, Failure> {
+    let bounds = bounds();
     // Chunks digested meanwhile are left for the next flush, so that a busy collection ends, too.
-    let last = xact::worker(|| {
-        let chunks = manifest::chunks(View::Current, collection_id, None)?;
-        Ok(chunks.iter().map(|c| c.chunk_id).max())
-    })?;
-    let Some(last) = last else {
-        return Ok(total);
+    let mut chunks = spans(collection_id)?;
+    if largest {
+        let of_one_month: Vec<ChunkSpan> = (chunks.iter().copied())
+            .filter(|c| c.month().is_some())
+            .collect();
+        let half = bytes(&chunks) / 2;
+        if bytes(&of_one_month) >= half {
+            chunks = backlog::largest(&of_one_month, half);
+        }
+    }
+    if bytes(&chunks) <= bounds.step_bytes {
+        let write = Write {
+            finest: Period::Day,
+            most: FEW_FILES,
+            split_beyond: Some(MAX_FILES),
+        };
+        match step(collection_id, &ids(&chunks), write)? {
+            Done::Written(flushed) => return Ok(flushed),
+            Done::Split => chunks = spans(collection_id)?,
+        }
+    }
+    let collection = xact::worker(|| registry::collection_by_id(View::Current, collection_id))?;
+    let Some(collection) = collection else {
+        return Ok(Flushed::default());
     };
-    while let Some(done) = step(collection_id, last)? {
-        total.events += done.events;
-        total.files += done.files;
-        total.bytes += done.bytes;
+    let total = bytes(&chunks);
+    progress::show(collection.project_id, "flush", "bytes", total, |shown| {
+        in_steps(collection_id, chunks, bounds, shown)
+    })
+}
+
+/// Writes more chunks than fit one step.
+fn in_steps(
+    collection_id: i32,
+    mut chunks: Vec<ChunkSpan>,
+    bounds: Bounds,
+    shown: &mut Progress,
+) -> std::result::Result<Flushed, Failure> {
+    let mut total = Flushed::default();
+    let mut split = false;
+    for part in scattered(&chunks, bounds.step_bytes) {
+        let write = Write {
+            finest: Period::Day,
+            most: FEW_FILES,
+            split_beyond: Some(SCATTERED_FILES),
+        };
+        match step(collection_id, &part, write)? {
+            Done::Written(flushed) => total += flushed,
+            Done::Split => split = true,
+        }
+    }
+    if split {
+        chunks = spans(collection_id)?;
+    }
+    chunks.retain(|c| c.month().is_some());
+    let sizes: HashMap<i64, u64> = chunks.iter().map(|c| (c.id, c.bytes)).collect();
+    let mut written = 0;
+    for next in backlog::steps(&chunks, bounds) {
+        let write = Write {
+            finest: next.finest,
+            most: MAX_FILES,
+            split_beyond: None,
+        };
+        if let Done::Written(flushed) = step(collection_id, &next.chunks, write)? {
+            total += flushed;
+        }
+        written += next
+            .chunks
+            .iter()
+            .filter_map(|id| sizes.get(id))
+            .sum::<u64>();
+        shown.set(written)?;
     }
     Ok(total)
+}
+
+impl std::ops::AddAssign for Flushed {
+    fn add_assign(&mut self, more: Self) {
+        self.events += more.events;
+        self.files += more.files;
+        self.bytes += more.bytes;
+    }
+}
+
+fn bounds() -> Bounds {
+    let target_bytes = guc::target_file_bytes() as u64;
+    Bounds {
+        // Files of half the target are no small files: a step need not take more for one period.
+        step_bytes: (guc::flush_size_bytes() as u64).max(target_bytes / 2),
+        target_bytes,
+        min_file_events: guc::min_file_events(),
+    }
+}
+
+/// The collection's chunks as they are now, oldest first.
+fn spans(collection_id: i32) -> std::result::Result<Vec<ChunkSpan>, Failure> {
+    xact::worker(|| {
+        let chunks = manifest::chunks(View::Current, collection_id, None)?;
+        let span = |c: &manifest::ChunkRow| ChunkSpan {
+            id: c.chunk_id,
+            n: u64::from(c.n.unsigned_abs()),
+            bytes: u64::from(c.bytes.unsigned_abs()),
+            first_day: period::day_of(c.min_time_us),
+            last_day: period::day_of(c.max_time_us),
+        };
+        Ok(chunks.iter().map(span).collect())
+    })
+}
+
+fn bytes(chunks: &[ChunkSpan]) -> u64 {
+    chunks.iter().map(|c| c.bytes).sum()
+}
+
+fn ids(chunks: &[ChunkSpan]) -> Vec<i64> {
+    chunks.iter().map(|c| c.id).collect()
+}
+
+/// The chunks of several months, in parts that fit a step.
+fn scattered(chunks: &[ChunkSpan], step_bytes: u64) -> Vec<Vec<i64>> {
+    let mut parts = Vec::new();
+    let mut part = Vec::new();
+    let mut bytes = 0;
+    for chunk in chunks.iter().filter(|c| c.month().is_none()) {
+        if bytes > 0 && bytes + chunk.bytes > step_bytes {
+            parts.push(std::mem::take(&mut part));
+            bytes = 0;
+        }
+        bytes += chunk.bytes;
+        part.push(chunk.id);
+    }
+    if !part.is_empty() {
+        parts.push(part);
+    }
+    parts
+}
+
+/// How the rows of a step are to be spread over files.
+#[derive(Clone, Copy)]
+struct Write {
+    finest: Period,
+    /// Coarser periods are taken rather than more files than this.
+    most: usize,
+    /// If there would be more files all the same, the rows become chunks of one month each instead.
+    split_beyond: Option<usize>,
+}
+
+enum Done {
+    Written(Flushed),
+    Split,
 }
 
 /// A file written, not yet in the manifest.
@@ -72,7 +225,16 @@ struct Output {
     file: WrittenFile<Vec<u8>>,
 }
 
-/// One bounded part of a flush: as many chunks as fit the flush size.
+/// What the first transaction of a step made of its chunks.
+enum Prepared {
+    /// There was nothing to write.
+    Nothing,
+    /// Chunks of one month each.
+    Split,
+    Files(Box<Step>),
+}
+
+/// One bounded part of a flush: its chunks, as files.
 struct Step {
     project: ProjectRow,
     collection: Collection,
@@ -83,9 +245,11 @@ struct Step {
     flush_id: Uuid,
 }
 
-fn step(collection_id: i32, last: i64) -> std::result::Result<Option<Flushed>, Failure> {
-    let Some(step) = xact::worker(|| prepare(collection_id, last))? else {
-        return Ok(None);
+fn step(collection_id: i32, chunk_ids: &[i64], write: Write) -> std::result::Result<Done, Failure> {
+    let step = match xact::worker(|| prepare(collection_id, chunk_ids, write))? {
+        Prepared::Nothing => return Ok(Done::Written(Flushed::default())),
+        Prepared::Split => return Ok(Done::Split),
+        Prepared::Files(step) => step,
     };
     failpoint::hit("flush.after_intent");
     if let Some(directory) = directory(&step.storage).map_err(Failure::Error)? {
@@ -97,7 +261,7 @@ fn step(collection_id: i32, last: i64) -> std::result::Result<Option<Flushed>, F
         }
     }
     failpoint::hit("flush.after_upload");
-    xact::worker(|| commit(&step)).map(Some)
+    xact::worker(|| commit(&step)).map(Done::Written)
 }
 
 /// The directory behind a storage; None for the default storage, which is a table.
@@ -114,43 +278,35 @@ pub fn directory(storage: &StorageRow) -> Result<Option<DirectoryStorage>> {
 }
 
 /// First transaction: reads the chunks and makes the files in memory; announces the objects.
-fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
+fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepared> {
     let view = View::Current;
+    if chunk_ids.is_empty() {
+        return Ok(Prepared::Nothing);
+    }
     let Some(collection) = registry::collection_by_id(view, collection_id)? else {
-        return Ok(None);
+        return Ok(Prepared::Nothing);
     };
     let Some(project) = registry::project_by_id(view, collection.project_id)? else {
-        return Ok(None);
+        return Ok(Prepared::Nothing);
     };
     let storage = manifest::storage(view, project.storage_id)?
         .ok_or_else(|| PgError::internal("a project's storage is not registered"))?;
     let schema = registry::schema(view, &collection)?;
-    let mut chunk_ids = Vec::new();
-    let mut batches = Vec::new();
-    let mut bytes = 0;
-    for chunk in manifest::chunks(view, collection_id, None)? {
-        wait::check_interrupts();
-        if chunk.chunk_id > last
-            || (bytes > 0 && bytes + i64::from(chunk.bytes) > guc::flush_size_bytes())
-        {
-            break;
-        }
-        bytes += i64::from(chunk.bytes);
-        let data = manifest::chunk_data(view, chunk.chunk_id)?
-            .ok_or_else(|| PgError::internal("a chunk vanished under the collection's job lock"))?;
-        let batch = chunk::read(chunk.format, data.into(), &schema)?;
-        batches.push(delete::without_deleted(
-            collection_id,
-            chunk.chunk_id,
-            batch,
-        )?);
-        chunk_ids.push(chunk.chunk_id);
+    let batches = read(collection_id, chunk_ids, &schema)?;
+    let mut counts = BTreeMap::new();
+    for batch in &batches {
+        count_days(batch, &mut counts)?;
     }
-    if chunk_ids.is_empty() {
-        return Ok(None);
+    let plan = period::plan_within(write.finest, &counts, guc::min_file_events(), write.most);
+    if write
+        .split_beyond
+        .is_some_and(|most| plan.files().len() > most)
+    {
+        split(&collection, &schema, chunk_ids, &batches)?;
+        return Ok(Prepared::Split);
     }
     let flush_id = Uuid::now_v7();
-    let outputs = write_files(&project, &collection, &schema, &batches, flush_id)?;
+    let outputs = write_files(&project, &collection, &schema, &batches, &plan, flush_id)?;
     if storage.kind != "local" {
         for output in &outputs {
             manifest::add_intent(
@@ -162,15 +318,56 @@ fn prepare(collection_id: i32, last: i64) -> Result<Option<Step>> {
             )?;
         }
     }
-    Ok(Some(Step {
+    Ok(Prepared::Files(Box::new(Step {
         project,
         collection,
         storage,
         schema,
-        chunk_ids,
+        chunk_ids: chunk_ids.to_vec(),
         outputs,
         flush_id,
-    }))
+    })))
+}
+
+/// The events of the chunks, in the collection's present layout.
+fn read(collection_id: i32, chunk_ids: &[i64], schema: &Schema) -> Result<Vec<RecordBatch>> {
+    let vanished = || PgError::internal("a chunk vanished under the collection's job lock");
+    let formats: HashMap<i64, ChunkFormat> = manifest::chunks(View::Current, collection_id, None)?
+        .into_iter()
+        .map(|chunk| (chunk.chunk_id, chunk.format))
+        .collect();
+    let mut batches = Vec::with_capacity(chunk_ids.len());
+    for id in chunk_ids {
+        wait::check_interrupts();
+        let format = formats.get(id).ok_or_else(vanished)?;
+        let data = manifest::chunk_data(View::Current, *id)?.ok_or_else(vanished)?;
+        let batch = chunk::read(*format, data.into(), schema)?;
+        batches.push(delete::without_deleted(collection_id, *id, batch)?);
+    }
+    Ok(batches)
+}
+
+/// Rewrites chunks of many months as chunks of one month each.
+fn split(
+    collection: &Collection,
+    schema: &Schema,
+    chunk_ids: &[i64],
+    batches: &[RecordBatch],
+) -> Result<()> {
+    let target = Target {
+        project_id: collection.project_id,
+        collection_id: collection.id,
+        schema_version: schema.version,
+        level: 0,
+        since_us: None,
+    };
+    backlog::split_by_month(batches, SPLIT_ROWS, |part| {
+        wait::check_interrupts();
+        append(target, &part)
+    })?;
+    delete_chunks(collection, chunk_ids)?;
+    failpoint::hit("flush.after_split");
+    Ok(())
 }
 
 fn write_files(
@@ -178,13 +375,9 @@ fn write_files(
     collection: &Collection,
     schema: &Schema,
     batches: &[RecordBatch],
+    plan: &Plan,
     flush_id: Uuid,
 ) -> Result<Vec<Output>> {
-    let mut counts = BTreeMap::new();
-    for batch in batches {
-        count_days(batch, &mut counts)?;
-    }
-    let plan = period::plan(&counts, guc::min_file_events());
     let target = guc::target_file_bytes() as u64;
     let mut outputs = Vec::new();
     for (index, period) in plan.files().iter().enumerate() {
@@ -212,7 +405,7 @@ fn write_files(
         };
         let mut writer = FileWriter::new(schema, &options, Vec::new());
         let mut rows = 0;
-        for batch in SortedRows::of_file(batches, BATCH_ROWS, &plan, index)? {
+        for batch in SortedRows::of_file(batches, BATCH_ROWS, plan, index)? {
             wait::check_interrupts();
             if writer.estimated_bytes() >= target {
                 finish(std::mem::replace(
@@ -235,16 +428,7 @@ fn write_files(
 /// Last transaction: the same rows leave the chunks and enter the manifest.
 fn commit(step: &Step) -> Result<Flushed> {
     locks::transaction(LockOn::Manifest(step.collection.id));
-    let deleted = manifest::delete_chunks(&step.chunk_ids)?;
-    if deleted != step.chunk_ids.len() as u64 {
-        return Err(PgError::new(
-            "40001",
-            format!(
-                "chunks of collection \"{}\" changed during a flush",
-                step.collection.name
-            ),
-        ));
-    }
+    delete_chunks(&step.collection, &step.chunk_ids)?;
     let mut flushed = Flushed::default();
     for output in &step.outputs {
         wait::check_interrupts();
@@ -290,4 +474,18 @@ fn commit(step: &Step) -> Result<Flushed> {
     )?;
     failpoint::hit("flush.before_commit");
     Ok(flushed)
+}
+
+/// Deletes exactly these chunks.
+fn delete_chunks(collection: &Collection, chunk_ids: &[i64]) -> Result<()> {
+    if manifest::delete_chunks(chunk_ids)? == chunk_ids.len() as u64 {
+        return Ok(());
+    }
+    Err(PgError::new(
+        "40001",
+        format!(
+            "chunks of collection \"{}\" changed during a flush",
+            collection.name
+        ),
+    ))
 }

@@ -3,10 +3,11 @@
 //! Chunks are counted once; then only the new ones are read, by id, so that a look costs what happened since and not what
 //! there is. A transaction that stored a chunk and committed late is found by the next count.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::merge;
+use crate::catalog::load;
 use crate::catalog::manifest::{self, ChunkRow};
 use crate::pg::guc;
 use crate::pg::spi::View;
@@ -14,6 +15,9 @@ use crate::pg::xact::{self, Failure};
 
 /// After so long everything is counted again.
 const COUNT_INTERVAL: Duration = Duration::from_secs(600);
+
+/// While history is being loaded, chunks wait for more of their month until they are so many times the flush size.
+const LOADING_SIZES: i64 = 64;
 
 /// What is to be done with a collection's chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +74,10 @@ impl Limits {
         }
     }
 
-    fn is_worth_files(&self, collection: &Collection) -> bool {
+    fn is_worth_files(&self, collection: &Collection, loading: bool) -> bool {
+        if loading {
+            return collection.bytes >= self.flush_bytes.saturating_mul(LOADING_SIZES);
+        }
         let age_us = self.now_us - collection.oldest_us;
         collection.bytes >= self.flush_bytes
             || age_us >= self.interval_us && collection.events >= self.min_events
@@ -84,6 +91,8 @@ pub struct Hot {
     collections: HashMap<i32, Collection>,
     /// Those that may have something to merge.
     changed: BTreeSet<i32>,
+    /// Those into which history is being loaded.
+    loading: HashSet<i32>,
     last_chunk: i64,
     counted: Option<Instant>,
 }
@@ -95,6 +104,7 @@ impl Hot {
 
     /// Reads what is new.
     pub fn refresh(&mut self) -> Result<(), Failure> {
+        self.loading = xact::worker(|| load::loading(View::Current))?;
         let chunks = if self.counted.is_some_and(|at| at.elapsed() < COUNT_INTERVAL) {
             xact::worker(|| manifest::chunks_after(View::Current, self.last_chunk))?
         } else {
@@ -141,7 +151,7 @@ impl Hot {
         let mut total: i64 = self.collections.values().map(|c| c.bytes).sum();
         let mut flush = BTreeSet::new();
         for (id, collection) in &self.collections {
-            if limits.is_worth_files(collection) {
+            if limits.is_worth_files(collection, self.loading.contains(id)) {
                 flush.insert(*id);
                 total -= collection.bytes;
             }
@@ -236,6 +246,20 @@ mod tests {
         ]);
         let due = hot.due_by(&LIMITS);
         assert_eq!(due, [4, 2, 5].map(|id| (id, Work::Flush)));
+    }
+
+    #[test]
+    fn history_being_loaded_waits_for_more() {
+        let mut loaded = hot(&[chunk(1, 60, 63_999, 100), chunk(2, 60, 1_000, 990)]);
+        loaded.loading = HashSet::from([1, 3]);
+        let limits = Limits {
+            hot_bytes: 1_000_000,
+            ..LIMITS
+        };
+        assert_eq!(loaded.due_by(&limits), [(2, Work::Flush)]);
+        let mut full = hot(&[chunk(1, 60, 64_000, 990)]);
+        full.loading = HashSet::from([1]);
+        assert_eq!(full.due_by(&limits), [(1, Work::Flush)]);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! Chunks merge with others of their level only, so that each row is rewritten a few times at most. Row chunks become
 //! larger row chunks, and columns as soon as they have enough events together.
 
+use std::collections::BTreeMap;
+
 use rakam_lake::chunk::{self, ChunkFormat, ChunkInfo};
+use rakam_lake::period::{Period, day_of};
 use rakam_lake::row_chunk::{MAX_ROWS, Rows};
 
 use crate::catalog::manifest::{self, ChunkRow};
@@ -167,13 +170,14 @@ fn choose(chunks: &[ChunkRow]) -> Option<Choice<'_>> {
     (0..=levels)
         .flat_map(|level| formats.map(|(format, fan_in)| (level, format, fan_in)))
         .find_map(|(level, format, fan_in)| {
-            let small: Vec<&ChunkRow> = chunks
+            let mut months = BTreeMap::<Option<i32>, Vec<&ChunkRow>>::new();
+            for chunk in chunks
                 .iter()
                 .filter(|c| c.format == format && c.level == level && c.n < SMALL_ROWS)
-                .collect();
-            if small.len() < fan_in {
-                return None;
+            {
+                months.entry(month(chunk)).or_default().push(chunk);
             }
+            let small = months.into_values().find(|small| small.len() >= fan_in)?;
             let inputs = bounded(small);
             (inputs.len() > 1).then_some(Choice {
                 inputs,
@@ -181,6 +185,14 @@ fn choose(chunks: &[ChunkRow]) -> Option<Choice<'_>> {
                 level: level + 1,
             })
         })
+}
+
+/// The month of all events of a chunk of columns, as a load of history makes them: such chunks merge within their month
+/// only, since a flush would have to part them again.
+fn month(chunk: &ChunkRow) -> Option<i32> {
+    let month = |us| Period::Month.around(day_of(us)).0;
+    let first = month(chunk.min_time_us);
+    (chunk.format == ChunkFormat::Arrow && first == month(chunk.max_time_us)).then_some(first)
 }
 
 /// As many as one merge takes.
@@ -200,6 +212,8 @@ fn bounded(chunks: Vec<&ChunkRow>) -> Vec<&ChunkRow> {
 
 #[cfg(test)]
 mod tests {
+    use rakam_lake::period::MICROS_PER_DAY;
+
     use super::*;
 
     fn chunk(format: ChunkFormat, n: i32, level: i16) -> ChunkRow {
@@ -238,5 +252,12 @@ mod tests {
         chunks.push(chunk(Rows, 499, 1));
         assert_eq!(chosen(&chunks), Some((Rows, 0, ROWS_FAN_IN + 1)));
         assert_eq!(chosen(&vec![chunk(Arrow, SMALL_ROWS, 0); 20]), None);
+        // Chunks of one month keep to themselves.
+        let mut history = vec![chunk(Arrow, 600, 0); FAN_IN];
+        history[0].min_time_us = i64::from(31) * MICROS_PER_DAY;
+        history[0].max_time_us = history[0].min_time_us;
+        assert_eq!(chosen(&history), None);
+        history.push(chunk(Arrow, 600, 0));
+        assert_eq!(chosen(&history), Some((Arrow, 1, FAN_IN)));
     }
 }

@@ -13,6 +13,7 @@ use super::task::{self, Scope, Task};
 use super::{definitions, delete};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::{audit, inbox, registry};
+use crate::files::load;
 use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -201,6 +202,13 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
             ty,
         } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
         Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
+        Task::CopyFrom(request) => {
+            let loaded = load::run(request)?;
+            let (project, name) = (request.project_id, &request.collection);
+            sync_until(Duration::from_secs(5), || ddl::ensure_table(project, name))?;
+            sync_until(Duration::from_secs(5), || ddl::sync(loaded.collection_id))?;
+            Ok(json!(loaded.events))
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod cycle;
 pub mod definitions;
 pub mod delete;
+mod files;
 pub mod functions;
 mod health;
 pub mod helper;

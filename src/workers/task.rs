@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::delete::Deletion;
 use super::{definitions, functions};
+use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
 use crate::pg::spi::{self, View, arg};
@@ -42,6 +43,8 @@ pub enum Task {
     },
     /// Drops or renames a definition.
     Change(definitions::Change),
+    /// Load files into a collection.
+    CopyFrom(load::Request),
 }
 
 /// The collections a task is about.

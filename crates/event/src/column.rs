@@ -51,12 +51,12 @@ macro_rules! each {
     };
 }
 
-pub(crate) struct Column(Builder);
+pub struct Column(Builder);
 
 impl Column {
     /// A column of exactly this Arrow type, which is one that [`crate::types::FieldType::arrow`] gives (an
     /// element may have metadata).
-    pub(crate) fn new(data_type: &DataType) -> Result<Self, EventError> {
+    pub fn new(data_type: &DataType) -> Result<Self, EventError> {
         let unknown = || EventError::Arrow(format!("no field has the Arrow type {data_type}"));
         Ok(Self(match data_type {
             DataType::Boolean => Builder::Bool(BooleanBuilder::new()),
@@ -80,7 +80,7 @@ impl Column {
 
     /// Appends NULLs up to `row`, then the value; answers about how many bytes that took. A value of another
     /// type than the column's is NULL.
-    pub(crate) fn append(&mut self, row: usize, value: Value<'_>) -> usize {
+    pub fn append(&mut self, row: usize, value: Value<'_>) -> usize {
         self.pad(row);
         match (&mut self.0, value) {
             (Builder::Bool(b), Value::Bool(v)) => b.append_value(v),
@@ -138,7 +138,7 @@ impl Column {
     }
 
     /// The array of so many rows.
-    pub(crate) fn finish(mut self, rows: usize) -> ArrayRef {
+    pub fn finish(mut self, rows: usize) -> ArrayRef {
         self.pad(rows);
         each!(self.0, b => {
             let mut b = b;

@@ -8,7 +8,7 @@
 pub mod avro;
 pub mod batch;
 pub mod coerce;
-mod column;
+pub mod column;
 pub mod discovery;
 pub mod entry;
 pub mod error;

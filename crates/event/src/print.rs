@@ -93,16 +93,16 @@ pub(crate) fn text(array: &dyn Array, row: usize) -> Option<&str> {
     }
 }
 
-pub(crate) fn write_bool(value: bool, out: &mut String) {
+pub fn write_bool(value: bool, out: &mut String) {
     out.push_str(if value { "true" } else { "false" });
 }
 
-pub(crate) fn write_int(value: i64, out: &mut String) {
+pub fn write_int(value: i64, out: &mut String) {
     // Writing into a String cannot fail, here and below.
     let _ = write!(out, "{value}");
 }
 
-pub(crate) fn write_float8(value: f64, out: &mut String) {
+pub fn write_float8(value: f64, out: &mut String) {
     if value == 0.0 {
         out.push('0');
     } else if !value.is_finite() {
@@ -114,7 +114,7 @@ pub(crate) fn write_float8(value: f64, out: &mut String) {
     }
 }
 
-pub(crate) fn write_float4(value: f32, out: &mut String) {
+pub fn write_float4(value: f32, out: &mut String) {
     if value == 0.0 {
         out.push('0');
     } else if !value.is_finite() {
@@ -138,7 +138,7 @@ fn write_not_finite(value: f64, out: &mut String) {
 }
 
 /// An unscaled value with all digits of its scale.
-pub(crate) fn write_numeric(value: i128, scale: u8, out: &mut String) {
+pub fn write_numeric(value: i128, scale: u8, out: &mut String) {
     if value < 0 {
         out.push('-');
     }
@@ -160,7 +160,7 @@ pub(crate) fn write_timestamp(micros: i64, out: &mut String) {
     quoted(out, |out| time::write_timestamp(micros, out));
 }
 
-pub(crate) fn write_uuid(uuid: &[u8], out: &mut String) {
+pub fn write_uuid(uuid: &[u8], out: &mut String) {
     quoted(out, |out| net::write_uuid(uuid, out));
 }
 

@@ -1,10 +1,11 @@
 //! The lake: how events lie in chunks and data files, and how files are found, skipped and kept.
 //!
-//! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`period`], [`sort`] and [`mod@write`] (the road
-//! of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files), [`storage`] (where files lie),
-//! [`id_run`] (what de-duplication remembers).
+//! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`backlog`], [`period`], [`sort`]
+//! and [`mod@write`] (the road of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files),
+//! [`storage`] (where files lie), [`id_run`] (what de-duplication remembers).
 #![forbid(unsafe_code)]
 
+pub mod backlog;
 pub mod chunk;
 pub mod encoding;
 pub mod error;

@@ -112,6 +112,27 @@ pub fn day_of(time_us: i64) -> i32 {
 
 /// The finest files that are worth it, for events counted by day since 1970.
 pub fn plan(counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
+    plan_from(Period::Day, counts_per_day, min_file_events)
+}
+
+/// As [`plan`], but nothing finer than `finest`, and coarser still while there would be more than `most` files of a
+/// period finer than a year.
+pub fn plan_within(
+    finest: Period,
+    counts_per_day: &BTreeMap<i32, u64>,
+    min_file_events: u64,
+    most: usize,
+) -> Plan {
+    let mut plan = plan_from(finest, counts_per_day, min_file_events);
+    for coarser in [Period::Month, Period::Year] {
+        if plan.files.len() > most && finest < coarser {
+            plan = plan_from(coarser, counts_per_day, min_file_events);
+        }
+    }
+    plan
+}
+
+fn plan_from(finest: Period, counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
     let rest = |period: Period, days: &[(i32, u64)]| {
         let mut sums = BTreeMap::<i32, u64>::new();
         for &(day, n) in days {
@@ -124,7 +145,7 @@ pub fn plan(counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
     let mut of_day = BTreeMap::<i32, PeriodFile>::new();
     let mut small = Vec::new();
     for (&day, &n) in counts_per_day.iter().filter(|&(_, &n)| n > 0) {
-        if n >= min_file_events {
+        if finest == Period::Day && n >= min_file_events {
             of_day.insert(day, PeriodFile::of(Period::Day, day));
         } else {
             small.push((day, n));
@@ -133,9 +154,10 @@ pub fn plan(counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
     let months = rest(Period::Month, &small);
     for (day, _) in small {
         let month = PeriodFile::of(Period::Month, day);
-        let enough = months
-            .get(&month.first_day)
-            .is_some_and(|&n| n >= min_file_events);
+        let enough = finest <= Period::Month
+            && months
+                .get(&month.first_day)
+                .is_some_and(|&n| n >= min_file_events);
         let file = if enough {
             month
         } else {
@@ -309,6 +331,21 @@ mod tests {
         let plan = plan(&counts, 10_000);
         assert_eq!(plan.files().len(), 36);
         assert!(plan.files().iter().all(|f| f.period == Period::Month));
+    }
+
+    #[test]
+    fn a_bound_makes_periods_coarser() {
+        let counts = (date("2022-01-01")..=date("2024-12-31"))
+            .map(|d| (d, 12_000))
+            .collect();
+        let files = |finest, most| plan_within(finest, &counts, 10_000, most).files().to_vec();
+        assert_eq!(files(Period::Day, 2000).len(), 1096);
+        assert_eq!(files(Period::Month, 2000).len(), 36);
+        assert_eq!(files(Period::Day, 40).len(), 36);
+        assert_eq!(files(Period::Day, 35).len(), 3);
+        assert_eq!(files(Period::Month, 2), files(Period::Year, 2000));
+        // Years are the coarsest there is.
+        assert_eq!(files(Period::Day, 1).len(), 3);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::period::{Plan, day_of};
 const WHAT: &str = "sorted rows";
 
 /// The `_time` of each row, in microseconds.
-fn times(batch: &RecordBatch) -> Result<&[i64], LakeError> {
+pub(crate) fn times(batch: &RecordBatch) -> Result<&[i64], LakeError> {
     batch
         .column_by_name(TIME)
         .and_then(|column| column.as_primitive_opt::<TimestampMicrosecondType>())

@@ -1,0 +1,638 @@
+//! A file's column as a column of a field's type: whole columns at a time where the types agree, value by value by the
+//! rules of JSON events where they do not.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use arrow::array::types::{
+    ArrowPrimitiveType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
+    TimestampMicrosecondType,
+};
+use arrow::array::{Array, ArrayRef, AsArray, PrimitiveArray, StringArray};
+use arrow::datatypes::DataType;
+use rakam_event::coerce::{Misfit, Value, coerce};
+use rakam_event::column::Column;
+use rakam_event::error::EventError;
+use rakam_event::json::{self, Cutter, Kind, MAX_DEPTH};
+use rakam_event::number::Number;
+use rakam_event::time;
+use rakam_event::types::FieldType;
+use serde_json::value::RawValue;
+
+use crate::cell;
+
+/// Whole numbers up to here are exact as double precision.
+const MAX_EXACT: i64 = 1 << 53;
+
+/// Something to tell about a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    pub row: usize,
+    /// The value as JSON.
+    pub raw: String,
+    pub error: String,
+    /// The column is NULL there, and the value belongs into `_extra`; else it was cut only.
+    pub misfit: bool,
+}
+
+/// A column converted.
+pub struct Cast {
+    pub array: ArrayRef,
+    pub notes: Vec<Note>,
+    /// Rows whose value no event may have.
+    pub refused: Vec<(usize, EventError)>,
+}
+
+/// Whether the JSON of a value holds a NUL character, which no text of Postgres can.
+pub fn has_nul(raw: &str) -> bool {
+    raw.contains("\\u0000")
+}
+
+/// Converts a [`cell::plain`] column. With `untyped` its text may spell JSON, and an empty text is no value of anything
+/// but text. Strings are cut to `max_string_bytes`.
+pub fn cast(
+    array: &ArrayRef,
+    ty: FieldType,
+    untyped: bool,
+    max_string_bytes: usize,
+) -> Result<Cast, EventError> {
+    if let Some(array) = whole(array, ty, max_string_bytes) {
+        return Ok(Cast {
+            array,
+            notes: Vec::new(),
+            refused: Vec::new(),
+        });
+    }
+    match array.as_string_opt::<i32>() {
+        Some(texts) => text_by_text(texts, ty, untyped, max_string_bytes),
+        None => value_by_value(array, ty, max_string_bytes),
+    }
+}
+
+/// The column at once; None where some value needs a look.
+fn whole(array: &ArrayRef, ty: FieldType, max_string_bytes: usize) -> Option<ArrayRef> {
+    match (array.data_type(), ty) {
+        (DataType::Boolean, FieldType::Bool) => Some(array.clone()),
+        (DataType::Utf8, FieldType::Text) => {
+            let texts = array.as_string::<i32>();
+            let short = texts
+                .value_offsets()
+                .windows(2)
+                .all(|w| (w[1] - w[0]) as usize <= max_string_bytes);
+            short.then(|| array.clone())
+        }
+        (DataType::Int64, FieldType::Int8) => Some(array.clone()),
+        (DataType::Int64, FieldType::Int4) => {
+            let values = array.as_primitive::<Int64Type>();
+            all(values, |v| i32::try_from(v).is_ok())
+                .then(|| Arc::new(values.unary::<_, Int32Type>(|v| v as i32)) as ArrayRef)
+        }
+        (DataType::Int64, FieldType::Float8) => {
+            let values = array.as_primitive::<Int64Type>();
+            all(values, |v| (-MAX_EXACT..=MAX_EXACT).contains(&v))
+                .then(|| Arc::new(values.unary::<_, Float64Type>(|v| v as f64)) as ArrayRef)
+        }
+        (DataType::Float64, FieldType::Float8) => {
+            let values = array.as_primitive::<Float64Type>();
+            // Adding 0 makes -0 to 0.
+            all(values, f64::is_finite)
+                .then(|| Arc::new(values.unary::<_, Float64Type>(|v| v + 0.0)) as ArrayRef)
+        }
+        (DataType::Float32, FieldType::Float4) => {
+            let values = array.as_primitive::<Float32Type>();
+            all(values, f32::is_finite)
+                .then(|| Arc::new(values.unary::<_, Float32Type>(|v| v + 0.0)) as ArrayRef)
+        }
+        (DataType::Decimal128(_, have), FieldType::Numeric { precision, scale })
+            if *have == scale as i8 =>
+        {
+            let values = array.as_primitive::<Decimal128Type>();
+            let bound = 10_i128.pow(u32::from(precision));
+            if !all(values, |v| -bound < v && v < bound) {
+                return None;
+            }
+            let typed = values.clone().with_data_type(ty.arrow());
+            Some(Arc::new(typed))
+        }
+        (DataType::Date32, FieldType::Date) => {
+            let days =
+                time::MIN_TIME_US / time::MICROS_PER_DAY..=time::MAX_TIME_US / time::MICROS_PER_DAY;
+            let values = array.as_primitive::<Date32Type>();
+            all(values, |v| days.contains(&i64::from(v))).then(|| array.clone())
+        }
+        (DataType::Timestamp(..), FieldType::Timestamptz) => {
+            let mut fits = true;
+            let range = time::MIN_TIME_US..=time::MAX_TIME_US;
+            let micros = (0..array.len()).map(|row| {
+                if array.is_null(row) {
+                    return None;
+                }
+                let micros = cell::micros(array, row).filter(|us| range.contains(us));
+                fits &= micros.is_some();
+                micros
+            });
+            let typed: PrimitiveArray<TimestampMicrosecondType> = micros.collect();
+            fits.then(|| Arc::new(typed.with_data_type(ty.arrow())) as ArrayRef)
+        }
+        (DataType::FixedSizeBinary(16), FieldType::Uuid) => Some(array.clone()),
+        _ => None,
+    }
+}
+
+fn all<T: ArrowPrimitiveType>(array: &PrimitiveArray<T>, test: impl Fn(T::Native) -> bool) -> bool {
+    if array.null_count() == 0 {
+        return array.values().iter().all(|&v| test(v));
+    }
+    array.iter().flatten().all(test)
+}
+
+/// Any column, through the JSON of each value.
+fn value_by_value(
+    array: &ArrayRef,
+    ty: FieldType,
+    max_string_bytes: usize,
+) -> Result<Cast, EventError> {
+    let mut column = Column::new(&ty.arrow())?;
+    let mut notes = Vec::new();
+    let mut refused = Vec::new();
+    let mut raw = String::new();
+    for row in 0..array.len() {
+        if array.is_null(row) {
+            continue;
+        }
+        raw.clear();
+        cell::write_json(array, row, &mut raw);
+        if raw == "null" {
+            continue;
+        }
+        if has_nul(&raw) {
+            refused.push((row, EventError::NulCharacter));
+            continue;
+        }
+        let mut cutter = Cutter::new(max_string_bytes);
+        match coerce(&raw, ty, &mut cutter) {
+            Ok(value) => {
+                column.append(row, value);
+                notes.extend(cutter.cut_from.map(|n| cut(row, &raw, n, max_string_bytes)));
+            }
+            Err(misfit) => notes.push(note(row, raw.clone(), misfit)),
+        }
+    }
+    Ok(Cast {
+        array: column.finish(array.len()),
+        notes,
+        refused,
+    })
+}
+
+fn note(row: usize, raw: String, misfit: Misfit) -> Note {
+    Note {
+        row,
+        raw,
+        error: misfit.to_string(),
+        misfit: true,
+    }
+}
+
+fn cut(row: usize, raw: &str, bytes: usize, limit: usize) -> Note {
+    Note {
+        row,
+        raw: raw[..raw.floor_char_boundary(512)].to_owned(),
+        error: format!("string of {bytes} bytes was cut to {limit} bytes"),
+        misfit: false,
+    }
+}
+
+/// A column of text. The common types are parsed directly; the rest goes through JSON.
+fn text_by_text(
+    texts: &StringArray,
+    ty: FieldType,
+    untyped: bool,
+    max_string_bytes: usize,
+) -> Result<Cast, EventError> {
+    let mut column = Column::new(&ty.arrow())?;
+    let mut notes = Vec::new();
+    let mut raw = String::new();
+    for (row, text) in texts.iter().enumerate() {
+        let Some(text) = text else {
+            continue;
+        };
+        if untyped && text.is_empty() && ty != FieldType::Text {
+            continue;
+        }
+        if let Some(value) = parse(text, ty, untyped, max_string_bytes) {
+            column.append(row, value);
+            continue;
+        }
+        raw.clear();
+        if untyped && spells_json(text, ty) {
+            raw.push_str(text);
+        } else {
+            json::write_string(text, &mut raw);
+        }
+        let mut cutter = Cutter::new(max_string_bytes);
+        match coerce(&raw, ty, &mut cutter) {
+            Ok(value) => {
+                column.append(row, value);
+                notes.extend(cutter.cut_from.map(|n| cut(row, &raw, n, max_string_bytes)));
+            }
+            Err(misfit) => notes.push(note(row, raw.clone(), misfit)),
+        }
+    }
+    Ok(Cast {
+        array: column.finish(texts.len()),
+        notes,
+        refused: Vec::new(),
+    })
+}
+
+/// The value of a text in the spelling that most have; None where [`coerce`] has to decide.
+fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> Option<Value<'_>> {
+    Some(match ty {
+        FieldType::Text if text.len() <= max_string_bytes => Value::Text(Cow::Borrowed(text)),
+        FieldType::Float8 => {
+            // Short and plain numbers need none of the checks of `Number`. Adding 0 makes -0 to 0.
+            let plain =
+                text.len() <= 15 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
+            let value: f64 = plain.then(|| text.parse().ok()).flatten()?;
+            Value::Float8(value + 0.0)
+        }
+        FieldType::Int4 => Value::Int4(integer(text)?.try_into().ok()?),
+        FieldType::Int8 => Value::Int8(integer(text)?),
+        FieldType::Bool => match text {
+            "true" => Value::Bool(true),
+            "false" => Value::Bool(false),
+            // As COPY writes them.
+            "t" if untyped => Value::Bool(true),
+            "f" if untyped => Value::Bool(false),
+            _ => return None,
+        },
+        FieldType::Date => Value::Date(time::exact_date(text)?),
+        FieldType::Timestamptz => Value::Timestamptz(time::timestamp(text)?),
+        _ => return None,
+    })
+}
+
+fn integer(text: &str) -> Option<i64> {
+    let plain = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'-'));
+    plain.then(|| text.parse().ok()).flatten()
+}
+
+/// Whether a cell without a type of its own is JSON, for a field that can hold that.
+fn spells_json(text: &str, ty: FieldType) -> bool {
+    let kind = match text.trim_start().bytes().next() {
+        Some(b'[') => Kind::Array,
+        Some(b'{') => Kind::Object,
+        Some(_) => Kind::Number,
+        None => return false,
+    };
+    let holds = match ty {
+        FieldType::Jsonb => true,
+        FieldType::BoolArray | FieldType::Float8Array | FieldType::TextArray => kind == Kind::Array,
+        _ => false,
+    };
+    holds && is_json(text)
+}
+
+/// Whether the text is JSON that an event may hold.
+pub fn is_json(text: &str) -> bool {
+    json::check(text, MAX_DEPTH).is_ok() && serde_json::from_str::<&RawValue>(text).is_ok()
+}
+
+/// The type that the cells of a column without types show, by the rules of first sight. All of them must agree; None while
+/// there is no value.
+pub fn infer(texts: &StringArray) -> Option<FieldType> {
+    let mut found: Option<FieldType> = None;
+    for text in texts.iter().flatten().filter(|t| !t.is_empty()) {
+        let ty = infer_text(text);
+        found = Some(match (found, ty) {
+            (None, ty) => ty,
+            (Some(a), b) if a == b => a,
+            // A whole number beyond double precision makes the column one of whole numbers, if all others are.
+            (Some(FieldType::Float8), FieldType::Int8)
+            | (Some(FieldType::Int8), FieldType::Float8) => FieldType::Int8,
+            (Some(FieldType::Date), FieldType::Timestamptz)
+            | (Some(FieldType::Timestamptz), FieldType::Date) => FieldType::Timestamptz,
+            _ => return Some(FieldType::Text),
+        });
+    }
+    let whole = |text: &str| Number::parse(text).is_some_and(|n| n.is_whole());
+    if found == Some(FieldType::Int8) && !texts.iter().flatten().all(|t| t.is_empty() || whole(t)) {
+        return Some(FieldType::Float8);
+    }
+    // Nothing but empty cells in quotes is text, all the same.
+    found.or_else(|| (texts.null_count() < texts.len()).then_some(FieldType::Text))
+}
+
+fn infer_text(text: &str) -> FieldType {
+    if matches!(text, "true" | "false") {
+        return FieldType::Bool;
+    }
+    if !text.starts_with(|c: char| c.is_ascii_digit() || matches!(c, '-' | '+' | '.')) {
+        return FieldType::Text;
+    }
+    // As in JSON: no sign but minus, no zeros in front, which are part of codes and telephone numbers.
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let json_number = digits.starts_with(|c: char| c.is_ascii_digit())
+        && !(digits.len() > 1 && digits.starts_with('0') && digits.as_bytes()[1].is_ascii_digit());
+    if json_number && let Some(number) = Number::parse(text) {
+        return if !number.is_beyond_float8() {
+            FieldType::Float8
+        } else if number.to_i64().is_some() {
+            FieldType::Int8
+        } else {
+            FieldType::Text
+        };
+    }
+    if time::exact_date(text).is_some() {
+        FieldType::Date
+    } else if time::exact_timestamp(text).is_some() {
+        FieldType::Timestamptz
+    } else {
+        FieldType::Text
+    }
+}
+
+/// Whether a cell without a type of its own is a JSON number or boolean.
+pub fn is_literal(text: &str) -> bool {
+    matches!(
+        infer_text(text),
+        FieldType::Bool | FieldType::Float8 | FieldType::Int8
+    ) && is_json(text)
+}
+
+/// The event's times that a column means: milliseconds since 1970, or a time as text or as itself. None for no value, an
+/// error for one that is no time.
+pub fn times(array: &ArrayRef) -> Vec<Result<Option<i64>, String>> {
+    let mut raw = String::new();
+    let mut time = |row: usize| {
+        if array.is_null(row) {
+            return Ok(None);
+        }
+        if let Some(micros) = cell::micros(array, row) {
+            return Ok(Some(micros));
+        }
+        if let Some(texts) = array.as_string_opt::<i32>() {
+            let text = texts.value(row);
+            if text.is_empty() {
+                return Ok(None);
+            }
+            if let Some(micros) = time::timestamp(text) {
+                return Ok(Some(micros));
+            }
+        }
+        raw.clear();
+        cell::write_json(array, row, &mut raw);
+        time::event_time(&raw).map(Some).ok_or_else(|| raw.clone())
+    };
+    (0..array.len()).map(&mut time).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{
+        BooleanArray, Date32Array, Decimal128Array, DictionaryArray, Float64Array, Int64Array,
+        ListArray, TimestampNanosecondArray, UInt64Array,
+    };
+    use arrow::datatypes::Int8Type;
+    use rakam_event::print;
+
+    /// The column as JSON of its values, and the notes as `row: error`.
+    fn shown(array: ArrayRef, ty: FieldType, untyped: bool) -> (Vec<String>, Vec<String>) {
+        let array = cell::plain(&array).unwrap();
+        let cast = cast(&array, ty, untyped, 10).unwrap();
+        assert_eq!(cast.array.data_type(), &ty.arrow());
+        let values = (0..cast.array.len())
+            .map(|row| {
+                let mut out = String::new();
+                print::to_json_text(&cast.array, ty, row, &mut out).unwrap();
+                out
+            })
+            .collect();
+        let notes = cast
+            .notes
+            .iter()
+            .map(|n| format!("{}: {}", n.row, n.error))
+            .collect();
+        (values, notes)
+    }
+
+    fn check(array: impl Array + 'static, ty: FieldType, values: &[&str], notes: &[&str]) {
+        let (got, told) = shown(Arc::new(array), ty, false);
+        assert_eq!(got, values, "as {ty}");
+        assert_eq!(told, notes, "as {ty}");
+    }
+
+    fn check_text(cells: &[Option<&str>], ty: FieldType, values: &[&str], notes: &[&str]) {
+        let (got, told) = shown(Arc::new(StringArray::from(cells.to_vec())), ty, true);
+        assert_eq!(got, values, "as {ty}");
+        assert_eq!(told, notes, "as {ty}");
+    }
+
+    #[test]
+    fn typed_columns() {
+        check(
+            Int64Array::from(vec![Some(1), None]),
+            FieldType::Float8,
+            &["1", "null"],
+            &[],
+        );
+        check(
+            Int64Array::from(vec![1, 9_007_199_254_740_993]),
+            FieldType::Float8,
+            &["1", "null"],
+            &["1: number is out of range for type double precision"],
+        );
+        check(
+            Int64Array::from(vec![1, 1 << 40]),
+            FieldType::Int4,
+            &["1", "null"],
+            &["1: number is out of range for type integer"],
+        );
+        check(
+            UInt64Array::from(vec![u64::MAX]),
+            FieldType::Numeric {
+                precision: 20,
+                scale: 0,
+            },
+            &["18446744073709551615"],
+            &[],
+        );
+        check(Int64Array::from(vec![7]), FieldType::Text, &["\"7\""], &[]);
+        check(
+            Float64Array::from(vec![-0.0, 1.5]),
+            FieldType::Float8,
+            &["0", "1.5"],
+            &[],
+        );
+        check(
+            Float64Array::from(vec![f64::NAN, 1.5, f64::INFINITY]),
+            FieldType::Float8,
+            &["null", "1.5", "null"],
+            &[
+                "0: text is not a value of type double precision",
+                "2: text is not a value of type double precision",
+            ],
+        );
+        check(
+            Float64Array::from(vec![2.0, 2.5]),
+            FieldType::Int8,
+            &["2", "null"],
+            &["1: number is not whole"],
+        );
+        check(
+            BooleanArray::from(vec![true]),
+            FieldType::Text,
+            &["\"true\""],
+            &[],
+        );
+        check(
+            Date32Array::from(vec![19_000]),
+            FieldType::Timestamptz,
+            &["\"2022-01-08T00:00:00+00:00\""],
+            &[],
+        );
+        check(
+            TimestampNanosecondArray::from(vec![1_500_000_000_123_456_789]),
+            FieldType::Timestamptz,
+            &["\"2017-07-14T02:40:00.123456+00:00\""],
+            &[],
+        );
+        let money = Decimal128Array::from(vec![12_345])
+            .with_precision_and_scale(10, 2)
+            .unwrap();
+        check(
+            money.clone(),
+            FieldType::Numeric {
+                precision: 12,
+                scale: 2,
+            },
+            &["123.45"],
+            &[],
+        );
+        check(money, FieldType::Float8, &["123.45"], &[]);
+        let words: DictionaryArray<Int8Type> =
+            vec![Some("a"), None, Some("a")].into_iter().collect();
+        check(words, FieldType::Text, &["\"a\"", "null", "\"a\""], &[]);
+        let list = ListArray::from_iter_primitive::<Int64Type, _, _>([Some(vec![Some(1), None])]);
+        check(list.clone(), FieldType::Float8Array, &["[1,null]"], &[]);
+        check(list, FieldType::Jsonb, &["[1,null]"], &[]);
+        check(
+            StringArray::from(vec!["äääääääää", "x"]),
+            FieldType::Text,
+            &["\"äääää\"", "\"x\""],
+            &["0: string of 18 bytes was cut to 10 bytes"],
+        );
+        check(
+            StringArray::from(vec!["12", "x", ""]),
+            FieldType::Float8,
+            &["12", "null", "null"],
+            &[
+                "1: text is not a value of type double precision",
+                "2: text is not a value of type double precision",
+            ],
+        );
+    }
+
+    #[test]
+    fn cells_without_a_type() {
+        check_text(
+            &[Some("1.50"), Some(""), None, Some("x")],
+            FieldType::Float8,
+            &["1.5", "null", "null", "null"],
+            &["3: text is not a value of type double precision"],
+        );
+        check_text(
+            &[Some(""), Some("x")],
+            FieldType::Text,
+            &["\"\"", "\"x\""],
+            &[],
+        );
+        check_text(
+            &[Some("[1,2]"), Some("3"), Some("[x")],
+            FieldType::Float8Array,
+            &["[1,2]", "[3]", "null"],
+            &["2: text is not a value of type double precision"],
+        );
+        check_text(
+            &[Some("{\"a\": 1}"), Some("x"), Some("1")],
+            FieldType::Jsonb,
+            &["{\"a\":1}", "\"x\"", "1"],
+            &[],
+        );
+        check_text(
+            &[Some("2024-05-17 10:00:00+02")],
+            FieldType::Timestamptz,
+            &["\"2024-05-17T08:00:00+00:00\""],
+            &[],
+        );
+        check_text(
+            &[Some("t"), Some("f"), Some("true"), Some("yes")],
+            FieldType::Bool,
+            &["true", "false", "true", "null"],
+            &["3: text is not a value of type boolean"],
+        );
+        check_text(
+            &[Some("+5"), Some("1e2")],
+            FieldType::Int8,
+            &["5", "100"],
+            &[],
+        );
+    }
+
+    #[test]
+    fn types_on_first_sight() {
+        for (cells, expected) in [
+            (&["1", "2.5", "-3e2"][..], Some(FieldType::Float8)),
+            (&["1", "9007199254740993"], Some(FieldType::Int8)),
+            (&["1.5", "9007199254740993"], Some(FieldType::Float8)),
+            (&["1", "x"], Some(FieldType::Text)),
+            (&["007", "12"], Some(FieldType::Text)),
+            (&["0", "0.5", "-0.5"], Some(FieldType::Float8)),
+            (&["+49"], Some(FieldType::Text)),
+            (&["true", "false"], Some(FieldType::Bool)),
+            (&["true", "1"], Some(FieldType::Text)),
+            (&["2024-05-17", "2024-05-18"], Some(FieldType::Date)),
+            (
+                &["2024-05-17", "2024-05-18T10:00Z"],
+                Some(FieldType::Timestamptz),
+            ),
+            (&["2024-02-30"], Some(FieldType::Text)),
+            (&[""], Some(FieldType::Text)),
+            (&[], None),
+            (&["12345678901234567890"], Some(FieldType::Text)),
+        ] {
+            assert_eq!(
+                infer(&StringArray::from(cells.to_vec())),
+                expected,
+                "{cells:?}"
+            );
+        }
+        assert_eq!(infer(&StringArray::from(vec![None::<&str>, None])), None);
+    }
+
+    #[test]
+    fn times_of_events() {
+        let text = StringArray::from(vec![
+            Some("2024-05-17T08:00:00Z"),
+            Some("1715932800000"),
+            Some("soon"),
+            None,
+            Some(""),
+        ]);
+        let us = 1_715_932_800_000_000;
+        assert_eq!(
+            times(&(Arc::new(text) as ArrayRef)),
+            [
+                Ok(Some(us)),
+                Ok(Some(us)),
+                Err("\"soon\"".to_owned()),
+                Ok(None),
+                Ok(None)
+            ]
+        );
+        let ms = Arc::new(Int64Array::from(vec![1_715_932_800_000])) as ArrayRef;
+        assert_eq!(times(&ms), [Ok(Some(us))]);
+    }
+}

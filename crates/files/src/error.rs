@@ -1,0 +1,106 @@
+//! What can go wrong with a file, as Postgres reports it.
+
+use std::io;
+
+/// An error that ends the reading of a file, or forbids to begin it. A row that is no event is none: see
+/// [`crate::source::BadRow`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FilesError {
+    #[error("could not {action} file \"{name}\": {reason}")]
+    Io {
+        action: &'static str,
+        name: String,
+        reason: String,
+        kind: io::ErrorKind,
+    },
+    #[error("file \"{name}\" is not a valid {format} file: {reason}")]
+    Malformed {
+        name: String,
+        format: &'static str,
+        reason: String,
+    },
+    #[error("file \"{name}\", line {line}: a record is larger than {limit} bytes")]
+    RecordTooLarge {
+        name: String,
+        line: u64,
+        limit: usize,
+    },
+    #[error("{message}")]
+    Option { message: String, hint: String },
+    #[error("{message}")]
+    Unsupported { message: String, hint: String },
+    #[error("column \"{0}\" of the file is reserved for the server")]
+    ReservedColumn(String),
+    #[error("permission denied for column \"_received_at\" of the file")]
+    ReceivedAt,
+    #[error("no file matches \"{0}\"")]
+    NoFile(String),
+    #[error("invalid path \"{path}\": {reason}")]
+    Path { path: String, reason: &'static str },
+    #[error("could not convert the rows of a file: {0}")]
+    Arrow(String),
+}
+
+impl FilesError {
+    pub fn io(action: &'static str, name: &str, error: &io::Error) -> Self {
+        Self::Io {
+            action,
+            name: name.to_owned(),
+            reason: error.to_string(),
+            kind: error.kind(),
+        }
+    }
+
+    pub(crate) fn malformed(name: &str, format: &'static str, reason: impl ToString) -> Self {
+        Self::Malformed {
+            name: name.to_owned(),
+            format,
+            reason: reason.to_string(),
+        }
+    }
+
+    /// The SQLSTATE that clients see.
+    pub fn sqlstate(&self) -> &'static str {
+        match self {
+            Self::Io { kind, .. } => match kind {
+                io::ErrorKind::NotFound => "58P01",
+                io::ErrorKind::AlreadyExists => "58P02",
+                io::ErrorKind::PermissionDenied => "42501",
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "53100",
+                _ => "58030",
+            },
+            Self::Malformed { .. } => "22P04",
+            Self::RecordTooLarge { .. } => "54000",
+            Self::Option { .. } | Self::Path { .. } => "22023",
+            Self::Unsupported { .. } => "0A000",
+            Self::ReservedColumn(_) => "42939",
+            Self::ReceivedAt => "42501",
+            Self::NoFile(_) => "58P01",
+            Self::Arrow(_) => "XX000",
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Option { hint, .. } | Self::Unsupported { hint, .. } => hint.clone(),
+            Self::RecordTooLarge { .. } => {
+                "A quote that is never closed makes one record of all lines after it.".to_owned()
+            }
+            Self::ReservedColumn(_) => {
+                "Rename the column: _project, _collection and $server_time cannot be loaded."
+                    .to_owned()
+            }
+            Self::ReceivedAt => {
+                "Only the project's admin may set _received_at; leave the column out.".to_owned()
+            }
+            Self::NoFile(_) => {
+                "The path is one on the server; *, ? and [] match within a name, ** matches folders."
+                    .to_owned()
+            }
+            Self::Io { .. } | Self::Malformed { .. } | Self::Path { .. } | Self::Arrow(_) => {
+                return None;
+            }
+        })
+    }
+}

@@ -1,0 +1,201 @@
+//! The bytes of a file, decompressed, and how far they have been read.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use flate2::read::MultiGzDecoder;
+
+use crate::error::FilesError;
+use crate::format::Compression;
+
+const BUFFER_BYTES: usize = 256 << 10;
+/// The decompressor may keep this much of what it wrote, as log2: what `zstd` itself accepts without being told.
+const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// Bytes read of the file itself, for progress.
+#[derive(Debug, Clone, Default)]
+pub struct Meter(Arc<AtomicU64>);
+
+impl Meter {
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+    }
+}
+
+struct Counting {
+    file: File,
+    read: Meter,
+}
+
+impl Read for Counting {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        self.read.0.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(n)
+    }
+}
+
+/// Opens a file for reading from a position of its decompressed bytes.
+pub fn open(
+    path: &Path,
+    name: &str,
+    compression: Compression,
+    from: u64,
+    read: &Meter,
+) -> Result<Box<dyn Read + Send>, FilesError> {
+    let failed = |e: io::Error| FilesError::io("open", name, &e);
+    let mut file = File::open(path).map_err(failed)?;
+    read.set(0);
+    if compression == Compression::None && from > 0 {
+        file.seek(SeekFrom::Start(from)).map_err(failed)?;
+        read.set(from);
+    }
+    let file = Counting {
+        file,
+        read: read.clone(),
+    };
+    let mut plain: Box<dyn Read + Send> = match compression {
+        Compression::None => return Ok(Box::new(file)),
+        Compression::Gzip => Box::new(MultiGzDecoder::new(BufReader::with_capacity(
+            BUFFER_BYTES,
+            file,
+        ))),
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::new(file).map_err(failed)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(failed)?;
+            Box::new(decoder)
+        }
+    };
+    if from > 0 {
+        let skipped = io::copy(&mut plain.by_ref().take(from), &mut io::sink())
+            .map_err(|e| FilesError::io("read", name, &e))?;
+        if skipped < from {
+            return Err(FilesError::io(
+                "read",
+                name,
+                &io::ErrorKind::UnexpectedEof.into(),
+            ));
+        }
+    }
+    Ok(plain)
+}
+
+/// A window over a stream of bytes, whose records are taken off its front.
+pub struct Window {
+    input: Box<dyn Read + Send>,
+    name: String,
+    buffer: Vec<u8>,
+    start: usize,
+    ended: bool,
+}
+
+impl Window {
+    pub fn new(input: Box<dyn Read + Send>, name: &str) -> Self {
+        Self {
+            input,
+            name: name.to_owned(),
+            buffer: Vec::new(),
+            start: 0,
+            ended: false,
+        }
+    }
+
+    /// What has been read and not been taken.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..]
+    }
+
+    /// Whether the stream has no more bytes than [`Self::bytes`].
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    pub fn take(&mut self, n: usize) {
+        self.start += n;
+    }
+
+    /// Reads more bytes behind those there are.
+    pub fn fill(&mut self) -> Result<(), FilesError> {
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let length = self.buffer.len();
+        self.buffer.resize(length + BUFFER_BYTES.max(length / 2), 0);
+        let mut end = length;
+        while end < self.buffer.len() {
+            match self.input.read(&mut self.buffer[end..]) {
+                Ok(0) => {
+                    self.ended = true;
+                    break;
+                }
+                Ok(n) => end += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    self.buffer.truncate(end);
+                    return Err(FilesError::io("read", &self.name, &e));
+                }
+            }
+        }
+        self.buffer.truncate(end);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_position_counts_decompressed_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let text: Vec<u8> = (0..200_000u32)
+            .flat_map(|i| format!("{i}\n").into_bytes())
+            .collect();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("a"), &text).unwrap();
+        // Two members, as appended logs have them.
+        let (first, second) = text.split_at(text.len() / 3);
+        let mut gz = Vec::new();
+        for part in [first, second] {
+            let mut encoder = flate2::write::GzEncoder::new(&mut gz, flate2::Compression::fast());
+            encoder.write_all(part).unwrap();
+            encoder.finish().unwrap();
+        }
+        std::fs::write(path("a.gz"), gz).unwrap();
+        std::fs::write(path("a.zst"), zstd::encode_all(&text[..], 1).unwrap()).unwrap();
+        for name in ["a", "a.gz", "a.zst"] {
+            for from in [0, 1, 500_000] {
+                let read = Meter::default();
+                let compression = Compression::of_name(name);
+                let input = open(&path(name), name, compression, from, &read).unwrap();
+                let mut window = Window::new(input, name);
+                let mut found = Vec::new();
+                while !window.ended() {
+                    window.fill().unwrap();
+                    let n = window.bytes().len() / 2 + 1;
+                    let n = n.min(window.bytes().len());
+                    found.extend_from_slice(&window.bytes()[..n]);
+                    window.take(n);
+                }
+                found.extend_from_slice(window.bytes());
+                assert!(found == text[from as usize..], "{name} from {from}");
+                assert_eq!(read.bytes(), std::fs::metadata(path(name)).unwrap().len());
+            }
+        }
+        let beyond = open(
+            &path("a.gz"),
+            "a.gz",
+            Compression::Gzip,
+            1 << 40,
+            &Meter::default(),
+        );
+        assert!(beyond.is_err());
+    }
+}

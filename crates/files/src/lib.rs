@@ -1,0 +1,23 @@
+//! Foreign files as batches of events, and the other way round.
+//!
+//! Pure code: no server. [`format`](mod@format) says what a file is, [`locate`] which files a URL means, [`source`] reads
+//! one piece by piece (columns, or events as JSON text), [`convert`] makes a piece the stored layout of a collection by
+//! the same rules by which events are typed, and [`sink`] writes the rows of a query.
+#![forbid(unsafe_code)]
+
+mod avro;
+mod cast;
+mod cell;
+pub mod convert;
+mod csv;
+mod error;
+pub mod format;
+mod input;
+mod json;
+pub mod locate;
+mod log;
+mod parquet_file;
+pub mod sink;
+pub mod source;
+
+pub use error::FilesError;

@@ -1,0 +1,106 @@
+//! Parquet: columns as they are.
+
+use std::fs::File;
+use std::path::Path;
+
+use arrow::datatypes::DataType;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::errors::ParquetError;
+use rakam_event::types::FieldType;
+
+use crate::cell;
+use crate::error::FilesError;
+use crate::input::Meter;
+use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
+
+pub struct ParquetSource {
+    reader: ParquetRecordBatchReader,
+    name: String,
+    declared: Vec<(String, FieldType)>,
+    row: u64,
+    rows: u64,
+    bytes: u64,
+    meter: Meter,
+}
+
+impl ParquetSource {
+    pub fn open(
+        path: &Path,
+        name: &str,
+        from: Position,
+        meter: &Meter,
+    ) -> Result<Self, FilesError> {
+        let file = File::open(path).map_err(|e| FilesError::io("open", name, &e))?;
+        let bytes = file
+            .metadata()
+            .map_err(|e| FilesError::io("open", name, &e))?
+            .len();
+        let builder =
+            ParquetRecordBatchReaderBuilder::try_new_with_options(file, ArrowReaderOptions::new())
+                .map_err(|e| failed(name, e))?;
+        let declared = builder
+            .schema()
+            .fields()
+            .iter()
+            .filter(|field| *field.data_type() != DataType::Null)
+            .map(|field| (field.name().clone(), cell::field_type(field)))
+            .collect();
+        let rows = builder.metadata().file_metadata().num_rows().max(0) as u64;
+        let skip = usize::try_from(from.row).unwrap_or(usize::MAX);
+        let reader = builder
+            .with_batch_size(PIECE_ROWS)
+            .with_offset(skip)
+            .build()
+            .map_err(|e| failed(name, e))?;
+        Ok(Self {
+            reader,
+            name: name.to_owned(),
+            declared,
+            row: from.row,
+            rows,
+            bytes,
+            meter: meter.clone(),
+        })
+    }
+}
+
+fn failed(name: &str, error: ParquetError) -> FilesError {
+    match error {
+        ParquetError::NYI(message) => FilesError::Unsupported {
+            message: format!("could not read file \"{name}\": {message}"),
+            hint: "Write the file with zstd, snappy, lz4 or no compression.".to_owned(),
+        },
+        other => FilesError::malformed(name, "parquet", other),
+    }
+}
+
+impl Source for ParquetSource {
+    fn next(&mut self) -> Result<Option<Piece>, FilesError> {
+        let Some(batch) = self.reader.next() else {
+            return Ok(None);
+        };
+        let batch = batch.map_err(|e| FilesError::malformed(&self.name, "parquet", e))?;
+        let first = self.row + 1;
+        self.row += batch.num_rows() as u64;
+        let part = self.row as f64 / self.rows.max(1) as f64;
+        self.meter.set((self.bytes as f64 * part.min(1.0)) as u64);
+        Ok(Some(Piece {
+            rows: Rows::Columns {
+                lines: (first..=self.row).collect(),
+                batch,
+                untyped: false,
+            },
+            bad: Vec::new(),
+            after: Position {
+                row: self.row,
+                ..Position::default()
+            },
+        }))
+    }
+
+    fn declared(&self) -> &[(String, FieldType)] {
+        &self.declared
+    }
+}

@@ -1,0 +1,368 @@
+//! Writing rows to a file: Parquet, CSV as COPY writes it, or one JSON object a line.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch};
+use arrow::datatypes::{Field, Schema, SchemaRef};
+use flate2::write::GzEncoder;
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression as ParquetCompression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::properties::WriterProperties;
+use rakam_event::coerce::Value;
+use rakam_event::column::Column;
+use rakam_event::types::FieldType;
+
+use crate::error::FilesError;
+use crate::format::{Compression, Format};
+
+/// Rows of a batch of columns, and of a row group.
+const BATCH_ROWS: usize = 8192;
+const ROW_GROUP_ROWS: usize = 131_072;
+const ROW_GROUP_BYTES: usize = 64 << 20;
+const ZSTD_LEVEL: i32 = 3;
+
+/// How the rows of a result reach the sink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowForm {
+    /// Typed values, by [`Sink::values`].
+    Values,
+    /// Cells as text, by [`Sink::cells`].
+    Cells,
+    /// One JSON text, by [`Sink::line`].
+    Line,
+}
+
+/// The form in which a format is written; an error for one that cannot be.
+pub fn row_form(format: Format) -> Result<RowForm, FilesError> {
+    match format {
+        Format::Parquet => Ok(RowForm::Values),
+        Format::Csv => Ok(RowForm::Cells),
+        Format::Ndjson => Ok(RowForm::Line),
+        Format::Json | Format::Avro => Err(FilesError::Unsupported {
+            message: format!("format {format} cannot be written"),
+            hint: "Formats of copy_to are parquet, csv and ndjson.".to_owned(),
+        }),
+    }
+}
+
+/// The file, compressed on the way.
+enum Output {
+    Plain(BufWriter<File>),
+    Gzip(GzEncoder<BufWriter<File>>),
+    Zstd(zstd::stream::write::Encoder<'static, BufWriter<File>>),
+}
+
+impl Output {
+    fn new(file: File, compression: Compression) -> std::io::Result<Self> {
+        let file = BufWriter::with_capacity(1 << 18, file);
+        Ok(match compression {
+            Compression::None => Self::Plain(file),
+            Compression::Gzip => Self::Gzip(GzEncoder::new(file, flate2::Compression::default())),
+            Compression::Zstd => Self::Zstd(zstd::stream::write::Encoder::new(file, ZSTD_LEVEL)?),
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        match self {
+            Self::Plain(out) => out.write_all(bytes),
+            Self::Gzip(out) => out.write_all(bytes),
+            Self::Zstd(out) => out.write_all(bytes),
+        }
+    }
+
+    fn finish(self) -> std::io::Result<()> {
+        let mut file = match self {
+            Self::Plain(out) => out,
+            Self::Gzip(out) => out.finish()?,
+            Self::Zstd(out) => out.finish()?,
+        };
+        file.flush()?;
+        file.get_ref().sync_all()
+    }
+}
+
+/// Columns in the making.
+struct Rows {
+    schema: SchemaRef,
+    columns: Vec<Column>,
+    rows: usize,
+}
+
+impl Rows {
+    fn columns(schema: &SchemaRef) -> Result<Vec<Column>, FilesError> {
+        schema
+            .fields()
+            .iter()
+            .map(|f| Column::new(f.data_type()).map_err(|e| FilesError::Arrow(e.to_string())))
+            .collect()
+    }
+
+    fn take(&mut self) -> Result<RecordBatch, FilesError> {
+        let done = std::mem::replace(&mut self.columns, Self::columns(&self.schema)?);
+        let rows = std::mem::take(&mut self.rows);
+        let arrays: Vec<ArrayRef> = done.into_iter().map(|c| c.finish(rows)).collect();
+        RecordBatch::try_new(self.schema.clone(), arrays)
+            .map_err(|e| FilesError::Arrow(e.to_string()))
+    }
+}
+
+enum Kind {
+    Parquet {
+        writer: Box<ArrowWriter<BufWriter<File>>>,
+        rows: Rows,
+    },
+    Text(Output),
+}
+
+/// A file being written. It is complete and durable after [`Sink::finish`] only.
+pub struct Sink {
+    name: String,
+    kind: Kind,
+    line: Vec<u8>,
+}
+
+impl Sink {
+    /// Writes into `file`, which is called `name`; its suffix says how text is compressed.
+    pub fn new(
+        file: File,
+        name: &str,
+        format: Format,
+        columns: &[(String, FieldType)],
+    ) -> Result<Self, FilesError> {
+        let form = row_form(format)?;
+        let failed = |e| FilesError::io("write", name, &e);
+        let compression = Compression::of_name(name);
+        let kind = if form == RowForm::Values {
+            if compression != Compression::None {
+                return Err(FilesError::Unsupported {
+                    message: "Parquet inside of another compression cannot be written".to_owned(),
+                    hint: "Parquet compresses its columns itself: leave the suffix away."
+                        .to_owned(),
+                });
+            }
+            let fields: Vec<Field> = columns
+                .iter()
+                .map(|(name, ty)| Field::new(name, ty.arrow(), true))
+                .collect();
+            let schema = Arc::new(Schema::new(fields));
+            let level =
+                ZstdLevel::try_new(ZSTD_LEVEL).map_err(|e| FilesError::Arrow(e.to_string()))?;
+            let properties = WriterProperties::builder()
+                .set_compression(ParquetCompression::ZSTD(level))
+                .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
+                .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
+                .build();
+            let writer = ArrowWriter::try_new(
+                BufWriter::with_capacity(1 << 18, file),
+                schema.clone(),
+                Some(properties),
+            )
+            .map_err(|e| parquet_failed(name, e))?;
+            Kind::Parquet {
+                writer: Box::new(writer),
+                rows: Rows {
+                    columns: Rows::columns(&schema)?,
+                    schema,
+                    rows: 0,
+                },
+            }
+        } else {
+            Kind::Text(Output::new(file, compression).map_err(failed)?)
+        };
+        let mut sink = Self {
+            name: name.to_owned(),
+            kind,
+            line: Vec::new(),
+        };
+        if form == RowForm::Cells {
+            let names = columns.iter().map(|(name, _)| Some(name.as_str()));
+            sink.cells(names)?;
+        }
+        Ok(sink)
+    }
+
+    /// Appends a row of typed values.
+    pub fn values<'a>(
+        &mut self,
+        values: impl Iterator<Item = Option<Value<'a>>>,
+    ) -> Result<(), FilesError> {
+        let Kind::Parquet { writer, rows } = &mut self.kind else {
+            return Err(FilesError::Arrow("rows of another form".to_owned()));
+        };
+        for (column, value) in rows.columns.iter_mut().zip(values) {
+            if let Some(value) = value {
+                column.append(rows.rows, value);
+            }
+        }
+        rows.rows += 1;
+        if rows.rows == BATCH_ROWS {
+            let batch = rows.take()?;
+            writer
+                .write(&batch)
+                .map_err(|e| parquet_failed(&self.name, e))?;
+        }
+        Ok(())
+    }
+
+    /// Appends a row of cells.
+    pub fn cells<'a>(
+        &mut self,
+        cells: impl Iterator<Item = Option<&'a str>>,
+    ) -> Result<(), FilesError> {
+        self.line.clear();
+        for (i, cell) in cells.enumerate() {
+            if i > 0 {
+                self.line.push(b',');
+            }
+            let Some(text) = cell else {
+                continue;
+            };
+            // An empty cell without quotes is no value.
+            let quoted = text.is_empty()
+                || text
+                    .bytes()
+                    .any(|b| matches!(b, b',' | b'"' | b'\r' | b'\n'));
+            if quoted {
+                self.line.push(b'"');
+                for byte in text.bytes() {
+                    if byte == b'"' {
+                        self.line.push(b'"');
+                    }
+                    self.line.push(byte);
+                }
+                self.line.push(b'"');
+            } else {
+                self.line.extend_from_slice(text.as_bytes());
+            }
+        }
+        self.end_line()
+    }
+
+    /// Appends a JSON text as a line.
+    pub fn line(&mut self, json: &str) -> Result<(), FilesError> {
+        self.line.clear();
+        self.line.extend_from_slice(json.as_bytes());
+        self.end_line()
+    }
+
+    fn end_line(&mut self) -> Result<(), FilesError> {
+        self.line.push(b'\n');
+        let Kind::Text(output) = &mut self.kind else {
+            return Err(FilesError::Arrow("rows of another form".to_owned()));
+        };
+        output
+            .write(&self.line)
+            .map_err(|e| FilesError::io("write", &self.name, &e))
+    }
+
+    /// Ends the file and makes it durable.
+    pub fn finish(self) -> Result<(), FilesError> {
+        let failed = |e: std::io::Error| FilesError::io("write", &self.name, &e);
+        match self.kind {
+            Kind::Text(output) => output.finish().map_err(failed),
+            Kind::Parquet {
+                mut writer,
+                mut rows,
+            } => {
+                if rows.rows > 0 {
+                    let batch = rows.take()?;
+                    writer
+                        .write(&batch)
+                        .map_err(|e| parquet_failed(&self.name, e))?;
+                }
+                let mut file = writer
+                    .into_inner()
+                    .map_err(|e| parquet_failed(&self.name, e))?;
+                file.flush().map_err(failed)?;
+                file.get_ref().sync_all().map_err(failed)
+            }
+        }
+    }
+}
+
+fn parquet_failed(name: &str, error: ParquetError) -> FilesError {
+    match error {
+        ParquetError::External(source) => match source.downcast::<std::io::Error>() {
+            Ok(io) => FilesError::io("write", name, &io),
+            Err(other) => FilesError::Arrow(other.to_string()),
+        },
+        other => FilesError::Arrow(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Options;
+    use crate::source::{self, Meter, Position, Rows as Piece, Spec};
+    use arrow::array::{Array, AsArray};
+    use std::borrow::Cow;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let columns = [
+            ("a".to_owned(), FieldType::Text),
+            ("b,c".to_owned(), FieldType::Int8),
+        ];
+        let spec = Spec {
+            format: None,
+            options: Options::default(),
+            max_record_bytes: 1 << 20,
+        };
+        for name in ["x.csv", "x.csv.gz", "x.csv.zst", "x.parquet"] {
+            let path = folder.path().join(name);
+            let format = Format::of_name(name).unwrap();
+            let file = File::create(&path).unwrap();
+            let mut sink = Sink::new(file, name, format, &columns).unwrap();
+            for n in 0..20_000i64 {
+                let text = match n % 4 {
+                    0 => None,
+                    1 => Some(String::new()),
+                    2 => Some(format!("say \"{n}\",\nmore")),
+                    _ => Some(n.to_string()),
+                };
+                if row_form(format).unwrap() == RowForm::Values {
+                    let text = text.map(|t| Value::Text(Cow::Owned(t)));
+                    sink.values([text, Some(Value::Int8(n))].into_iter())
+                        .unwrap();
+                } else {
+                    let number = n.to_string();
+                    sink.cells([text.as_deref(), Some(&number)].into_iter())
+                        .unwrap();
+                }
+            }
+            sink.finish().unwrap();
+            let meter = Meter::default();
+            let mut source = source::open(&path, name, &spec, Position::default(), &meter).unwrap();
+            let (mut rows, mut nulls, mut empty, mut lines) = (0, 0, 0, 0);
+            while let Some(piece) = source.next().unwrap() {
+                assert!(piece.bad.is_empty());
+                let Piece::Columns { batch, .. } = piece.rows else {
+                    panic!("{name} gives columns");
+                };
+                let text = batch.column_by_name("a").unwrap().as_string::<i32>();
+                rows += text.len();
+                nulls += text.null_count();
+                empty += text.iter().flatten().filter(|t| t.is_empty()).count();
+                lines += text
+                    .iter()
+                    .flatten()
+                    .filter(|t| t.contains("\",\nmore"))
+                    .count();
+                assert!(batch.column_by_name("b,c").is_some());
+            }
+            assert_eq!(
+                (rows, nulls, empty, lines),
+                (20_000, 5_000, 5_000, 5_000),
+                "{name}"
+            );
+        }
+        let file = File::create(folder.path().join("y")).unwrap();
+        let refused = Sink::new(file, "y.avro", Format::Avro, &columns);
+        assert_eq!(refused.map(drop).map_err(|e| e.sqlstate()), Err("0A000"));
+    }
+}

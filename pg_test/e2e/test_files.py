@@ -1,0 +1,704 @@
+"""Files: copy_from in every format, who may name which file, loads that are cut short, history in few data files.
+
+RAKAM_HISTORY_ROWS (default 60,000) sets the size of the history; the full run is 10,000,000.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import duckdb
+import psycopg
+import pyarrow
+import pyarrow.parquet
+import pytest
+from harness.database import Database, one, refused, wait_until
+
+PROJECT = "acme"
+HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "60000"))
+ROWS = 3_000
+
+
+@pytest.fixture(scope="module")
+def folder(cluster) -> Path:
+    """A folder that the server reads, outside of any storage."""
+    return cluster.make_folder("files")
+
+
+@pytest.fixture(scope="module")
+def lake(cluster, db, folder) -> Path:
+    lake = cluster.make_folder("files-lake")
+    db.admin.execute(f"CREATE SERVER files_lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{lake}')")
+    db.project(PROJECT, "files_lake")
+    db.project("other", "files_lake")
+    return lake
+
+
+def load(session, collection: str, path, format: str | None = None, options: dict | None = None, project=PROJECT) -> int:
+    url = path if isinstance(path, str) else f"file://{path}"
+    return one(
+        session, "SELECT rakam.copy_from(%s, %s, %s, %s, %s)", project, collection, url, format, json.dumps(options or {})
+    )
+
+
+def bad_rows(db, collection: str) -> list[tuple]:
+    return db.all(
+        "SELECT value, error FROM rakam.invalid_value WHERE collection = %s AND field = '' ORDER BY error", collection
+    )
+
+
+def types(db, collection: str) -> dict[str, str]:
+    return dict(db.all("SELECT field, type FROM rakam.fields WHERE collection = %s", collection))
+
+
+# -- formats -----------------------------------------------------------------------------------------------------
+
+
+def event(n: int) -> dict:
+    return {
+        "_time": f"2025-{n % 12 + 1:02}-{n % 28 + 1:02}T10:{n % 60:02}:00Z",
+        "_user": f"u{n % 100}",
+        "n": n,
+        "price": n / 4,
+        "ok": n % 2 == 0,
+        "day": f"2025-01-{n % 28 + 1:02}",
+        "note": None if n % 5 == 0 else f'say "{n}", then\nmore ä',
+    }
+
+
+EVENTS = [event(n) for n in range(ROWS)]
+EXPECTED = (
+    ROWS,
+    float(sum(range(ROWS))),
+    sum(range(ROWS)) / 4,
+    ROWS // 2,
+    ROWS - ROWS // 5,
+    100,
+    sum(len(e["note"]) for e in EVENTS if e["note"]),
+)
+SUMMARY = """SELECT count(*), sum(n)::float8, sum(price), count(*) FILTER (WHERE ok), count(note), count(DISTINCT _user),
+             sum(length(note)) FROM acme.{}"""
+
+
+def cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+
+
+def csv_text(events: list[dict]) -> str:
+    lines = [",".join(events[0])] + [",".join(cell(v) for v in e.values()) for e in events]
+    return "\n".join(lines) + "\n"
+
+
+def arrow_table(events: list[dict]) -> pyarrow.Table:
+    table = pyarrow.Table.from_pylist(events)
+    times = pyarrow.array([datetime.datetime.fromisoformat(e["_time"]) for e in events], pyarrow.timestamp("ms", "UTC"))
+    days = pyarrow.array([datetime.date.fromisoformat(e["day"]) for e in events])
+    table = table.set_column(0, "_time", times)
+    return table.set_column(table.schema.get_field_index("day"), "day", days)
+
+
+def avro_long(value: int) -> bytes:
+    value = (value << 1) ^ (value >> 63)
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(out + bytes([value]))
+
+
+def avro_bytes(value: bytes) -> bytes:
+    return avro_long(len(value)) + value
+
+
+def avro_file(events: list[dict]) -> bytes:
+    """An object container by the specification: blocks of 700 records, deflated."""
+    fields = [
+        ("_time", {"type": "long", "logicalType": "timestamp-millis"}),
+        ("_user", "string"),
+        ("n", "long"),
+        ("price", "double"),
+        ("ok", "boolean"),
+        ("day", {"type": "int", "logicalType": "date"}),
+        ("note", ["null", "string"]),
+    ]
+    schema = {"type": "record", "name": "event", "fields": [{"name": n, "type": t} for n, t in fields]}
+    sync = b"synchronisation!"
+    metadata = {"avro.schema": json.dumps(schema).encode(), "avro.codec": b"deflate"}
+    out = b"Obj\x01" + avro_long(len(metadata))
+    for key, value in metadata.items():
+        out += avro_bytes(key.encode()) + avro_bytes(value)
+    out += avro_long(0) + sync
+
+    def record(e: dict) -> bytes:
+        ms = int(datetime.datetime.fromisoformat(e["_time"]).timestamp() * 1000)
+        days = (datetime.date.fromisoformat(e["day"]) - datetime.date(1970, 1, 1)).days
+        note = avro_long(0) if e["note"] is None else avro_long(1) + avro_bytes(e["note"].encode())
+        return (
+            avro_long(ms) + avro_bytes(e["_user"].encode()) + avro_long(e["n"]) + struct.pack("<d", e["price"])
+            + bytes([e["ok"]]) + avro_long(days) + note
+        )  # fmt: skip
+
+    for start in range(0, len(events), 700):
+        part = events[start : start + 700]
+        data = zlib.compress(b"".join(map(record, part)), wbits=-15)
+        out += avro_long(len(part)) + avro_bytes(data) + sync
+    return out
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+FORMATS = {
+    "a.parquet": lambda path: pyarrow.parquet.write_table(arrow_table(EVENTS), path, compression="zstd"),
+    "b.csv": lambda path: path.write_text(csv_text(EVENTS)),
+    "c.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_text(EVENTS).encode())),
+    "d.ndjson.zst": lambda path: path.write_bytes(zstd("\n".join(map(json.dumps, EVENTS)).encode())),
+    "e.json": lambda path: path.write_text(json.dumps(EVENTS, indent=1)),
+    "f.avro": lambda path: path.write_bytes(avro_file(EVENTS)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format(db, lake, folder, name):
+    path = folder / name
+    FORMATS[name](path)
+    collection = name.split(".", 1)[0] + "_file"
+    assert load(db.admin, collection, path) == ROWS
+    assert db.admin.execute(SUMMARY.format(collection)).fetchone() == EXPECTED
+    assert db.one("SELECT count(*) FROM rakam.invalid_value WHERE collection = %s", collection) == 0
+    expected = {"n": "double precision", "price": "double precision", "ok": "boolean", "day": "date", "note": "text"}
+    if name in ("a.parquet", "f.avro"):
+        expected["n"] = "bigint"
+    assert types(db, collection) == expected
+    assert db.one(f"SELECT count(*) FROM acme.{collection} WHERE _extra IS NOT NULL") == 0
+    first = f"SELECT _time, _user, price, day, note FROM acme.{collection} WHERE n = 7"
+    when = datetime.datetime(2025, 8, 8, 10, 7, tzinfo=datetime.UTC)
+    assert db.admin.execute(first).fetchone() == (
+        when, "u7", 1.75, datetime.date(2025, 1, 8), 'say "7", then\nmore ä',
+    )  # fmt: skip
+    # After a success the same call loads again.
+    assert load(db.admin, collection, path) == ROWS
+    assert db.one(f"SELECT count(*) FROM acme.{collection}") == 2 * ROWS
+    db.flush(PROJECT, collection)
+    assert db.one(f"SELECT sum(n) FROM acme.{collection}") == 2 * EXPECTED[1]
+
+
+def test_patterns_and_a_format_by_name(db, lake, folder):
+    for year in (2023, 2024):
+        (folder / f"years/{year}").mkdir(parents=True)
+        for part in ("a", "b"):
+            (folder / f"years/{year}/{part}.data").write_text(f"year,part\n{year},{part}\n")
+    with refused("22023", hint="format"):
+        load(db.admin, "globbed", folder / "years/*/*.data")
+    assert load(db.admin, "globbed", folder / "years/*/*.data", "csv") == 4
+    assert load(db.admin, "globbed", folder / "years/**/b.data", "CSV") == 2
+    assert db.all("SELECT year, count(*) FROM acme.globbed GROUP BY 1 ORDER BY 1") == [(2023.0, 3), (2024.0, 3)]
+    with refused("58P01", hint="server"):
+        load(db.admin, "globbed", folder / "years/*.data", "csv")
+
+
+def test_options_of_csv(db, lake, folder):
+    path = folder / "options.csv"
+    path.write_text("1;'a;b';NA\n2;'it''s';\n")
+    options = {"header": False, "delimiter": ";", "quote": "'", "null": "NA"}
+    assert load(db.admin, "options", path, None, options) == 2
+    rows = db.all("SELECT column_1, column_2, column_3 FROM acme.options ORDER BY 1")
+    assert rows == [(1.0, "a;b", None), (2.0, "it's", "")]
+    for wrong in ({"headr": True}, {"delimiter": "ab"}, {"header": 1}, {"quote": ";", "delimiter": ";"}):
+        with refused("22023", hint="delimiter"):
+            load(db.admin, "options", path, None, wrong)
+    with refused("22023", hint="CSV"):
+        load(db.admin, "options", path, "parquet", {"header": True})
+    with refused("22023", hint="parquet, csv"):
+        load(db.admin, "options", path, "orc")
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_and_misfits_are_told_with_file_and_line(db, lake, folder):
+    path = folder / "bad.csv"
+    path.write_text("_time,price,name\n2025-01-01,1.5,a\n2025-01-02,2\nsoon,cheap,b\n2025-01-03,3,c,d\n")
+    db.admin.execute("SELECT rakam.create_collection('acme', 'bad'), rakam.add_field('acme', 'bad', 'price', 'real')")
+    assert load(db.admin, "bad", path) == 2
+    assert db.all("SELECT price, name, _extra FROM acme.bad ORDER BY name") == [
+        (1.5, "a", None),
+        (None, "b", {"price": "cheap"}),
+    ]
+    told = db.all("SELECT field, value, error FROM rakam.invalid_value WHERE collection = 'bad' ORDER BY error")
+    assert sorted((field, value) for field, value, _ in told) == [
+        ("", "2025-01-02,2\n"),
+        ("", "2025-01-03,3,c,d\n"),
+        ("_time", "soon"),
+        ("price", "cheap"),
+    ]
+    errors = {value: error for _, value, error in told}
+    assert errors["2025-01-02,2\n"].endswith('bad.csv", line 3: expected 3 columns, found 2'), errors
+    assert errors["2025-01-03,3,c,d\n"].endswith('bad.csv", line 5: expected 3 columns, found 4'), errors
+    assert errors["cheap"].endswith('bad.csv", line 4)'), errors
+    assert db.one("SELECT invalid_values FROM rakam.stat_collection WHERE collection = 'bad'") == 4
+
+    lines = folder / "bad.ndjson"
+    lines.write_text('{"a": 1}\n{"a":\n[1]\n\n{"_received_at": "2020-01-01"}\n{"a": "\\u0000"}\n{"a": 2}\n')
+    assert load(db.admin, "bad_lines", lines) == 2
+    assert [re.search(r'", line (\d+): ', error)[1] for _, error in bad_rows(db, "bad_lines")] == ["2", "3", "5", "6"]
+
+    # What is no file of the format at all is an error, and leaves nothing.
+    for name, content in (("x.parquet", b"PAR1"), ("x.avro", b"Obj\x01"), ("x.csv.gz", b"no gzip")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(psycopg.Error) as caught:
+            load(db.admin, "broken", folder / name)
+        assert caught.value.sqlstate in ("22P04", "58030"), caught.value
+    assert db.one("SELECT count(*) FROM rakam.stat_collection WHERE collection = 'broken' AND events > 0") == 0
+
+
+def test_a_field_that_exists_keeps_its_type(db, lake, folder):
+    table = pyarrow.table({"n": [1, 2**60], "when": ["2025-01-01", "never"], "deep": [{"a": [1, 2]}, None], "f": [1.5, float("nan")]})
+    pyarrow.parquet.write_table(table, folder / "types.parquet")
+    for field, kind in (("n", "integer"), ("when", "timestamptz")):
+        db.admin.execute("SELECT rakam.create_collection('acme', 'kept')")
+        db.admin.execute("SELECT rakam.add_field('acme', 'kept', %s, %s)", (field, kind))
+    assert load(db.admin, "kept", folder / "types.parquet") == 2
+    assert types(db, "kept") == {"n": "integer", "when": "timestamp with time zone", "deep": "jsonb", "f": "double precision"}
+    rows = db.all('SELECT n, "when" IS NULL, deep, f, _extra FROM acme.kept ORDER BY n')
+    assert rows == [
+        (1, False, {"a": [1, 2]}, 1.5, None),
+        (None, True, None, None, {"n": 2**60, "when": "never", "f": "NaN"}),
+    ]
+
+
+def test_received_at_is_for_the_admin(db, lake, folder):
+    path = folder / "restored.csv"
+    path.write_text("_received_at,_time,n,_extra\n2020-02-03T04:05:06Z,2020-02-03T04:05:00Z,1,\"{\"\"k\"\": 1}\"\n")
+    writer = db.login(PROJECT, "write", name="login_acme_loader")
+    db.admin.execute("GRANT pg_read_server_files TO login_acme_loader")
+    with refused("42501", hint="_received_at"):
+        load(writer, "restored", path)
+    db.admin.execute("GRANT rakam_acme_admin TO login_acme_loader")
+    assert load(writer, "restored", path) == 1
+    row = db.all("SELECT _received_at, n, _extra FROM acme.restored")
+    assert row == [(datetime.datetime(2020, 2, 3, 4, 5, 6, tzinfo=datetime.UTC), 1.0, {"k": 1})]
+    path.write_text("_collection,n\nx,1\n")
+    with refused("42939"):
+        load(db.admin, "restored", path)
+
+
+# -- who may name which file -------------------------------------------------------------------------------------
+
+
+def test_which_files_a_role_may_name(db, lake, folder):
+    (folder / "secret.csv").write_text("n\n1\n")
+    for project in (PROJECT, "other"):
+        (lake / project / "import").mkdir(parents=True, exist_ok=True)
+        (lake / project / "import/own.csv").write_text("n\n1\n2\n")
+        (lake / project / "import/link.csv").symlink_to(folder / "secret.csv")
+    shutil.chown(lake / PROJECT, lake.owner(), lake.group())
+    writer = db.login(PROJECT, "write")
+    with refused("42501", hint="pg_read_server_files"):
+        load(writer, "named", folder / "secret.csv")
+    with refused("42501", hint="USAGE"):
+        load(writer, "named", lake / "acme/import/own.csv")
+    # A path of the project's own part of its storage; nothing leads out of it.
+    assert load(writer, "named", "import/own.csv") == 2
+    assert load(writer, "named", "import/*.csv") == 2
+    for path in ("../other/import/own.csv", "/etc/passwd", "import/../../other/import/own.csv", ""):
+        with refused("22023"):
+            load(writer, "named", path)
+    for path in ("import/link.csv", "other/import/own.csv", "import/none.csv"):
+        with refused("58P01"):
+            load(writer, "named", path)
+    # A URL below a storage on which the caller has USAGE.
+    db.admin.execute("GRANT USAGE ON FOREIGN SERVER files_lake TO login_acme_write")
+    assert load(writer, "named", lake / "acme/import/own.csv") == 2
+    with refused("42501"):
+        load(writer, "named", f"file://{lake}-other/x.csv")
+    with refused("58P01"):
+        load(writer, "named", lake / "acme/import/link.csv")
+    db.admin.execute("REVOKE USAGE ON FOREIGN SERVER files_lake FROM login_acme_write")
+    db.admin.execute("GRANT pg_read_server_files TO login_acme_write")
+    assert load(writer, "named", folder / "secret.csv") == 1
+    db.admin.execute("REVOKE pg_read_server_files FROM login_acme_write")
+    # The project's rights come first, with one answer for unknown and forbidden.
+    reader = db.login(PROJECT, "read")
+    for session, project in ((reader, PROJECT), (writer, "other"), (writer, "nobody")):
+        with refused("42501", message=f'permission denied for project "{project}"'):
+            load(session, "named", "import/own.csv", project=project)
+    for scheme, message in (("s3", "not supported yet"), ("hdfs", "hdfs"), ("http", "not supported")):
+        with refused("0A000", message=message):
+            load(db.admin, "named", f"{scheme}://bucket/x.csv")
+    db.project("inside")
+    with refused("0A000", hint="file:///"):
+        load(db.admin, "named", "x.csv", project="inside")
+    for arguments in ((None, "c", "u"), (PROJECT, None, "u"), (PROJECT, "c", None)):
+        with refused("22004"):
+            db.admin.execute("SELECT rakam.copy_from(%s::text, %s::text, %s::text)", arguments)
+    with refused("42939"):
+        load(db.admin, "_all", "import/own.csv")
+
+
+# -- results of queries ------------------------------------------------------------------------------------------
+
+
+def save(session, sql: str, path, format: str | None = None, project: str = PROJECT) -> int:
+    url = path if isinstance(path, str) else f"file://{path}"
+    return one(session, "SELECT rakam.copy_to(%s, %s, %s, %s)", project, sql, url, format)
+
+
+@pytest.fixture(scope="module")
+def source(db, lake, folder) -> str:
+    path = folder / "source.ndjson"
+    path.write_text("\n".join(map(json.dumps, EVENTS)))
+    load(db.admin, "source", path)
+    return "SELECT _time, _user, n, price, ok, day, note FROM source ORDER BY n"
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.csv.gz", "out.ndjson", "out.ndjson.zst"])
+def test_what_is_written_can_be_loaded(db, source, folder, name):
+    path = folder / name
+    assert save(db.admin, source + ";  -- a comment", path) == ROWS
+    assert save(db.admin, source, path) == ROWS, "an existing file is replaced, as by COPY"
+    collection = "again_" + name.replace(".", "_")
+    assert load(db.admin, collection, path) == ROWS
+    assert db.admin.execute(SUMMARY.format(collection)).fetchone() == EXPECTED
+    if name == "out.parquet":
+        schema = pyarrow.parquet.read_schema(path)
+        assert [str(schema.field(c).type) for c in ("_time", "n", "ok", "day", "note")] == [
+            "timestamp[us, tz=UTC]", "double", "bool", "date32[day]", "string",
+        ]  # fmt: skip
+    if name == "out.csv":
+        table = duckdb.connect().execute(f"SELECT count(*), sum(n), count(note) FROM '{path}'").fetchone()
+        assert table == (ROWS, EXPECTED[1], EXPECTED[4])
+
+
+def test_values_keep_their_type_in_parquet(db, lake, folder):
+    path = folder / "values.parquet"
+    query = """SELECT 7::int2 AS a, -5::int8 AS b, 1.5::real AS c, 12.345::numeric(10,2) AS d, 'x'::"char"::text AS e,
+                      'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'::uuid AS f, '{"k": 1}'::jsonb AS g, NULL::date AS h,
+                      '2024-05-17 08:00+02'::timestamptz AS i, 1e40::numeric AS j"""
+    assert save(db.admin, query, path) == 1
+    row = pyarrow.parquet.read_table(path).to_pylist()[0]
+    assert str(row.pop("d")) == "12.35"
+    assert row.pop("i") == datetime.datetime(2024, 5, 17, 6, tzinfo=datetime.UTC)
+    uuid = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+    assert row == {"a": 7, "b": -5, "c": 1.5, "e": "x", "f": uuid, "g": '{"k": 1}', "h": None, "j": "1" + "0" * 40}
+    with refused("22008", hint="text"):
+        save(db.admin, "SELECT 'infinity'::timestamptz AS t", path)
+
+
+def test_who_may_write_which_file(db, source, lake, folder):
+    reader = db.login(PROJECT, "read")
+    writer = db.login(PROJECT, "write")
+    with refused("42501", hint="pg_write_server_files"):
+        save(reader, "SELECT 1", folder / "mine.csv")
+    for session, project in ((writer, PROJECT), (reader, "other"), (reader, "nobody")):
+        with refused("42501", message=f'permission denied for project "{project}"'):
+            save(session, "SELECT 1", "x.csv", project=project)
+    assert save(reader, "SELECT count(*) AS n FROM source", "export/deep/n.csv") == 1
+    assert (lake / "acme/export/deep/n.csv").read_text() == f"n\n{ROWS}\n"
+    # In a storage nothing is replaced: the data files are there, too.
+    with refused("58P02"):
+        save(reader, "SELECT 1 AS n", "export/deep/n.csv")
+    for path in ("../other/x.csv", "/tmp/x.csv"):
+        with refused("22023"):
+            save(reader, "SELECT 1", path)
+    (lake / "acme/out").symlink_to(folder)
+    with refused("58P01"):
+        save(reader, "SELECT 1", "out/x.csv")
+    assert load(writer, "from_export", "export/deep/n.csv") == 1
+    # The query has the caller's rights, and the project's schema before it.
+    db.admin.execute("SELECT rakam.create_collection('other', 'secret')")
+    with refused("42501", message="other"):
+        save(reader, "SELECT * FROM other.secret", "x.csv")
+    with refused("42P01"):
+        save(reader, "SELECT * FROM nothing", "x.csv")
+    for statement, state in (
+        ("SELECT 1; SELECT 2", "42601"),
+        ("", "42601"),
+        ("SELEC 1", "42601"),
+        ("INSERT INTO source (n) VALUES (1)", "42501"),
+        ("WITH w AS (DELETE FROM users RETURNING id) SELECT * FROM w", "42501"),
+        ("SELECT 1 AS n INTO made", "42501"),
+        ("DROP TABLE source", "42501"),
+        ("EXPLAIN SELECT 1", "42501"),
+    ):
+        with refused(state):
+            save(reader, statement, "x.csv")
+    assert save(reader, "WITH w AS (VALUES (1), (2)) TABLE w", "values.ndjson") == 2
+    with refused("0A000", hint="ndjson"):
+        save(reader, "SELECT 1", "x.avro")
+    with refused("22023"):
+        save(reader, "SELECT 1", "x.txt")
+    assert not list((lake / "acme").glob("x.*")), "what failed left nothing"
+
+
+def test_an_unfinished_file_is_removed(db, source, folder):
+    out = folder / "unfinished"
+    out.mkdir()
+    shutil.chown(out, folder.owner(), folder.group())
+    for query in ("SELECT 1 / (2000 - g) FROM generate_series(1, 3000) g", "SELECT missing"):
+        with pytest.raises(psycopg.Error):
+            save(db.admin, query, out / "x.csv")
+        assert list(out.iterdir()) == []
+    for end in ("cancel", "terminate"):
+        session, thread, outcome = in_background(
+            db, lambda s: save(s, "SELECT g, pg_sleep(0.0005) FROM generate_series(1, 1000000) g", out / "x.csv")
+        )
+        wait_until(lambda: list(out.iterdir()), "the temporary file", 20)
+        assert [path.name for path in out.iterdir()] != ["x.csv"]
+        if end == "cancel":
+            session.cancel()
+        else:
+            db.admin.execute("SELECT pg_terminate_backend(%s)", (session.info.backend_pid,))
+        thread.join(30)
+        assert isinstance(outcome[0], psycopg.Error)
+        wait_until(lambda: not list(out.iterdir()), "its removal", 10)
+
+
+# -- loads that are cut short ------------------------------------------------------------------------------------
+
+SETTINGS = {"rakam.flush_size": "1MB", "rakam.target_file_size": "1MB"}
+
+
+def long_csv(path: Path, rows: int) -> None:
+    with path.open("w") as file:
+        file.write("_time,n,word\n")
+        for n in range(rows):
+            file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{'long word ' * 10}\n")
+
+
+def in_background(db: Database, call):
+    """Runs a call in a session of its own; its session, and a place for its outcome."""
+    session = db.connect()
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append(call(session))
+        except psycopg.Error as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return session, thread, outcome
+
+
+def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):
+    cluster = private_cluster("files", SETTINGS)
+    db = Database(cluster, "files_cut").create()
+    db.project(PROJECT)
+    path = cluster.make_folder("files") / "long.csv"
+    rows = 200_000
+    long_csv(path, rows)
+    # Each step of storing pauses, so that there is a moment to hit.
+    db.admin.execute("ALTER DATABASE files_cut SET rakam.failpoint = 'load.after_store=sleep(800)'")
+    watcher = db.login(PROJECT, "read")
+    db.make_login("login_stranger")
+    stranger = db.connect("login_stranger")
+    seen = [0]
+
+    def shown(session):
+        return session.execute(
+            "SELECT pid, project, what, done, total, unit, started_at FROM rakam.stat_progress WHERE what = 'copy_from'"
+        ).fetchall()
+
+    def events() -> int:
+        return db.one("SELECT coalesce(sum(events), 0)::int FROM rakam.stat_collection WHERE collection = 'cut'")
+
+    def stored_more() -> bool:
+        return events() > seen[-1]
+
+    for how in ("cancel", "terminate", "kill"):
+        session, thread, outcome = in_background(db, lambda s: load(s, "cut", path))
+        wait_until(stored_more, "events of the load", 60)
+        progress = shown(watcher)
+        assert len(progress) == 1, progress
+        pid, project, _, done, total, unit, started_at = progress[0]
+        assert (project, unit, total) == (PROJECT, "bytes", path.stat().st_size)
+        assert 0 <= done <= total and started_at is not None
+        assert shown(stranger) == []
+        if how == "cancel":
+            session.cancel()
+        elif how == "terminate":
+            db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        else:
+            os.kill(pid, signal.SIGKILL)
+        thread.join(60)
+        assert isinstance(outcome[0], psycopg.Error), outcome
+        if how == "kill":
+            db.close()
+            wait_until(lambda: cluster_answers(cluster), "the server after the kill", 60)
+            watcher, stranger = db.connect("login_acme_read"), db.connect("login_stranger")
+        wait_until(lambda: shown(db.admin) == [], "an end of the progress", 10)
+        seen.append(events())
+        assert seen[-1] < rows
+    assert seen == sorted(set(seen)), "each attempt goes on from the one before"
+    db.admin.execute("ALTER DATABASE files_cut RESET rakam.failpoint")
+    # Another call does not touch the note of this one.
+    other = path.with_name("other.csv")
+    other.write_text("_time,n,word\n2025-01-01,-1,x\n")
+    assert load(db.admin, "cut", other) == 1
+    assert load(db.admin, "cut", path) == rows
+    assert db.all("SELECT count(*), count(DISTINCT n), sum(n) FROM acme.cut WHERE n >= 0") == [
+        (rows, rows, float(sum(range(rows))))
+    ]
+    assert db.one("SELECT count(*) FROM rakam_internal.file_load") == 0
+    # A file that has changed is another one.
+    os.utime(path, (1, 1))
+    assert load(db.admin, "cut", path) == rows
+    db.flush()
+    assert db.one("SELECT count(*) FROM acme.cut") == 2 * rows + 1
+    db.close()
+
+
+def cluster_answers(cluster) -> bool:
+    try:
+        with cluster.connect("postgres") as session:
+            return one(session, "SELECT NOT pg_is_in_recovery()")
+    except psycopg.Error:
+        return False
+
+
+def test_a_load_that_fails_keeps_nothing_it_did_not_commit(db, lake, folder):
+    path = folder / "cut_short.ndjson.gz"
+    whole = gzip.compress("\n".join(json.dumps({"n": n}) for n in range(50_000)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with refused("58030"):
+        load(db.admin, "short", path)
+    assert db.one("SELECT coalesce(sum(events), 0) FROM rakam.stat_collection WHERE collection = 'short'") == 0
+    path.write_bytes(whole)
+    assert load(db.admin, "short", path) == 50_000
+
+
+def test_a_load_sees_the_collection_vanish_with_its_project(db, folder):
+    """Dropping the project ends its loads; nothing of them stays."""
+    db.project("brief")
+    path = folder / "brief.csv"
+    path.write_text("n\n1\n")
+    db.admin.execute(f'ALTER DATABASE "{db.name}" SET rakam.failpoint = \'load.before_store=sleep(2000)\'')
+    try:
+        _, thread, outcome = in_background(db, lambda s: load(s, "c", path, project="brief"))
+        wait_until(lambda: db.all("SELECT FROM rakam.stat_progress WHERE project = 'brief'"), "the load", 30)
+        with db.connect(autocommit=False) as session:
+            session.execute("SET LOCAL rakam.allow_project_drop = on")
+            session.execute("SELECT rakam.drop_project('brief')")
+            session.commit()
+        thread.join(60)
+    finally:
+        db.admin.execute(f'ALTER DATABASE "{db.name}" RESET rakam.failpoint')
+    assert isinstance(outcome[0], psycopg.Error) and outcome[0].sqlstate == "42704", outcome
+    assert db.one("SELECT count(*) FROM rakam_internal.file_load") == 0
+    assert db.one("SELECT count(*) FROM rakam_internal.progress") == 0
+
+
+# -- history -----------------------------------------------------------------------------------------------------
+
+
+def shuffled(path: Path, rows: int) -> None:
+    """Events over three years, in no order."""
+    duck = duckdb.connect()
+    duck.execute("SET TimeZone = 'UTC'")
+    duck.execute(
+        f"""COPY (SELECT TIMESTAMPTZ '2022-01-01 00:00:00+00' + to_seconds((hash(n) % (1096 * 86400))::int) AS _time,
+                        'u' || (hash(n + 1) % 50000) AS _user, n, (hash(n + 2) % 10000) / 100 AS price,
+                        ['home', 'cart', 'search', 'item'][1 + (hash(n + 3) % 4)::int] AS page
+                 FROM range({rows}) t(n)) TO '{path}' (FORMAT parquet)"""
+    )
+
+
+def test_history_in_any_order_makes_few_files(db, lake, folder):
+    path = folder / "history.parquet"
+    shuffled(path, HISTORY)
+    duck = duckdb.connect()
+    question = "SELECT count(*), sum(n)::text, round(sum(price)::numeric) FROM {}"
+    whole = duck.execute(f"SELECT count(*), sum(n)::text FROM '{path}'").fetchone()
+
+    _, thread, outcome = in_background(db, lambda s: load(s, "history", path))
+    last = 0
+    while thread.is_alive():
+        count = db.one("SELECT coalesce(sum(events), 0)::int FROM rakam.stat_collection WHERE collection = 'history'")
+        if db.one("SELECT to_regclass('acme.history')") is not None:
+            answer = db.admin.execute(
+                "SELECT count(*), count(DISTINCT n) FROM acme.history"
+            ).fetchone() if HISTORY <= 100_000 else (db.one("SELECT count(*) FROM acme.history"),) * 2
+            assert answer[0] == answer[1] >= max(last, count), "no event vanishes or doubles meanwhile"
+            last = answer[0]
+        time.sleep(0.2)
+    assert outcome == [HISTORY]
+    db.flush(PROJECT, "history")
+    assert db.tiers(PROJECT, "history") == {"inbox": 0, "hot": 0, "cold": HISTORY}
+    assert db.admin.execute(question.format("acme.history")).fetchone()[:2] == whole
+    few_files(db, "history")
+    march = "_time >= '2023-03-01' AND _time < '2023-04-01'"
+    expected = duck.execute(
+        f"SELECT count(*), sum(n)::text FROM '{path}' WHERE _time >= TIMESTAMPTZ '2023-03-01 00:00:00+00'"
+        " AND _time < TIMESTAMPTZ '2023-04-01 00:00:00+00'"
+    ).fetchone()
+    assert db.admin.execute(f"SELECT count(*), sum(n)::text FROM acme.history WHERE {march}").fetchone() == expected
+
+
+def few_files(db: Database, collection: str) -> None:
+    per_flush = db.all(
+        "SELECT flush_id, count(*) FROM rakam_internal.data_file f JOIN rakam_internal.collection c USING (collection_id)"
+        " WHERE c.name = %s GROUP BY 1",
+        collection,
+    )
+    assert max(count for _, count in per_flush) <= 64
+    half = db.one("SELECT pg_size_bytes(current_setting('rakam.target_file_size')) / 2")
+    small = db.one("SELECT count(*) FROM rakam.data_files WHERE collection = %s AND bytes < %s", collection, half)
+    assert small <= 40, f"{small} small files"
+
+
+def test_a_backlog_in_any_order_is_written_month_by_month(private_cluster):
+    """Chunks of all months, as a COPY or many late events leave them, and a backlog of several steps."""
+    settings = {**SETTINGS, "rakam.flush_interval": "1h", "rakam.min_file_events": "500", "rakam.target_file_size": "1MB"}
+    cluster = private_cluster("backlog", {**settings, "rakam.flush_size": "64MB"})
+    db = Database(cluster, "backlog").create()
+    db.project(PROJECT)
+    path = cluster.make_folder("files") / "history.parquet"
+    rows = 60_000
+    shuffled(path, rows)
+    assert load(db.admin, "source", path) == rows
+    db.admin.execute("SELECT rakam.create_collection('acme', 'h')")
+    for field, kind in (("n", "bigint"), ("price", "double precision"), ("page", "text")):
+        db.admin.execute("SELECT rakam.add_field('acme', 'h', %s, %s)", (field, kind))
+    for part in range(6):
+        db.admin.execute(
+            "INSERT INTO acme.h (_time, _user, n, price, page)"
+            f" SELECT _time, _user, n, price, page FROM acme.source WHERE n % 6 = {part}"
+        )
+        db.tick()
+    assert db.tiers(PROJECT, "h")["hot"] == rows
+    assert db.one("SELECT max(max_time) - min(min_time) > '2 years' FROM rakam_internal.hot_chunk")
+    db.admin.execute("ALTER SYSTEM SET rakam.flush_size = '1MB'")
+    db.admin.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: db.one("SHOW rakam.flush_size") == "1MB", "the setting", 10)
+    summary = "SELECT count(*), count(DISTINCT n), sum(n) FROM acme.h"
+    before = db.admin.execute(summary).fetchone()
+    flushed = db.flush(PROJECT, "h")
+    assert db.admin.execute(summary).fetchone() == before == (rows, rows, sum(range(rows)))
+    assert flushed[0][1] == rows and flushed[0][2] <= 64, flushed
+    assert db.tiers(PROJECT, "h") == {"inbox": 0, "hot": 0, "cold": rows}
+    months = db.one("SELECT count(DISTINCT first_day) FROM rakam.data_files WHERE collection = 'h' AND period = 'month'")
+    assert months == 36
+    few_files(db, "h")
+    db.close()

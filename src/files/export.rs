@@ -1,0 +1,200 @@
+//! The result of a query as a file, in the caller's session and with the caller's rights.
+
+use std::cell::RefCell;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use pgrx::{default, pg_extern};
+use rakam_event::types::FieldType;
+use rakam_files::FilesError;
+use rakam_files::format::Format;
+use rakam_files::locate;
+use rakam_files::sink::{self, RowForm, Sink};
+use uuid::Uuid;
+
+use super::place::{self, Access, Place};
+use crate::catalog::audit;
+use crate::catalog::projects::{self, Right};
+use crate::pg::cursor::{self, Cursor};
+use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait};
+
+/// Rows fetched at a time.
+const FETCH_ROWS: u32 = 1000;
+/// As COPY TO makes its files: others may read them.
+const MODE: u32 = 0o644;
+
+/// Writes the result of a query to a file, and returns the number of rows. Runs as the caller, with the project's schema as
+/// search path; the file appears under its name when it is complete.
+/// SQL: `rakam.copy_to(project text, sql text, url text, format text DEFAULT NULL)`.
+/// Errors: 42501 no right to read the project or to write the file, or no SELECT, 42601 not one statement, 22023 unknown
+/// format or path, 0A000 a format that is not written, 58P02 a storage has the file already.
+#[pg_extern(volatile, parallel_unsafe)]
+fn copy_to(
+    project: Option<&str>,
+    sql: Option<&str>,
+    url: Option<&str>,
+    format: default!(Option<&str>, "NULL"),
+) -> std::result::Result<i64, ErrorReport> {
+    let rows = audit::call("copy_to", project, url, || {
+        export(project, sql, url, format)
+    })?;
+    Ok(rows as i64)
+}
+
+fn export(
+    project: Option<&str>,
+    sql: Option<&str>,
+    url: Option<&str>,
+    format: Option<&str>,
+) -> Result<u64> {
+    let project = projects::authorize(not_null(project, "project")?, Right::Read)?;
+    let sql = not_null(sql, "sql")?;
+    let url = not_null(url, "url")?;
+    let query = cursor::single_select(sql)?;
+    let format = match format {
+        Some(name) => Format::parse(name)?,
+        None => Format::of_name(url)?,
+    };
+    let form = sink::row_form(format)?;
+    let place = place::resolve(&project, url, Access::Write)?;
+    let target = Target::new(&place)?;
+    let lines;
+    let query = match form {
+        RowForm::Line => {
+            // The text may end in a comment that has no end of its line.
+            lines =
+                format!("SELECT pg_catalog.row_to_json(q)::pg_catalog.text FROM (\n{query}\n) q");
+            &lines
+        }
+        RowForm::Cells | RowForm::Values => query,
+    };
+    let rows = write(query, &project.name, &target, format)?;
+    target.publish()?;
+    Ok(rows)
+}
+
+fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u64> {
+    let mut cursor = Cursor::open(query, schema)?;
+    let columns: Vec<(String, FieldType)> = cursor
+        .columns()
+        .iter()
+        .map(|column| (column.name.clone(), column.field_type()))
+        .collect();
+    let form = sink::row_form(format)?;
+    let mut sink = Sink::new(target.create()?, &target.name, format, &columns)?;
+    let mut total = 0;
+    loop {
+        wait::check_interrupts();
+        let n = cursor.fetch(FETCH_ROWS, |row| {
+            match form {
+                RowForm::Values => {
+                    let values = (0..columns.len())
+                        .map(|column| row.value(column))
+                        .collect::<Result<Vec<_>>>()?;
+                    sink.values(values.into_iter())?;
+                }
+                RowForm::Cells => {
+                    let cells: Vec<Option<String>> =
+                        (0..columns.len()).map(|column| row.text(column)).collect();
+                    sink.cells(cells.iter().map(Option::as_deref))?;
+                }
+                RowForm::Line => sink.line(&row.text(0).unwrap_or_default())?,
+            }
+            Ok(())
+        })?;
+        if n == 0 {
+            break;
+        }
+        total += n;
+    }
+    sink.finish()?;
+    Ok(total)
+}
+
+thread_local! {
+    /// The file being written, which must not outlive this process.
+    static UNFINISHED: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
+}
+
+/// Removes what was not finished.
+fn remove_unfinished() {
+    if let Some(path) = UNFINISHED.take() {
+        // It may never have been made.
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// A file to be made, under a name of its own beside it until it is complete. Dropped before that, it is removed.
+struct Target {
+    path: PathBuf,
+    temporary: PathBuf,
+    /// What it is called in messages.
+    name: String,
+    /// One that is there is replaced.
+    replace: bool,
+}
+
+impl Target {
+    fn new(place: &Place) -> Result<Self> {
+        let name = locate::relative(&place.pattern)?.to_owned();
+        let path = place.root.join(&name);
+        let failed = |e: io::Error| PgError::from(FilesError::io("create", &name, &e));
+        let parent = path.parent().unwrap_or(&place.root);
+        if place.confined {
+            // Without its root the storage is away: nothing is made below the mount point.
+            let storage = place.root.parent().unwrap_or(&place.root);
+            fs::metadata(storage).map_err(failed)?;
+            fs::create_dir_all(parent).map_err(failed)?;
+        }
+        let folder = fs::canonicalize(parent).map_err(failed)?;
+        if place.confined && !folder.starts_with(fs::canonicalize(&place.root).map_err(failed)?) {
+            return Err(FilesError::NoFile(name).into());
+        }
+        let file = path.file_name().unwrap_or_default();
+        let temporary = folder.join(format!(".{}.{}.tmp", file.display(), Uuid::now_v7()));
+        Ok(Self {
+            path: folder.join(file),
+            temporary,
+            name,
+            replace: !place.confined,
+        })
+    }
+
+    fn create(&self) -> Result<File> {
+        exit::on_exit(remove_unfinished);
+        UNFINISHED.replace(Some(self.temporary.clone()));
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(MODE)
+            .open(&self.temporary)
+            .map_err(|e| FilesError::io("create", &self.name, &e).into())
+    }
+
+    /// Gives the complete file its name.
+    fn publish(&self) -> Result<()> {
+        let failed = |e: io::Error| PgError::from(FilesError::io("create", &self.name, &e));
+        if self.replace {
+            fs::rename(&self.temporary, &self.path).map_err(failed)?;
+        } else {
+            // Data files are in the same storage: nothing there is ever replaced.
+            fs::hard_link(&self.temporary, &self.path).map_err(failed)?;
+        }
+        sync(self.path.parent()).map_err(failed)
+    }
+}
+
+fn sync(folder: Option<&Path>) -> io::Result<()> {
+    match folder {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        remove_unfinished();
+    }
+}

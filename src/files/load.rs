@@ -1,0 +1,517 @@
+//! The load of files into a collection, in a worker.
+//!
+//! Outside of any transaction the files are read piece by piece and converted; what has been converted waits in memory until
+//! it is worth a transaction, which stores it as chunks of one month each and notes in the same breath how far the files
+//! are stored. A cancel or a crash loses what waits; the same call goes on from the note. New fields are registered before
+//! the data, in short transactions of their own.
+
+use std::time::{Duration, Instant};
+
+use arrow::array::types::TimestampMicrosecondType;
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
+use arrow::compute::{filter_record_batch, is_not_null, is_null};
+use rakam_event::batch::EventStamp;
+use rakam_event::entry::Limits;
+use rakam_event::error::EventError;
+use rakam_event::schema::{EXTRA, ID, RECEIVED_AT, SYSTEM_FIELDS, Schema, TIME, XID};
+use rakam_event::types::FieldType;
+use rakam_event::{json, print};
+use rakam_files::convert::Converter;
+use rakam_files::format::{Format, Options};
+use rakam_files::locate::{self, Found};
+use rakam_files::source::{self, Meter, Piece, Position, Spec};
+use rakam_lake::backlog;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::place::Place;
+use crate::catalog::inbox::Entry;
+use crate::catalog::load::{self as note, Progress};
+use crate::catalog::projects::{self, Project};
+use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::catalog::{invalid, progress};
+use crate::ingest::append::{Target, append};
+use crate::ingest::mapper::{self, Shape};
+use crate::ingest::quota;
+use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, failpoint, guc, wait};
+
+/// Memory of converted events that makes a transaction worth while, in sizes of a flush: with history in any order it
+/// makes chunks of some ten thousand events of each month.
+const BUFFER_SIZES: usize = 4;
+const BUFFER_BYTES_MAX: usize = 256 << 20;
+/// After so long what is there is stored, however little.
+const STORE_INTERVAL: Duration = Duration::from_secs(60);
+/// Rows of a chunk.
+const CHUNK_ROWS: usize = 65_536;
+/// A transaction is repeated so often when it met another one.
+const ATTEMPTS: usize = 4;
+/// Bytes of events after which there is another inbox row.
+const INBOX_ROW_BYTES: usize = 1 << 20;
+/// How much larger than an event its text in a file may be.
+const RECORD_SLACK: usize = 64 << 10;
+
+/// What a call asks for, with its rights already checked.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    pub project_id: i32,
+    pub collection: String,
+    /// As the caller wrote it.
+    pub url: String,
+    pub place: Place,
+    pub format: Option<String>,
+    /// A JSON object.
+    pub options: String,
+    /// The caller may set `_received_at`.
+    pub admin: bool,
+    /// New collections and fields are refused.
+    pub fixed: bool,
+}
+
+/// A load that is complete.
+#[derive(Debug, Clone, Copy)]
+pub struct Loaded {
+    pub collection_id: i32,
+    /// Events stored by the load, in all its attempts.
+    pub events: u64,
+}
+
+/// Loads the files, or the rest of them.
+pub fn run(request: &Request) -> std::result::Result<Loaded, Failure> {
+    let spec = spec(request).map_err(Failure::Error)?;
+    let place = &request.place;
+    let files = locate::find(&place.root, &place.pattern, place.confined).map_err(error)?;
+    for file in &files {
+        let format = match spec.format {
+            Some(format) => format,
+            None => Format::of_name(&file.name).map_err(error)?,
+        };
+        spec.options.ensure_for(format).map_err(error)?;
+    }
+    let key = key(request, &files).map_err(Failure::Error)?;
+    let [a, b, c, d, ..] = key;
+    let _turn = SessionLock::take(LockOn::Load(i32::from_le_bytes([a, b, c, d])));
+    let mut load = xact::worker(|| Load::begin(request, &key))?;
+    let total = files.iter().map(|f| f.bytes).sum();
+    let outcome = progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
+        load.files(&files, &spec, shown)
+    });
+    if matches!(outcome, Err(Failure::Error(_))) && load.stored == Progress::default() {
+        // There is nothing to go on from, and nothing for which chunks should wait.
+        xact::worker(|| note::finish(&key))?;
+    }
+    outcome?;
+    Ok(Loaded {
+        collection_id: load.collection.id,
+        events: load.stored.events,
+    })
+}
+
+fn error(error: rakam_files::FilesError) -> Failure {
+    Failure::Error(error.into())
+}
+
+fn spec(request: &Request) -> Result<Spec> {
+    Ok(Spec {
+        format: request.format.as_deref().map(Format::parse).transpose()?,
+        options: Options::parse(&request.options)?,
+        max_record_bytes: guc::max_event_bytes() + RECORD_SLACK,
+    })
+}
+
+/// What makes a call the same one: everything it says, and the files as they are.
+fn key(request: &Request, files: &[Found]) -> Result<[u8; 32]> {
+    let mut hash = Sha256::new();
+    let text = serde_json::to_vec(request)
+        .map_err(|e| PgError::internal(format!("could not encode a request: {e}")))?;
+    hash.update((text.len() as u64).to_le_bytes());
+    hash.update(text);
+    for file in files {
+        let path = file.path.as_os_str().as_encoded_bytes();
+        hash.update((path.len() as u64).to_le_bytes());
+        hash.update(path);
+        hash.update(file.bytes.to_le_bytes());
+        hash.update(file.modified_ns.to_le_bytes());
+    }
+    Ok(hash.finalize().into())
+}
+
+/// A load under way.
+struct Load<'a> {
+    key: &'a [u8],
+    project: ProjectRow,
+    collection: Collection,
+    fixed: bool,
+    converter: Converter,
+    /// What is stored.
+    stored: Progress,
+    /// Up to where the buffer reaches.
+    read: Progress,
+    /// By the schema of the batches: a field that came later may lie in `_extra` of those before it.
+    buffer: Vec<(Schema, Vec<RecordBatch>)>,
+    buffer_bytes: usize,
+    last_store: Instant,
+}
+
+impl<'a> Load<'a> {
+    fn begin(request: &Request, key: &'a [u8]) -> Result<Self> {
+        let gone = || PgError::new("42704", "the project was dropped");
+        let project =
+            registry::project_by_id(View::Current, request.project_id)?.ok_or_else(gone)?;
+        let name = &request.collection;
+        let find = || registry::collection_named(View::Current, project.id, name);
+        let collection = match find()? {
+            Some(collection) => collection,
+            None if request.fixed => return Err(EventError::UnknownCollection(name.clone()).into()),
+            None if registry::add_collection(project.id, name)? => find()?
+                .ok_or_else(|| PgError::internal("a collection just registered is not there"))?,
+            None => {
+                return Err(PgError::new(
+                    "53400",
+                    "the project has as many collections as its quota allows",
+                )
+                .hint("rakam.set_quota raises the quota."));
+            }
+        };
+        let schema = registry::schema(View::Current, &collection)?;
+        let stored = note::begin(key, project.id, collection.id)?;
+        let limits = Limits {
+            max_event_bytes: guc::max_event_bytes(),
+            max_string_bytes: guc::max_string_bytes(),
+            max_fields: guc::max_fields(),
+        };
+        Ok(Self {
+            key,
+            fixed: request.fixed,
+            converter: Converter::new(&schema, limits, request.admin),
+            project,
+            collection,
+            stored,
+            read: stored,
+            buffer: Vec::new(),
+            buffer_bytes: 0,
+            last_store: Instant::now(),
+        })
+    }
+
+    /// Loads what is left of the files.
+    fn files(
+        &mut self,
+        files: &[Found],
+        spec: &Spec,
+        shown: &mut progress::Progress,
+    ) -> std::result::Result<(), Failure> {
+        let buffer = (guc::flush_size_bytes() as usize)
+            .saturating_mul(BUFFER_SIZES)
+            .min(BUFFER_BYTES_MAX);
+        let mut before: u64 = files.iter().take(self.stored.file).map(|f| f.bytes).sum();
+        for (index, file) in files.iter().enumerate().skip(self.stored.file) {
+            let meter = Meter::default();
+            let from = self.read.position;
+            let mut source =
+                source::open(&file.path, &file.name, spec, from, &meter).map_err(error)?;
+            let declared = source.declared().to_vec();
+            loop {
+                wait::check_interrupts();
+                let Some(piece) = source.next().map_err(error)? else {
+                    break;
+                };
+                self.piece(piece, &declared, &file.name)?;
+                if self.buffer_bytes >= buffer || self.last_store.elapsed() >= STORE_INTERVAL {
+                    self.store(false)?;
+                }
+                shown.set(before + meter.bytes())?;
+            }
+            before += file.bytes;
+            self.read.file = index + 1;
+            self.read.position = Position::default();
+        }
+        self.store(true)
+    }
+
+    /// Converts a piece into the buffer.
+    fn piece(
+        &mut self,
+        piece: Piece,
+        declared: &[(String, FieldType)],
+        file: &str,
+    ) -> std::result::Result<(), Failure> {
+        let fields = self.converter.new_fields(&piece.rows, declared);
+        if let Some((field, _)) = fields.first() {
+            if self.fixed {
+                let refused = EventError::UnknownField {
+                    collection: self.collection.name.clone(),
+                    field: field.clone(),
+                };
+                return Err(Failure::Error(refused.into()));
+            }
+            let schema = xact::worker(|| {
+                registry::add_fields(self.collection.id, &fields, false)?;
+                let collection = self.registered()?;
+                registry::schema(View::Current, &collection)
+            })?;
+            self.converter.set_schema(&schema);
+        }
+        let now = xact::now_us();
+        let stamp = EventStamp {
+            received_at_us: now,
+            shift_us: 0,
+            time_min_us: now.saturating_sub(self.project.time_past_us),
+            time_max_us: now.saturating_add(self.project.time_future_us),
+            // Known when the events are stored; after whatever was dropped before.
+            xid: i64::MAX,
+        };
+        let (batch, refused) = self
+            .converter
+            .convert(piece.rows, file, &stamp)
+            .map_err(error)?;
+        for bad in piece.bad.iter().chain(&refused) {
+            self.converter.log_bad(bad, file, now);
+        }
+        self.read.position = piece.after;
+        if batch.num_rows() > 0 {
+            self.buffer_bytes += value_bytes(&batch);
+            let schema = self.converter.schema();
+            match self.buffer.last_mut() {
+                Some((last, batches)) if last.version == schema.version => batches.push(batch),
+                _ => self.buffer.push((schema.clone(), vec![batch])),
+            }
+        }
+        Ok(())
+    }
+
+    /// The collection as it is registered now.
+    fn registered(&self) -> Result<Collection> {
+        registry::collection_by_id(View::Current, self.collection.id)?.ok_or_else(|| {
+            let name = &self.collection.name;
+            PgError::new("42704", format!("collection \"{name}\" was dropped"))
+        })
+    }
+
+    /// Stores what is in the buffer, with the note of how far the files are stored; `last` ends the load.
+    fn store(&mut self, last: bool) -> std::result::Result<(), Failure> {
+        failpoint::hit("load.before_store");
+        let (samples, counts) = self.converter.take_log();
+        let mut attempt = 1;
+        loop {
+            let stored = xact::worker(|| {
+                let events = self.stored.events + self.store_events()?;
+                invalid::record(self.project.id, self.collection.id, &samples, &counts)?;
+                let to = Progress {
+                    events,
+                    ..self.read
+                };
+                let there = if last {
+                    note::finish(self.key)?
+                } else {
+                    note::advance(self.key, &to)?
+                };
+                if !there {
+                    return Err(PgError::new("55000", "the load was given up meanwhile"));
+                }
+                failpoint::hit("load.before_commit");
+                Ok(to)
+            });
+            match stored {
+                Ok(to) => {
+                    self.stored = to;
+                    break;
+                }
+                // The counters of invalid values have other writers, too.
+                Err(Failure::Error(error))
+                    if attempt < ATTEMPTS
+                        && matches!(error.sqlstate.as_str(), "40P01" | "40001") =>
+                {
+                    attempt += 1;
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        self.buffer.clear();
+        self.buffer_bytes = 0;
+        self.last_store = Instant::now();
+        failpoint::hit("load.after_store");
+        Ok(())
+    }
+
+    /// Stores what is in the buffer; how many events that were. Those with an `_id`, whose copies are to be found, and
+    /// those that go through a mapper take the road of the inbox, the others are chunks at once.
+    fn store_events(&self) -> Result<u64> {
+        let collection = self.registered()?;
+        let xid = xact::top_xid() as i64;
+        let mut stored = 0;
+        // A load is no flood: it passes no inbox, and nobody waits for it. Its bytes count.
+        let mut payer = projects::by_name(&self.project.name)?.map_or_else(
+            || Err(PgError::no_project(&self.project.name)),
+            |p| Ok(p.as_ref().clone()),
+        )?;
+        payer.quota.events_per_second = None;
+        let is_mapped = mapper::applies(self.project.id, &collection.name)?;
+        for (schema, batches) in &self.buffer {
+            let target = Target {
+                project_id: self.project.id,
+                collection_id: collection.id,
+                schema_version: schema.version,
+                level: 0,
+                since_us: None,
+            };
+            let mut plain = Vec::with_capacity(batches.len());
+            for batch in batches {
+                let (chunk, inbox) = roads(batch, is_mapped)?;
+                if let Some(rows) = inbox {
+                    wait::check_interrupts();
+                    stored += to_inbox(&payer, &collection, schema, &rows)?;
+                }
+                plain.extend(chunk);
+            }
+            let rows: usize = plain.iter().map(RecordBatch::num_rows).sum();
+            let bytes: usize = plain.iter().map(value_bytes).sum();
+            quota::charge_stored(&payer, rows as i64, bytes as i64)?;
+            stored += rows as u64;
+            backlog::split_by_month(&without_empty_columns(&plain)?, CHUNK_ROWS, |part| {
+                wait::check_interrupts();
+                append(target, &stamped(&part, xid)?)
+            })?;
+        }
+        Ok(stored)
+    }
+}
+
+/// The rows that become chunks, and those that go through the inbox.
+fn roads(
+    batch: &RecordBatch,
+    is_mapped: bool,
+) -> Result<(Option<RecordBatch>, Option<RecordBatch>)> {
+    let ids = batch.column_by_name(ID).filter(|ids| has_values(ids));
+    match ids {
+        _ if is_mapped => Ok((None, Some(batch.clone()))),
+        None => Ok((Some(batch.clone()), None)),
+        Some(ids) => {
+            let some = |mask: &BooleanArray| {
+                let part = filter_record_batch(batch, mask).map_err(arrow_failed)?;
+                Ok::<_, PgError>((part.num_rows() > 0).then_some(part))
+            };
+            let without = is_null(ids).map_err(arrow_failed)?;
+            let with = is_not_null(ids).map_err(arrow_failed)?;
+            Ok((some(&without)?, some(&with)?))
+        }
+    }
+}
+
+/// Sends rows through mappers and inbox; how many were stored.
+fn to_inbox(
+    payer: &Project,
+    collection: &Collection,
+    schema: &Schema,
+    rows: &RecordBatch,
+) -> Result<u64> {
+    let received = rows
+        .column_by_name(RECEIVED_AT)
+        .and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>())
+        .ok_or_else(|| PgError::internal("rows of a file have no time of receipt"))?;
+    let mut stored = 0;
+    let mut payload = String::new();
+    let mut n = 0;
+    for row in 0..rows.num_rows() {
+        if n > 0 {
+            payload.push('\n');
+        }
+        write_row(rows, schema, row, &mut payload)?;
+        n += 1;
+        let next = row + 1;
+        let ends = next == rows.num_rows()
+            || payload.len() >= INBOX_ROW_BYTES
+            || received.value(next) != received.value(row);
+        if ends {
+            quota::charge(payer, n.into(), payload.len() as i64)?;
+            let entry = Entry {
+                project_id: payer.id,
+                collection_id: collection.id,
+                collection: &collection.name,
+                n,
+                received_at_us: received.value(row),
+                shift_us: 0,
+                payload: payload.as_bytes(),
+            };
+            stored += mapper::enter(&entry, Shape::Row)? as u64;
+            payload.clear();
+            n = 0;
+        }
+    }
+    Ok(stored)
+}
+
+/// A row as the JSON of an event that the digest reads back as it is.
+fn write_row(rows: &RecordBatch, schema: &Schema, row: usize, out: &mut String) -> Result<()> {
+    let mut first = true;
+    out.push('{');
+    for (field, column) in schema.fields.iter().zip(rows.columns()) {
+        // The time of receipt is beside the event.
+        if column.is_null(row) || field.name == RECEIVED_AT {
+            continue;
+        }
+        if !std::mem::take(&mut first) {
+            out.push(',');
+        }
+        json::write_string(&field.name, out);
+        out.push(':');
+        print::to_json_text(column, field.ty, row, out)?;
+    }
+    out.push('}');
+    Ok(())
+}
+
+/// The events with the id of the transaction that stores them.
+fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
+    let mut columns = batch.columns().to_vec();
+    let position = batch.schema().index_of(XID).map_err(arrow_failed)?;
+    columns[position] = std::sync::Arc::new(Int64Array::from_value(xid, batch.num_rows()));
+    RecordBatch::try_new(batch.schema(), columns).map_err(arrow_failed)
+}
+
+/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs,
+/// but looks for a missing field in `_extra`.
+fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>> {
+    let Some(first) = batches.first() else {
+        return Ok(Vec::new());
+    };
+    let used = |position: usize| {
+        batches
+            .iter()
+            .any(|batch| has_values(batch.column(position)))
+    };
+    let schema = first.schema();
+    let extra = schema.index_of(EXTRA).map_err(arrow_failed)?;
+    let has_extra = used(extra);
+    let kept: Vec<usize> = (0..schema.fields().len())
+        .filter(|&position| {
+            let name = schema.field(position).name().as_str();
+            let system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
+            matches!(name, TIME | RECEIVED_AT | EXTRA | XID)
+                || has_extra && !system
+                || used(position)
+        })
+        .collect();
+    batches
+        .iter()
+        .map(|batch| batch.project(&kept).map_err(arrow_failed))
+        .collect()
+}
+
+/// About the memory of the columns that have values.
+fn value_bytes(batch: &RecordBatch) -> usize {
+    (batch.columns().iter())
+        .filter(|column| has_values(column))
+        .map(|column| column.get_array_memory_size())
+        .sum()
+}
+
+fn has_values(column: &ArrayRef) -> bool {
+    column.null_count() < column.len()
+}
+
+fn arrow_failed(error: arrow::error::ArrowError) -> PgError {
+    PgError::internal(format!("could not store the rows of a file: {error}"))
+}

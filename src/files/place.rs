@@ -1,0 +1,130 @@
+//! Which files on the server a caller may name by a URL.
+
+use std::path::{Path, PathBuf};
+
+use rakam_lake::period;
+use rakam_lake::storage::StorageUrl;
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::projects::Project;
+use crate::catalog::{load, manifest};
+use crate::pg::security::{self, ActAs};
+use crate::pg::spi::View;
+use crate::pg::{PgError, Result};
+
+/// What is to be done with the files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    Write,
+}
+
+impl Access {
+    /// The role of Postgres that may do it anywhere on the server.
+    fn role(self) -> &'static str {
+        match self {
+            Self::Read => "pg_read_server_files",
+            Self::Write => "pg_write_server_files",
+        }
+    }
+}
+
+/// Files below a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    pub root: PathBuf,
+    /// A relative path or pattern.
+    pub pattern: String,
+    /// Nothing outside of the root is meant, not even through a symbolic link.
+    pub confined: bool,
+}
+
+/// The files that a URL means, if the effective user may use them: anything on the server for those to whom Postgres gives
+/// that, else what lies in a storage they may use, or (a relative path) in the project's own part of its storage.
+pub fn resolve(project: &Project, url: &str, access: Access) -> Result<Place> {
+    if url.contains('\0') {
+        return Err(PgError::new(
+            "22023",
+            "a url must not contain NUL characters",
+        ));
+    }
+    if !url.contains("://") {
+        return in_project(project, url);
+    }
+    let StorageUrl::File(path) = StorageUrl::parse(url)?;
+    let user = security::current_user();
+    let role = security::role_named(access.role());
+    if security::is_superuser(user) || role.is_some_and(|r| security::has_privileges_of(user, r)) {
+        return Ok(Place {
+            pattern: below(&path, Path::new("/")).unwrap_or_default(),
+            root: PathBuf::from("/"),
+            confined: false,
+        });
+    }
+    let storages = {
+        let _owner = ActAs::owner();
+        load::storage_urls(user)?
+    };
+    for storage in storages {
+        let StorageUrl::File(root) = StorageUrl::parse(&storage)?;
+        if let Some(pattern) = below(&path, &root) {
+            return Ok(Place {
+                root,
+                pattern,
+                confined: true,
+            });
+        }
+    }
+    Err(
+        PgError::new("42501", format!("permission denied for file \"{url}\"")).hint(format!(
+            "Only roles with the privileges of \"{}\" may name any file of the server; others those below the url of a \
+             storage on which they have USAGE, or a path relative to the project's storage.",
+            access.role()
+        )),
+    )
+}
+
+/// The rest of a path below a directory.
+fn below(path: &Path, root: &Path) -> Option<String> {
+    let rest = path.strip_prefix(root).ok()?.to_str()?;
+    (!rest.is_empty()).then(|| rest.to_owned())
+}
+
+/// A path relative to the project's storage. Projects share a storage, so each has its own part of it, where its data
+/// files are as well.
+fn in_project(project: &Project, path: &str) -> Result<Place> {
+    let storage = {
+        let _owner = ActAs::owner();
+        manifest::storage(View::Current, project.storage_id)?
+    };
+    let storage =
+        storage.ok_or_else(|| PgError::internal("a project's storage is not registered"))?;
+    let pattern = rakam_files::locate::relative(path).map_err(|e| {
+        PgError::from(e).hint("A file elsewhere on the server is named by its url, file:///path.")
+    })?;
+    let url = match (storage.kind.as_str(), storage.url) {
+        ("local", _) => {
+            return Err(PgError::new(
+                "0A000",
+                format!(
+                    "storage \"{}\" of project \"{}\" is inside Postgres and holds no other files",
+                    storage.name, project.name
+                ),
+            )
+            .hint("Name a file on the server by its url, file:///path."));
+        }
+        (_, Some(url)) => url,
+        (_, None) => {
+            return Err(
+                PgError::new("58030", format!("storage \"{}\" has no url", storage.name))
+                    .hint("Its foreign server must exist and have the option url."),
+            );
+        }
+    };
+    let StorageUrl::File(root) = StorageUrl::parse(&url)?;
+    Ok(Place {
+        root: root.join(period::component(&project.name)),
+        pattern: pattern.to_owned(),
+        confined: true,
+    })
+}
