@@ -153,7 +153,7 @@ fn values_of_newer_fields_leave_extra() {
         xid: 8,
         at_us: origin.received_at_us + 1,
     };
-    let renewed = new.with_dropped(vec![dropped]);
+    let renewed = new.clone().with_dropped(vec![dropped]);
     let columns = read(ChunkFormat::Arrow, &arrow, &renewed);
     assert_eq!(columns, read(ChunkFormat::Rows, &text, &renewed));
     assert_eq!(columns.column_by_name("late").unwrap().null_count(), 4);
