@@ -18,7 +18,7 @@ use bytes::Bytes;
 use rakam_event::batch::Layout;
 use rakam_event::extra;
 use rakam_event::schema::{
-    EXTRA, FIELD_ID_KEY, Field as EventField, Schema as EventSchema, TIME, XID,
+    EXTRA, FIELD_ID_KEY, Field as EventField, RECEIVED_AT, Schema as EventSchema, TIME, XID,
 };
 
 use crate::error::LakeError;
@@ -86,22 +86,37 @@ fn upgrade(batch: &RecordBatch, schema: &EventSchema) -> Result<RecordBatch, Lak
         .iter()
         .filter(|field| field.is_user() && !known.contains_key(&field.id))
         .collect();
-    let extra = batch
+    let malformed = |e| LakeError::corrupt(WHAT, e);
+    let stored = batch
         .schema()
         .index_of(EXTRA)
         .ok()
         .and_then(|at| Some((at, batch.column(at).as_string_opt::<i32>()?)))
         .filter(|(_, extra)| extra.null_count() < extra.len());
-    let Some((at, extra)) = extra.filter(|_| !newer.is_empty()) else {
+    let Some((at, stored)) = stored.filter(|_| !newer.is_empty()) else {
         return conform(batch, &schema.arrow());
     };
-    let malformed = |e| LakeError::corrupt(WHAT, e);
+    // What was sent under the name of a field that has been dropped since is not a value of its successor.
+    let extra = if schema.dropped.is_empty() {
+        stored.clone()
+    } else {
+        let missing = |name| LakeError::corrupt(WHAT, format!("column {name} is missing"));
+        let xid = batch
+            .column_by_name(XID)
+            .and_then(|column| column.as_primitive_opt::<Int64Type>())
+            .ok_or_else(|| missing(XID))?;
+        let received_at = batch
+            .column_by_name(RECEIVED_AT)
+            .and_then(|column| column.as_primitive_opt::<TimestampMicrosecondType>())
+            .ok_or_else(|| missing(RECEIVED_AT))?;
+        extra::strip(stored, xid, received_at, &schema.dropped).map_err(malformed)?
+    };
     let mut fields = batch.schema().fields().to_vec();
     let mut columns = batch.columns().to_vec();
-    columns[at] = Arc::new(extra::merge_extra(extra, &newer, &[]).map_err(malformed)?);
+    columns[at] = Arc::new(extra::merge_extra(&extra, &newer, &[]).map_err(malformed)?);
     for (field, column) in newer
         .iter()
-        .zip(extra::promote(extra, &newer).map_err(malformed)?)
+        .zip(extra::promote(&extra, &newer).map_err(malformed)?)
     {
         fields.push(Arc::new(field.arrow()));
         columns.push(column);

@@ -147,6 +147,16 @@ fn values_of_newer_fields_leave_extra() {
             None
         ]
     );
+    // Another field had the name before: its values are not those of this one.
+    let dropped = rakam_event::schema::DroppedField {
+        name: "late".to_owned(),
+        xid: 8,
+        at_us: origin.received_at_us + 1,
+    };
+    let renewed = new.clone().with_dropped(vec![dropped]);
+    let columns = read(ChunkFormat::Arrow, &arrow, &renewed);
+    assert_eq!(columns, read(ChunkFormat::Rows, &text, &renewed));
+    assert_eq!(columns.column_by_name("late").unwrap().null_count(), 4);
 }
 
 #[test]
