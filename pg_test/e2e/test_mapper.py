@@ -732,6 +732,16 @@ def test_sessions_make_nobody_wait(db, owner, writer, collection):
 # -- the rest ------------------------------------------------------------------------------------------------------------
 
 
+def test_calls_are_in_the_audit_log(db, owner, writer, collection):
+    set_mapper(owner, collection, "rakam.map_referrer")
+    with refused("42501"):
+        set_mapper(writer, collection, None)
+    owner.execute("SELECT rakam.replay_dead_letters('acme', NULL)")
+    noted = "SELECT call, role FROM rakam.audit_log WHERE project = 'acme' AND (object = %s OR call = 'replay_dead_letters')"
+    expected = {("set_mapper", "login_acme_admin"), ("set_mapper", "login_acme_write"), ("replay_dead_letters", "login_acme_admin")}
+    wait_until(lambda: set(db.all(noted, collection)) >= expected, "the calls are noted")
+
+
 def test_a_renamed_collection_keeps_its_mapper(db, owner, writer, collection):
     make(owner, "mark", "BEGIN RETURN event || '{\"mapped\": true}'; END")
     set_mapper(owner, collection, "acme.mark")
