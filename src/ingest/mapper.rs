@@ -13,6 +13,7 @@ use rakam_event::entry;
 use rakam_event::names::CollectionName;
 
 use super::collect::limits;
+use crate::catalog::audit;
 use crate::catalog::dead_letter::{self, NewLetter};
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::mapper::{self as catalog, Mapper, Mappers, Stage};
@@ -58,13 +59,14 @@ fn set_mapper(
     mapper: Option<Oid>,
     every_batch: default!(Option<bool>, "false"),
 ) -> std::result::Result<(), ErrorReport> {
-    let every_batch = not_null(every_batch, "every_batch")?;
-    Ok(set(
-        not_null(project, "project")?,
-        collection,
-        mapper,
-        every_batch,
-    )?)
+    Ok(audit::call("set_mapper", project, collection, || {
+        set(
+            not_null(project, "project")?,
+            collection,
+            mapper,
+            not_null(every_batch, "every_batch")?,
+        )
+    })?)
 }
 
 fn set(

@@ -3,6 +3,7 @@
 use pgrx::{default, pg_extern};
 
 use super::mapper::{self, Shape};
+use crate::catalog::audit;
 use crate::catalog::dead_letter::{self, Letter};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Right};
@@ -18,7 +19,9 @@ fn replay_dead_letters(
     project: Option<&str>,
     source: default!(Option<&str>, "NULL"),
 ) -> std::result::Result<i64, ErrorReport> {
-    Ok(replay(not_null(project, "project")?, source)?)
+    Ok(audit::call("replay_dead_letters", project, source, || {
+        replay(not_null(project, "project")?, source)
+    })?)
 }
 
 fn replay(project: &str, source: Option<&str>) -> Result<i64> {

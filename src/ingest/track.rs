@@ -15,6 +15,7 @@ use rakam_event::{entry, json, schema};
 use super::collect::limits;
 use super::mapper::{self, Shape};
 use super::quota;
+use crate::catalog::audit;
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project, Right};
 use crate::catalog::track;
@@ -44,9 +45,11 @@ fn track_table(
     collection: Option<&str>,
     source: Option<Oid>,
 ) -> std::result::Result<(), ErrorReport> {
-    let project = admin_project(project)?;
-    let collection = not_null(collection, "collection")?;
-    Ok(start(&project, collection, not_null(source, "source")?)?)
+    Ok(audit::call("track_table", project, collection, || {
+        let project = admin_project(project)?;
+        let collection = not_null(collection, "collection")?;
+        start(&project, collection, not_null(source, "source")?)
+    })?)
 }
 
 /// Ends what [`track_table`] began. SQL: `rakam.untrack_table(project text, source regclass)`.
@@ -59,8 +62,10 @@ fn untrack_table(
     project: Option<&str>,
     source: Option<Oid>,
 ) -> std::result::Result<(), ErrorReport> {
-    let project = admin_project(project)?;
-    Ok(stop(&project, not_null(source, "source")?)?)
+    Ok(audit::call("untrack_table", project, None, || {
+        let project = admin_project(project)?;
+        stop(&project, not_null(source, "source")?)
+    })?)
 }
 
 fn admin_project(project: Option<&str>) -> pg::Result<Rc<Project>> {
