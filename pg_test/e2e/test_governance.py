@@ -820,8 +820,8 @@ def test_a_flood_of_refused_calls_waits_for_nobody(db, fresh):
 def test_a_flood_of_invalid_values_is_counted_and_sampled(db, fresh):
     collect(db.admin, fresh, "hit", {"n": 1})
     db.tick()
-    for _ in range(4):
-        collect_batch(db.admin, fresh, [("hit", {"n": f"bad {n}", "_id": f"id {n}"}) for n in range(500)])
+    for part in range(4):
+        collect_batch(db.admin, fresh, [("hit", {"n": f"bad {n}", "_id": f"{part} {n}"}) for n in range(500)])
         db.tick()
     found = db.all("SELECT count(*), min(count), max(count) FROM rakam.invalid_value WHERE project = %s", fresh)
     samples = found[0][0]
