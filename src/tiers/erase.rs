@@ -4,6 +4,9 @@
 //! every row that was removed of it by then is vacuumed and the free room of every page has been overwritten
 //! ([`scrub`]). An old snapshot that still sees such a row only delays it. The inbox is emptied by [`super::rotate`].
 
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
 use crate::catalog::deletion::{self, Erasure};
 use crate::pg::scrub::{self, Scrubbed};
 use crate::pg::spi::View;
@@ -12,6 +15,9 @@ use crate::pg::{Oid, relation, vacuum, wait};
 
 /// Pages of one transaction: a few dozen milliseconds.
 const STEP_PAGES: u32 = 4096;
+/// Before a table is looked at again that has still to be vacuumed; longer each time.
+const PAUSE: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(300);
 
 /// A walk over the pages of one table, its long values included.
 #[derive(Debug)]
@@ -27,17 +33,22 @@ struct Walk {
 #[derive(Debug, Default)]
 pub struct Eraser {
     walk: Option<Walk>,
-    /// The table of the last walk: the next one takes its turn.
-    last: String,
+    /// Tables that wait for a VACUUM: how often they were found so, and when to look again.
+    waiting: HashMap<String, (u32, Instant)>,
 }
 
 impl Eraser {
     /// One bounded step. False: there is nothing to be done at this moment.
     pub fn step(&mut self) -> std::result::Result<bool, Failure> {
         if self.walk.is_none() {
-            let due = due()?;
-            let next = due.iter().find(|e| e.relation > self.last).or(due.first());
-            self.walk = next.cloned().map(begin).transpose()?;
+            let now = Instant::now();
+            let mut due = due()?;
+            due.retain(|e| {
+                self.waiting
+                    .get(&e.relation)
+                    .is_none_or(|(_, at)| *at <= now)
+            });
+            self.walk = due.into_iter().next().map(begin).transpose()?;
         }
         let Some(walk) = &mut self.walk else {
             return Ok(false);
@@ -48,13 +59,20 @@ impl Eraser {
         let Some(walk) = self.walk.take() else {
             return Ok(false);
         };
-        self.last.clone_from(&walk.erasure.relation);
-        // Dead rows that autovacuum has not come to yet: tried again later, from the start.
-        let clean = !walk.dirty;
-        if clean {
-            xact::worker(|| deletion::erased(&walk.erasure))?;
+        let table = walk.erasure.relation.clone();
+        if walk.finish()? {
+            self.waiting.remove(&table);
+        } else {
+            let (times, _) = self
+                .waiting
+                .get(&table)
+                .copied()
+                .unwrap_or((0, Instant::now()));
+            let pause = (PAUSE * (1 << times.min(6))).min(PAUSE_MAX);
+            self.waiting
+                .insert(table, (times + 1, Instant::now() + pause));
         }
-        Ok(clean)
+        Ok(true)
     }
 }
 
@@ -67,9 +85,7 @@ pub fn all() -> std::result::Result<(), Failure> {
         }
         let mut walk = begin(erasure)?;
         while walk.step()? {}
-        if !walk.dirty {
-            xact::worker(|| deletion::erased(&walk.erasure))?;
-        }
+        walk.finish()?;
     }
     Ok(())
 }
@@ -102,7 +118,7 @@ fn begin(erasure: Erasure) -> std::result::Result<Walk, Failure> {
 }
 
 impl Walk {
-    /// The next pages; false at the end.
+    /// The next pages; false at the end, or where a page has rows that VACUUM has not come to yet.
     fn step(&mut self) -> std::result::Result<bool, Failure> {
         let Some(&heap) = self.heaps.first() else {
             return Ok(false);
@@ -115,12 +131,23 @@ impl Walk {
                 self.erasure.after_xid,
             ))
         })?;
-        self.dirty |= done.dirty > 0;
+        if done.dirty > 0 {
+            self.dirty = true;
+            return Ok(false);
+        }
         self.next_page += done.pages;
         if done.end {
             self.heaps.remove(0);
             self.next_page = 0;
         }
         Ok(!self.heaps.is_empty())
+    }
+
+    /// Takes the table off the list if all of it is erased.
+    fn finish(self) -> std::result::Result<bool, Failure> {
+        if !self.dirty {
+            xact::worker(|| deletion::erased(&self.erasure))?;
+        }
+        Ok(!self.dirty)
     }
 }
