@@ -16,7 +16,7 @@ use crate::number::Number;
 /// JSON deeper than this is refused; an event's own object is level 1.
 pub const MAX_DEPTH: usize = 64;
 /// A number without exponent is surely in the range of numeric up to this many bytes.
-const SHORT_NUMBER: usize = 16_000;
+pub(crate) const SHORT_NUMBER: usize = 16_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -107,7 +107,7 @@ fn check_string(bytes: &[u8], mut at: usize) -> Result<usize, EventError> {
 }
 
 /// The UTF-16 unit of an escape `\uXXXX` at `at`.
-fn escaped_unit(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn escaped_unit(bytes: &[u8], at: usize) -> Option<u16> {
     let digits = match bytes.get(at..at + 6)? {
         [b'\\', b'u', digits @ ..] => digits,
         _ => return None,
@@ -253,33 +253,83 @@ impl<'de, F: FnMut(&'de str)> Visitor<'de> for Elements<F> {
 
 /// Writes text as a JSON string, with the escapes that Postgres writes.
 pub fn write_string(text: &str, out: &mut String) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
     out.push('"');
-    let mut start = 0;
-    for (at, byte) in text.bytes().enumerate() {
-        let escape = match byte {
-            b'"' => "\\\"",
-            b'\\' => "\\\\",
-            b'\n' => "\\n",
-            b'\r' => "\\r",
-            b'\t' => "\\t",
-            0x08 => "\\b",
-            0x0c => "\\f",
-            0x00..=0x1f => "",
-            _ => continue,
+    let mut rest = text;
+    loop {
+        let (plain, special) = rest.split_at(plain_len(rest.as_bytes()));
+        out.push_str(plain);
+        let Some(&byte) = special.as_bytes().first() else {
+            break;
         };
-        out.push_str(&text[start..at]);
-        start = at + 1;
-        if escape.is_empty() {
-            out.push_str("\\u00");
-            out.push(char::from(HEX[usize::from(byte >> 4)]));
-            out.push(char::from(HEX[usize::from(byte & 15)]));
-        } else {
-            out.push_str(escape);
-        }
+        let (escape, len) = escape(byte);
+        out.extend(escape.iter().take(len).copied().map(char::from));
+        rest = &special[1..];
     }
-    out.push_str(&text[start..]);
     out.push('"');
+}
+
+/// [`write_string`] of bytes that are, or will be checked to be, UTF-8.
+pub(crate) fn write_bytes(text: &[u8], out: &mut Vec<u8>) {
+    out.push(b'"');
+    let mut rest = text;
+    loop {
+        let (plain, special) = rest.split_at(plain_len(rest));
+        out.extend_from_slice(plain);
+        let Some((&byte, after)) = special.split_first() else {
+            break;
+        };
+        let (escape, len) = escape(byte);
+        out.extend(escape.iter().take(len));
+        rest = after;
+    }
+    out.push(b'"');
+}
+
+/// How a quote, backslash or control character is written: so many of these bytes.
+fn escape(byte: u8) -> ([u8; 6], usize) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let short = match byte {
+        b'\n' => b'n',
+        b'\r' => b'r',
+        b'\t' => b't',
+        0x08 => b'b',
+        0x0c => b'f',
+        0x00..=0x1f => {
+            let (high, low) = (HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]);
+            return ([b'\\', b'u', b'0', b'0', high, low], 6);
+        }
+        other => other,
+    };
+    ([b'\\', short, 0, 0, 0, 0], 2)
+}
+
+/// How many bytes at the start of a text are neither quote, backslash nor control character.
+#[inline(always)]
+pub(crate) fn plain_len(bytes: &[u8]) -> usize {
+    let mut len = 0;
+    while let Some(word) = bytes.get(len..).and_then(|rest| rest.first_chunk::<8>()) {
+        let found = special_bytes(u64::from_le_bytes(*word));
+        if found != 0 {
+            return len + found.trailing_zeros() as usize / 8;
+        }
+        len += 8;
+    }
+    while let Some(byte) = bytes.get(len)
+        && !matches!(byte, 0..=0x1f | b'"' | b'\\')
+    {
+        len += 1;
+    }
+    len
+}
+
+/// Of eight bytes, the lowest first: the top bit of each that is a quote, a backslash or a control character is
+/// set. Bits above the lowest set one may be wrong (a borrow runs upwards).
+#[inline(always)]
+fn special_bytes(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    let below = |word: u64, limit: u8| word.wrapping_sub(ONES * u64::from(limit)) & !word;
+    let equal = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
+    (equal(b'"') | equal(b'\\') | below(word, b' ')) & (ONES << 7)
 }
 
 /// Cuts strings that are too long, and remembers that it did.
