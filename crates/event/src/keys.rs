@@ -23,24 +23,37 @@ struct Keys {
 
 struct Entry {
     key: Box<str>,
+    /// Whether JSON has to write the key as it is.
+    plain: bool,
     slot: usize,
     successor: usize,
 }
 
 impl Keys {
+    /// The key that most likely comes next, if events can only have it as it is.
+    #[inline]
+    fn expected(&self) -> Option<&str> {
+        let guess = self.entries.get(self.last).map_or(0, |e| e.successor);
+        let entry = self.entries.get(guess).filter(|e| e.plain)?;
+        Some(&entry.key)
+    }
+
+    /// The slot of the expected key, which came.
+    #[inline]
+    fn take_expected(&mut self) -> Option<usize> {
+        self.last = self.entries.get(self.last).map_or(0, |e| e.successor);
+        self.entries.get(self.last).map(|e| e.slot)
+    }
+
     /// The slot of a key; `make` gives it at first sight.
     fn slot(&mut self, key: &str, make: impl FnOnce() -> usize) -> usize {
-        let guess = self.entries.get(self.last).map_or(0, |e| e.successor);
-        if let Some(entry) = self.entries.get(guess).filter(|e| *e.key == *key) {
-            self.last = guess;
-            return entry.slot;
-        }
         let at = match self.index.get(key) {
             Some(&at) => at as usize,
             None => {
                 let at = self.entries.len();
                 self.entries.push(Entry {
                     key: key.into(),
+                    plain: json::plain_len(key.as_bytes()) == key.len(),
                     slot: make(),
                     successor: at + 1,
                 });
@@ -144,10 +157,20 @@ impl Walk {
     fn scan(&mut self, event: &str) -> Scanned<()> {
         self.begin();
         let mut scanner = Scanner::new(event);
-        scanner.object(MAX_DEPTH, |key, value| {
-            self.see(event, &key.text()?, value);
-            Ok(())
-        })?;
+        let mut more = scanner.open(b'{', b'}')?;
+        while more {
+            let came = match self.keys.expected() {
+                Some(key) => scanner.key_if(key)?,
+                None => false,
+            };
+            let slot = match came {
+                true => self.keys.take_expected().ok_or(Unsure)?,
+                false => self.slot(&scanner.key()?.text()?),
+            };
+            let value = scanner.value(MAX_DEPTH - 1)?;
+            self.see(event, slot, value);
+            more = scanner.more(b'}')?;
+        }
         scanner.end()
     }
 
@@ -158,7 +181,8 @@ impl Walk {
         let base = event.as_ptr() as usize;
         json::object_entries(event, |key, raw| {
             let start = raw.as_ptr() as usize - base;
-            self.see(event, key, start..start + raw.len());
+            let slot = self.slot(key);
+            self.see(event, slot, start..start + raw.len());
         })
     }
 
@@ -168,16 +192,19 @@ impl Walk {
         self.server_field = None;
     }
 
-    /// Notes a key of the event and where its value is.
-    #[inline]
-    fn see(&mut self, event: &str, key: &str, value: Range<usize>) {
+    fn slot(&mut self, key: &str) -> usize {
         let Self {
             keys,
             slots,
             by_name,
             ..
         } = self;
-        let slot = keys.slot(key, || make_slot(key, slots, by_name));
+        keys.slot(key, || make_slot(key, slots, by_name))
+    }
+
+    /// Notes a value of the event and where it is.
+    #[inline]
+    fn see(&mut self, event: &str, slot: usize, value: Range<usize>) {
         let sight = Sight {
             slot,
             start: value.start,

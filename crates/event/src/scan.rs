@@ -185,6 +185,23 @@ impl<'a> Scanner<'a> {
         Ok(Key { quoted, escaped })
     }
 
+    /// Takes this key and its colon, if it comes next. Nothing in the key has to be escaped.
+    #[inline(always)]
+    pub(crate) fn key_if(&mut self, key: &str) -> Scanned<bool> {
+        if self.peek()? != b'"' {
+            return Err(Unsure);
+        }
+        let start = self.at + 1;
+        let end = start + key.len();
+        let bytes = self.text.as_bytes();
+        if bytes.get(start..end) != Some(key.as_bytes()) || bytes.get(end) != Some(&b'"') {
+            return Ok(false);
+        }
+        self.at = end + 1;
+        self.expect(b':')?;
+        Ok(true)
+    }
+
     /// Takes a value of at most `levels` levels; a scalar has none.
     #[inline(always)]
     pub(crate) fn value(&mut self, levels: usize) -> Scanned<Range<usize>> {
