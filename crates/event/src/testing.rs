@@ -90,6 +90,7 @@ impl Random {
                     "\\u0061",
                     "tags",
                     "k\\\"q",
+                    "k\\\\",
                 ]);
                 format!("\"{key}\":{}", self.value(depth))
             })

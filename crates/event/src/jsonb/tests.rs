@@ -102,7 +102,7 @@ fn container(header: u32, parts: &[Part<'_>]) -> Vec<u8> {
     let mut data = Vec::new();
     for (at, part) in parts.iter().enumerate() {
         let start = data.len();
-        let align = |data: &mut Vec<u8>| data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+        let align = |data: &mut Vec<u8>| data.resize(data.len().next_multiple_of(4), 0);
         let kind = match part {
             Part::Key(text) => {
                 data.extend_from_slice(text.as_bytes());
