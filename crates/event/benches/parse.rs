@@ -135,7 +135,9 @@ fn main() {
         report("  check_event", bytes, took);
 
         let mut discovery = Discovery::new(&Schema::new(1, Vec::new()), 500);
-        events.iter().for_each(|event| discovery.observe(event));
+        events
+            .iter()
+            .for_each(|event| discovery.observe(event, 1, 1));
         let fields = discovery
             .new_fields()
             .into_iter()
@@ -153,7 +155,7 @@ fn main() {
             let mut discovery = Discovery::new(&schema, 500);
             events
                 .iter()
-                .for_each(|event| discovery.observe(black_box(event)));
+                .for_each(|event| discovery.observe(black_box(event), 1, 1));
             black_box(discovery.new_fields());
         });
         report("  discovery of nothing new", bytes, took);

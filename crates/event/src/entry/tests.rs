@@ -255,7 +255,7 @@ fn batches_are_split_alike_on_both_roads() {
             })
             .collect();
         let mut text = format!(" [{}]\n", items.join(random.pick(&[",", ", ", "\n,"])));
-        if random.next() % 4 == 0 {
+        if random.next().is_multiple_of(4) {
             text = random.mangled(&text);
         }
         let careful = explain_batch(&text, &limits());
