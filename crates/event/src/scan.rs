@@ -15,7 +15,7 @@ use crate::number::Number;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Unsure;
 
-/// The careful way costs more than a call: its errors should not weigh on the road of the others.
+/// Without reasons, so that a refusal costs the usual road nothing.
 pub(crate) type Scanned<T> = Result<T, Unsure>;
 
 /// One bit a level.
