@@ -4,8 +4,6 @@
 //! one entry per element (of an object all keys, then all values), and their data. Nothing is trusted: what does
 //! not look like it is answered by None.
 
-use std::io::Write;
-
 use crate::json;
 
 /// Containers: their kind and the number of elements or pairs.
@@ -234,7 +232,9 @@ fn write_numeric(bytes: &[u8], out: &mut Vec<u8>) -> Option<()> {
     if weight < 0 {
         out.push(b'0');
     } else {
-        write_first(digit(0), out);
+        let first = four_digits(digit(0))?;
+        let zeros = first.iter().take(3).take_while(|b| **b == b'0').count();
+        out.extend(first.iter().skip(zeros));
         for at in 1..=weight {
             out.extend_from_slice(&four_digits(digit(at))?);
         }
@@ -256,16 +256,6 @@ fn write_numeric(bytes: &[u8], out: &mut Vec<u8>) -> Option<()> {
 fn half(bytes: &[u8]) -> Option<(u16, &[u8])> {
     let (half, rest) = bytes.split_first_chunk::<2>()?;
     Some((u16::from_ne_bytes(*half), rest))
-}
-
-/// The first digit has no leading zeros.
-fn write_first(digit: u16, out: &mut Vec<u8>) {
-    if digit < 10 {
-        out.push(b'0' + digit as u8);
-        return;
-    }
-    // Writing into a Vec cannot fail.
-    let _ = write!(out, "{digit}");
 }
 
 fn four_digits(digit: u16) -> Option<[u8; 4]> {
