@@ -18,6 +18,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def thread_cpu_s(pid: int) -> float:
+    """The same of the main thread alone, to the nanosecond instead of the clock's tick."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 def reaped_cpu_s(pid: int) -> float:
     """The same of the children of a process that have ended: of a postmaster, its finished workers and sessions."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

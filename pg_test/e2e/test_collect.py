@@ -189,6 +189,35 @@ def test_unknown_api_option_is_refused_and_the_valid_ones_named(db, keys):
         db.admin.execute("SELECT rakam.collect_batch('acme', '[]', '{\"uploaded\": 1}')")
 
 
+def test_jsonb_is_stored_as_the_text_that_the_server_prints(db, keys, collection):
+    """Its bytes are read without the server's help; a scan of the inbox shows what came of it."""
+    wide = {f"key {n}": n * 1.25 for n in range(100)}
+    documents = [
+        "{}",
+        '{"a": [], "b": {}, "c": null, "d": true, "e": false, "": "empty"}',
+        '{"n": [0, -0.0, 1.50, -7, 10000, 99999999.0001, 0.00001, 1e30, 1e-30, 12345678901234567890123456789.0120]}',
+        '{"far": [1e400, -2.5e-400, 1.00000000000000000000000000000000000000000000000000000000000000000000000001]}',
+        '{"s": "q\\"b\\\\s/\\n\\t\\u0001\\u007f é 😀", "é\\n": [[[["deep"]], {"x": [1, {"y": 2}]}], "z"]}',
+        json.dumps({"wide": wide, "list": list(range(200)), "text": "long " * 2000}),
+    ]
+    session = db.connect(autocommit=False)
+    session.execute("CREATE TEMP TABLE document (id int, body jsonb)")
+    for number, text in enumerate(documents):
+        session.execute("INSERT INTO document VALUES (%s, %s)", (number, text))
+        collect(session, PROJECT, collection, text)
+    # From a table: with a short header, or compressed.
+    session.execute("SELECT rakam.collect('acme', %s, body) FROM document ORDER BY id", (collection,))
+    expected = [text for (text,) in session.execute("SELECT body::text FROM document ORDER BY id")]
+    inbox = " UNION ALL ".join(f"SELECT id, txid, payload FROM rakam_internal.inbox_{k}" for k in range(3))
+    stored = session.execute(
+        f"SELECT convert_from(payload, 'UTF8') FROM ({inbox}) i WHERE txid = pg_current_xact_id() ORDER BY id"
+    ).fetchall()
+    assert [text for (text,) in stored] == expected * 2
+    # A scalar is no object, whatever its bytes look like.
+    with refused("22023"):
+        collect(session, PROJECT, collection, "1.5")
+
+
 # -- keys and roles ------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,8 @@
 //! collect_batch: an array of events, of which bad ones are rejected alone. Events of one collection share inbox
 //! rows, one JSON object a line, in the order in which they came.
 
-use std::collections::HashMap;
-
 use pgrx::{default, pg_extern};
-use rakam_event::entry::{self, BatchItem};
+use rakam_event::entry::{self, Batch, BatchItem};
 use rakam_event::error::EventError;
 use rakam_event::names::CollectionName;
 use rakam_event::{json, time};
@@ -112,42 +110,33 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
     let shift_us = api
         .upload_time_us
         .map_or(0, |uploaded| received_at_us.saturating_sub(uploaded));
-    let mut rows = Rows::default();
-    let mut rejected = Rejected::default();
-    let mut stored = 0i64;
-    let append = |collection: &str, row: &Row| -> Result<i64> {
-        let entry = Entry {
-            project_id: project.id,
-            collection_id: projects::collection_id(project.id, collection)?,
-            collection,
-            n: row.n,
-            received_at_us,
-            shift_us,
-            payload: row.payload.as_bytes(),
-        };
-        mapper::enter(&entry, Shape::Event)
-    };
-    let items = entry::split_batch(text, &limits())?;
+    let Batch { collections, items } = entry::split_batch(text, &limits())?;
     charge(project, &items)?;
     let mut admission = Admission::new(project);
+    // Each item is an event's text and its collection, or why it is refused: whatever else changes or refuses
+    // events belongs here, before they are put together into rows.
+    let mut rows = Rows::new(
+        project.id,
+        received_at_us,
+        shift_us,
+        collections,
+        text.len(),
+    );
+    let mut rejected = Rejected::default();
+    let mut stored = 0i64;
     for (index, item) in items.into_iter().enumerate() {
         match item {
             Ok(item) => {
-                let name = item.collection.as_str();
-                if let Some(refusal) = admission.refusal(name, &item.properties)? {
-                    rejected.add(index, &refusal);
-                    continue;
-                }
-                if let Some((collection, full)) = rows.add(item) {
-                    stored += append(&collection, &full)?;
+                let name = rows.collection(item.collection).as_str();
+                match admission.refusal(name, &item.properties)? {
+                    Some(refusal) => rejected.add(index, &refusal),
+                    None => stored += rows.add(&item)?,
                 }
             }
             Err(error) => rejected.add(index, &error),
         }
     }
-    for (collection, row) in rows.rest() {
-        stored += append(&collection, &row)?;
-    }
+    stored += rows.finish()?;
     Ok(Record::new()
         .with(stored)
         .with(rejected.indexes.len() as i64)
@@ -156,7 +145,10 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
 }
 
 /// Takes the well-formed events of a batch in, all or none.
-fn charge(project: &Project, items: &[std::result::Result<BatchItem, EventError>]) -> Result<()> {
+fn charge(
+    project: &Project,
+    items: &[std::result::Result<BatchItem<'_>, EventError>],
+) -> Result<()> {
     let (mut events, mut bytes) = (0, 0);
     for item in items.iter().flatten() {
         events += 1;
@@ -235,43 +227,81 @@ struct Row {
     payload: String,
 }
 
-/// The rows being filled, in the order in which their collections first came.
-#[derive(Default)]
+/// The rows being filled, one for each collection of a batch.
 struct Rows {
-    by_collection: HashMap<CollectionName, usize>,
-    rows: Vec<(String, Row)>,
+    project_id: i32,
+    received_at_us: i64,
+    shift_us: i64,
+    rows: Vec<(CollectionName, Row)>,
+    /// What a row will most likely take.
+    capacity: usize,
 }
 
 impl Rows {
-    /// Adds an event; the row that was full before it, if it was.
-    fn add(&mut self, item: BatchItem) -> Option<(String, Row)> {
-        let BatchItem {
-            collection,
-            properties,
-        } = item;
-        let index = match self.by_collection.get(&collection) {
-            Some(&index) => index,
-            None => {
-                let index = self.rows.len();
-                self.rows
-                    .push((collection.as_str().to_owned(), Row::default()));
-                self.by_collection.insert(collection, index);
-                index
-            }
-        };
-        let (name, row) = &mut self.rows[index];
-        let full = (row.n > 0 && row.payload.len() + 1 + properties.len() > ROW_BYTES)
-            .then(|| (name.clone(), std::mem::take(row)));
-        if row.n > 0 {
-            row.payload.push('\n');
+    /// `bytes` is about what all events take together.
+    fn new(
+        project_id: i32,
+        received_at_us: i64,
+        shift_us: i64,
+        collections: Vec<CollectionName>,
+        bytes: usize,
+    ) -> Self {
+        Self {
+            project_id,
+            received_at_us,
+            shift_us,
+            capacity: (bytes / collections.len().max(1)).min(ROW_BYTES),
+            rows: collections
+                .into_iter()
+                .map(|name| (name, Row::default()))
+                .collect(),
         }
-        row.payload.push_str(&properties);
-        row.n += 1;
-        full
     }
 
-    fn rest(self) -> impl Iterator<Item = (String, Row)> {
-        self.rows.into_iter().filter(|(_, row)| row.n > 0)
+    fn collection(&self, index: usize) -> &CollectionName {
+        &self.rows[index].0
+    }
+
+    /// Adds an event; a row that it does not fit into any more is stored. How many events were stored.
+    fn add(&mut self, item: &BatchItem<'_>) -> Result<i64> {
+        let mut stored = 0;
+        let row = &mut self.rows[item.collection].1;
+        if row.n > 0 && row.payload.len() + 1 + item.properties.len() > ROW_BYTES {
+            stored = self.store(item.collection)?;
+        }
+        let row = &mut self.rows[item.collection].1;
+        if row.n == 0 {
+            row.payload.reserve(self.capacity);
+        } else {
+            row.payload.push('\n');
+        }
+        row.payload.push_str(&item.properties);
+        row.n += 1;
+        Ok(stored)
+    }
+
+    /// Stores what is left; how many events that were.
+    fn finish(mut self) -> Result<i64> {
+        (0..self.rows.len()).map(|index| self.store(index)).sum()
+    }
+
+    /// How many events were stored: mappers may drop some.
+    fn store(&mut self, index: usize) -> Result<i64> {
+        let (name, row) = &mut self.rows[index];
+        let row = std::mem::take(row);
+        if row.n == 0 {
+            return Ok(0);
+        }
+        let entry = Entry {
+            project_id: self.project_id,
+            collection_id: projects::collection_id(self.project_id, name.as_str())?,
+            collection: name.as_str(),
+            n: row.n,
+            received_at_us: self.received_at_us,
+            shift_us: self.shift_us,
+            payload: row.payload.as_bytes(),
+        };
+        mapper::enter(&entry, Shape::Event)
     }
 }
 

@@ -1,4 +1,4 @@
-//! jsonb and arrays of it as text, without a value tree in between.
+//! jsonb and arrays of it as text, without a value tree in between: read from its bytes by [`rakam_event::jsonb`].
 
 use std::ffi::{CStr, CString};
 
@@ -9,6 +9,7 @@ use pgrx::pg_sys;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
+use rakam_event::jsonb;
 
 /// A jsonb value of SQL: its text form, one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,21 +24,36 @@ impl FromDatum for JsonbText {
         if is_null {
             return None;
         }
-        // SAFETY: a non-null jsonb datum is a varlena; its text is NUL-terminated UTF-8 (the only encoding of
-        // databases with this extension), copied before what was allocated here is freed.
+        // SAFETY: a non-null jsonb datum is a varlena; its bytes are copied before what was allocated here is freed.
         unsafe {
             let original = datum.cast_mut_ptr::<pg_sys::varlena>();
             let plain = pg_sys::pg_detoast_datum(original);
-            let jsonb = plain.cast::<pg_sys::Jsonb>();
-            let bytes = pgrx::varsize_any(plain) as i32;
-            let text = pg_sys::JsonbToCString(std::ptr::null_mut(), &raw mut (*jsonb).root, bytes);
-            let owned = CStr::from_ptr(text).to_string_lossy().into_owned();
-            pg_sys::pfree(text.cast());
+            let bytes = std::slice::from_raw_parts(
+                pgrx::vardata_any(plain).cast::<u8>(),
+                pgrx::varsize_any_exhdr(plain),
+            );
+            let text = jsonb::to_text(bytes).unwrap_or_else(|| text_of_server(plain));
             if plain != original {
                 pg_sys::pfree(plain.cast());
             }
-            Some(Self(owned))
+            Some(Self(text))
         }
+    }
+}
+
+/// The text that the server makes, should it write a form that [`jsonb`] does not know.
+///
+/// # Safety
+/// `plain` is a jsonb value, neither compressed nor with a short header.
+unsafe fn text_of_server(plain: *mut pg_sys::varlena) -> String {
+    // SAFETY: as above; the text is NUL-terminated, and copied before it is freed.
+    unsafe {
+        let jsonb = plain.cast::<pg_sys::Jsonb>();
+        let bytes = pgrx::varsize_any(plain) as i32;
+        let text = pg_sys::JsonbToCString(std::ptr::null_mut(), &raw mut (*jsonb).root, bytes);
+        let owned = CStr::from_ptr(text).to_string_lossy().into_owned();
+        pg_sys::pfree(text.cast());
+        owned
     }
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use crate::json::{self, Cutter, Kind};
 use crate::net;
-use crate::number::Number;
+use crate::number::{Number, short_whole};
 use crate::print;
 use crate::time;
 use crate::types::FieldType;
@@ -113,7 +113,10 @@ fn boolean(raw: &str) -> Option<bool> {
 }
 
 fn float8(raw: &str, ty: FieldType) -> Result<f64, Misfit> {
-    // The common case, short and plain, needs none of the checks of `Number`. Adding 0 makes -0 to 0.
+    // The common cases, short and plain, need none of the checks of `Number`. Adding 0 makes -0 to 0.
+    if let Some(value) = short_whole(raw, 15) {
+        return Ok(value as f64);
+    }
     if raw.len() <= 15
         && raw.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'))
         && let Ok(value) = raw.parse::<f64>()
@@ -127,6 +130,18 @@ fn float8(raw: &str, ty: FieldType) -> Result<f64, Misfit> {
 
 fn numeric<'a>(raw: &str, ty: FieldType) -> Result<Value<'a>, Misfit> {
     let out_of_range = || Misfit::OutOfRange { ty };
+    if let Some(value) = short_whole(raw, 18) {
+        match ty {
+            FieldType::Int8 => return Ok(Value::Int8(value)),
+            FieldType::Int4 => {
+                return value
+                    .try_into()
+                    .map(Value::Int4)
+                    .map_err(|_| out_of_range());
+            }
+            _ => {}
+        }
+    }
     with_number(raw, ty, |number| match ty {
         FieldType::Float4 => number.to_f32().map(Value::Float4).ok_or_else(out_of_range),
         FieldType::Numeric { precision, scale } => number

@@ -1,13 +1,18 @@
 //! What collect checks, in the caller's transaction: that an event is one the digest can take. Types, names and
 //! coercions come later; nothing here needs a schema.
+//!
+//! What is in order is accepted in one pass, by [`crate::scan`]. The rest is read again the careful way, which says
+//! what is wrong.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 
 use crate::coerce;
 use crate::error::EventError;
 use crate::infer::{Inferred, infer};
 use crate::json::{self, Cutter, Kind, MAX_DEPTH};
 use crate::names::{self, CollectionName};
+use crate::scan::{Scanned, Scanner, Unsure};
 use crate::schema;
 
 /// An `_id` longer than this is refused.
@@ -32,20 +37,33 @@ impl Default for Limits {
     }
 }
 
+/// What a batch holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Batch<'a> {
+    /// Each once, in the order in which they first came.
+    pub collections: Vec<CollectionName>,
+    /// In the order of the array; an error is of this item alone.
+    pub items: Vec<Result<BatchItem<'a>, EventError>>,
+}
+
 /// One event of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BatchItem {
-    pub collection: CollectionName,
+pub struct BatchItem<'a> {
+    /// An index into [`Batch::collections`].
+    pub collection: usize,
     /// A JSON object on one line.
-    pub properties: String,
+    pub properties: Cow<'a, str>,
 }
 
 /// Checks one event; answers its text on one line.
 pub fn check_event<'a>(properties: &'a str, limits: &Limits) -> Result<Cow<'a, str>, EventError> {
     check_size(properties, limits)?;
-    json::check(properties, MAX_DEPTH)?;
-    check_fields(properties)?;
-    Ok(one_line(properties))
+    let mut scanner = Scanner::new(properties);
+    match scan_event(&mut scanner) {
+        Ok(()) if scanner.line_break => Ok(one_line(properties)),
+        Ok(()) => Ok(Cow::Borrowed(json::trim(properties))),
+        Err(Unsure) => explain_event(properties),
+    }
 }
 
 /// Checks a row that Postgres has typed, as an event: it may have an `_extra` object, which no client may send.
@@ -63,51 +81,11 @@ pub fn check_row<'a>(row: &'a str, limits: &Limits) -> Result<Cow<'a, str>, Even
 }
 
 /// Reads an array of events. What is wrong with one item is that item's error alone.
-pub fn split_batch(
-    text: &str,
-    limits: &Limits,
-) -> Result<Vec<Result<BatchItem, EventError>>, EventError> {
-    let mut items = Vec::new();
-    // The parser skips values without recursion, so the depth of an item is its own matter.
-    json::array_elements(text, |item| items.push(batch_item(item, limits)))?;
-    Ok(items)
-}
-
-fn batch_item(item: &str, limits: &Limits) -> Result<BatchItem, EventError> {
-    let malformed = |reason: String| Err(EventError::MalformedItem(reason));
-    if json::kind(item) != Kind::Object {
-        return malformed(format!("it is {}, not an object", json::kind(item)));
+pub fn split_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, EventError> {
+    match scan_batch(text, limits) {
+        Ok(batch) => Ok(batch),
+        Err(Unsure) => explain_batch(text, limits),
     }
-    // The item's own object is one level above its properties.
-    json::check(item, MAX_DEPTH + 1)?;
-    let (mut collection, mut properties, mut unknown) = (None, None, None);
-    json::object_entries(item, |key, raw| match key {
-        "collection" => collection = Some(raw),
-        "properties" => properties = Some(raw),
-        _ => unknown = Some(key.to_owned()),
-    })?;
-    if let Some(key) = unknown {
-        return malformed(format!("unknown key \"{key}\""));
-    }
-    let Some(collection) = collection else {
-        return malformed("\"collection\" is missing".to_owned());
-    };
-    let Some(properties) = properties else {
-        return malformed("\"properties\" is missing".to_owned());
-    };
-    let Some(name) = json::string(collection) else {
-        return malformed(format!(
-            "\"collection\" is {}, not a string",
-            json::kind(collection)
-        ));
-    };
-    let collection = CollectionName::parse(&name)?;
-    check_size(properties, limits)?;
-    check_fields(properties)?;
-    Ok(BatchItem {
-        collection,
-        properties: one_line(properties).into_owned(),
-    })
 }
 
 /// What an event would add to its collection.
@@ -139,6 +117,191 @@ pub fn new_names(properties: &str, known: impl Fn(&str) -> bool) -> Result<NewNa
     Ok(new)
 }
 
+// -- the usual road: one pass -------------------------------------------------------------------------------------
+
+fn scan_event(scanner: &mut Scanner<'_>) -> Scanned<()> {
+    scan_properties(scanner)?;
+    scanner.end()
+}
+
+/// Takes an object that [`check_fields`] accepts.
+#[inline]
+fn scan_properties(scanner: &mut Scanner<'_>) -> Scanned<()> {
+    let mut id = None;
+    scanner.object(MAX_DEPTH, |key, value| {
+        let key = key.text()?;
+        if names::may_be_special(&key) {
+            if names::server_field(&key).is_some() {
+                return Err(Unsure);
+            }
+            if names::field_name(&key) == schema::ID {
+                id = Some(value);
+            }
+        }
+        Ok(())
+    })?;
+    match id {
+        Some(id) => check_id(scanner.slice(id)).map_err(|_| Unsure),
+        None => Ok(()),
+    }
+}
+
+fn scan_batch<'a>(text: &'a str, limits: &Limits) -> Scanned<Batch<'a>> {
+    let mut batch = Builder::default();
+    let mut scanner = Scanner::new(text);
+    let mut more = scanner.open(b'[', b']')?;
+    while more {
+        scanner.peek()?;
+        let start = scanner.position();
+        if scan_item(&mut scanner, limits, &mut batch).is_err() {
+            // Something is wrong with this item alone, if it is JSON at all.
+            scanner.rewind(start);
+            let item = scanner.value(MAX_DEPTH)?;
+            batch.explain(scanner.slice(item), limits);
+        }
+        more = scanner.more(b']')?;
+    }
+    scanner.end()?;
+    Ok(batch.done)
+}
+
+/// Takes an item and adds its event; on an error nothing was added.
+fn scan_item<'a>(
+    scanner: &mut Scanner<'a>,
+    limits: &Limits,
+    batch: &mut Builder<'a>,
+) -> Scanned<()> {
+    let (mut collection, mut properties) = (None, None);
+    let mut more = scanner.open(b'{', b'}')?;
+    while more {
+        match scanner.key()?.text()?.as_ref() {
+            // The last of equal keys would count: left to the careful way.
+            "collection" if collection.is_none() => {
+                let value = scanner.value(0)?;
+                collection = Some(scanner.slice(value));
+            }
+            "properties" if properties.is_none() => {
+                scanner.peek()?;
+                let start = scanner.position();
+                scanner.line_break = false;
+                scan_properties(scanner)?;
+                let text = scanner.slice(start..scanner.position());
+                properties = Some(match scanner.line_break {
+                    true => one_line(text),
+                    false => Cow::Borrowed(text),
+                });
+            }
+            _ => return Err(Unsure),
+        }
+        more = scanner.more(b'}')?;
+    }
+    let (Some(collection), Some(properties)) = (collection, properties) else {
+        return Err(Unsure);
+    };
+    check_size(&properties, limits).map_err(|_| Unsure)?;
+    let collection = batch.collection(collection)?;
+    batch.done.items.push(Ok(BatchItem {
+        collection,
+        properties,
+    }));
+    Ok(())
+}
+
+/// A batch in the making.
+#[derive(Default)]
+struct Builder<'a> {
+    done: Batch<'a>,
+    index: HashMap<CollectionName, usize>,
+    /// By the raw string that names it, of the item before: most often the next is equal.
+    last: Option<(&'a str, usize)>,
+}
+
+impl<'a> Builder<'a> {
+    /// The index of the collection that a raw JSON value names.
+    fn collection(&mut self, raw: &'a str) -> Scanned<usize> {
+        if let Some((last, index)) = self.last
+            && last == raw
+        {
+            return Ok(index);
+        }
+        let name = json::string(raw).ok_or(Unsure)?;
+        let index = self.index_of(CollectionName::parse(&name).map_err(|_| Unsure)?);
+        self.last = Some((raw, index));
+        Ok(index)
+    }
+
+    fn index_of(&mut self, name: CollectionName) -> usize {
+        if let Some(&index) = self.index.get(&name) {
+            return index;
+        }
+        let index = self.done.collections.len();
+        self.done.collections.push(name.clone());
+        self.index.insert(name, index);
+        index
+    }
+
+    /// Adds an item the careful way.
+    fn explain(&mut self, item: &'a str, limits: &Limits) {
+        let item = explain_item(item, limits).map(|(name, properties)| BatchItem {
+            collection: self.index_of(name),
+            properties,
+        });
+        self.done.items.push(item);
+    }
+}
+
+// -- the careful way: what exactly is wrong, if anything ----------------------------------------------------------
+
+fn explain_event(properties: &str) -> Result<Cow<'_, str>, EventError> {
+    json::check(properties, MAX_DEPTH)?;
+    check_fields(properties)?;
+    Ok(one_line(properties))
+}
+
+fn explain_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, EventError> {
+    let mut batch = Builder::default();
+    // The parser skips values without recursion, so the depth of an item is its own matter.
+    json::array_elements(text, |item| batch.explain(item, limits))?;
+    Ok(batch.done)
+}
+
+fn explain_item<'a>(
+    item: &'a str,
+    limits: &Limits,
+) -> Result<(CollectionName, Cow<'a, str>), EventError> {
+    let malformed = |reason: String| Err(EventError::MalformedItem(reason));
+    if json::kind(item) != Kind::Object {
+        return malformed(format!("it is {}, not an object", json::kind(item)));
+    }
+    // The item's own object is one level above its properties.
+    json::check(item, MAX_DEPTH + 1)?;
+    let (mut collection, mut properties, mut unknown) = (None, None, None);
+    json::object_entries(item, |key, raw| match key {
+        "collection" => collection = Some(raw),
+        "properties" => properties = Some(raw),
+        _ => unknown = Some(key.to_owned()),
+    })?;
+    if let Some(key) = unknown {
+        return malformed(format!("unknown key \"{key}\""));
+    }
+    let Some(collection) = collection else {
+        return malformed("\"collection\" is missing".to_owned());
+    };
+    let Some(properties) = properties else {
+        return malformed("\"properties\" is missing".to_owned());
+    };
+    let Some(name) = json::string(collection) else {
+        return malformed(format!(
+            "\"collection\" is {}, not a string",
+            json::kind(collection)
+        ));
+    };
+    let name = CollectionName::parse(&name)?;
+    check_size(properties, limits)?;
+    check_fields(properties)?;
+    Ok((name, one_line(properties)))
+}
+
 fn check_size(properties: &str, limits: &Limits) -> Result<(), EventError> {
     if properties.len() > limits.max_event_bytes {
         return Err(EventError::TooLarge {
@@ -168,8 +331,11 @@ fn check_fields(properties: &str) -> Result<(), EventError> {
 
 /// Checks the length of an `_id` as text.
 pub(crate) fn check_id(raw: &str) -> Result<(), EventError> {
-    // No value of so few bytes becomes a text over the limit.
-    if raw.len() <= 32 || json::kind(raw) == Kind::Null {
+    // No value of so few bytes becomes a text over the limit; a string's text is never longer than the string.
+    if raw.len() <= 32
+        || json::kind(raw) == Kind::Null
+        || json::kind(raw) == Kind::String && raw.len() <= MAX_ID_BYTES + 2
+    {
         return Ok(());
     }
     let bytes = coerce::text(raw, &mut Cutter::off()).map_or(0, |text| text.len());
@@ -193,143 +359,4 @@ fn one_line(json: &str) -> Cow<'_, str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn limits() -> Limits {
-        Limits {
-            max_event_bytes: 1000,
-            ..Limits::default()
-        }
-    }
-
-    fn state(properties: &str) -> Result<String, &'static str> {
-        check_event(properties, &limits())
-            .map(Cow::into_owned)
-            .map_err(|e| e.sqlstate())
-    }
-
-    #[test]
-    fn events_are_checked() {
-        let long_id = |n| format!(r#"{{"_id":"{}"}}"#, "x".repeat(n));
-        let deep = |n: usize| format!("{{\"a\":{}{}}}", "[".repeat(n - 1), "]".repeat(n - 1));
-        for (text, expected) in [
-            ("{}", Ok("{}")),
-            (" {\"a\":\r\n1} \n", Ok("{\"a\":  1}")),
-            (
-                r#"{"_time":"soon","_user":1,"_new":2}"#,
-                Ok(r#"{"_time":"soon","_user":1,"_new":2}"#),
-            ),
-            ("", Err("22P02")),
-            ("{\"a\":}", Err("22P02")),
-            ("{\"a\":1} {}", Err("22P02")),
-            ("{\"a\":\"\\ud800\"}", Err("22P02")),
-            ("[]", Err("22023")),
-            ("null", Err("22023")),
-            ("\"{}\"", Err("22023")),
-            (r#"{"a":["\u0000"]}"#, Err("22P05")),
-            (r#"{"_received_at":null}"#, Err("42939")),
-            (r#"{"_extra":{}}"#, Err("42939")),
-            (r#"{"_Extra":{}}"#, Err("42939")),
-            (r#"{"_project":"p"}"#, Err("42939")),
-            (r#"{"\u005fcollection":"c"}"#, Err("42939")),
-            (r#"{"$serverTime":1}"#, Err("42939")),
-            (r#"{"_id":1e400}"#, Ok(r#"{"_id":1e400}"#)),
-            (r#"{"a":1e200000}"#, Err("22003")),
-            (&deep(64), Ok(&deep(64))),
-            (&deep(65), Err("54000")),
-            (&long_id(256), Ok(&long_id(256))),
-            (&long_id(257), Err("54000")),
-            (&format!("{{\"a\":\"{}\"}}", "x".repeat(1000)), Err("54000")),
-        ] {
-            assert_eq!(state(text).as_deref(), expected.as_ref().copied(), "{text}");
-        }
-        // The last `_id` counts, by its text.
-        let two = format!(r#"{{"_id":"{}","_ID":"short"}}"#, "x".repeat(300));
-        assert!(state(&two).is_ok());
-        let escaped = format!(r#"{{"_id":"{}"}}"#, "\\u0041".repeat(100));
-        assert!(state(&escaped).is_ok());
-    }
-
-    #[test]
-    fn a_bad_item_is_rejected_alone() {
-        let deep = |n: usize| {
-            let arrays = ["[".repeat(n - 1), "]".repeat(n - 1)].concat();
-            format!("{{\"collection\":\"c\",\"properties\":{{\"a\":{arrays}}}}}")
-        };
-        let items = [
-            (
-                "{\"properties\":{\"a\":\n1},\"collection\":\"PageView\"}",
-                Ok("pageview {\"a\": 1}"),
-            ),
-            ("1", Err("22023")),
-            ("null", Err("22023")),
-            ("{}", Err("22023")),
-            (r#"{"collection":"c"}"#, Err("22023")),
-            (r#"{"collection":1,"properties":{}}"#, Err("22023")),
-            (r#"{"collection":"c","properties":[]}"#, Err("22023")),
-            (r#"{"collection":"c","properties":null}"#, Err("22023")),
-            (
-                r#"{"collection":"c","properties":{},"api":1}"#,
-                Err("22023"),
-            ),
-            (r#"{"collection":"","properties":{}}"#, Err("42602")),
-            (r#"{"collection":"users","properties":{}}"#, Err("42939")),
-            (
-                r#"{"collection":"c","properties":{"_extra":1}}"#,
-                Err("42939"),
-            ),
-            (
-                r#"{"collection":"c","properties":{"a":"\u0000"}}"#,
-                Err("22P05"),
-            ),
-            (r#"{"collection":"c\u0000","properties":{}}"#, Err("22P05")),
-            (&deep(64), Ok("c ")),
-            (&deep(65), Err("54000")),
-            (&deep(100_000), Err("54000")),
-        ];
-        let text = format!("[{}]", items.map(|(text, _)| text).join(" ,\n"));
-        let results = split_batch(&text, &limits()).unwrap_or_default();
-        assert_eq!(results.len(), items.len());
-        for ((text, expected), result) in items.into_iter().zip(results) {
-            match (expected, result) {
-                (Ok(start), Ok(item)) => {
-                    let shown = format!("{} {}", item.collection, item.properties);
-                    assert!(shown.starts_with(start), "{shown}");
-                    assert!(!shown.contains('\n'));
-                }
-                (expected, result) => assert_eq!(
-                    result.map_err(|e| e.sqlstate()).err(),
-                    expected.err(),
-                    "{:.80}",
-                    text
-                ),
-            }
-        }
-    }
-
-    #[test]
-    fn new_names_are_those_that_nobody_knows() {
-        let event =
-            r#"{"_user":"u","Known":1,"newField":2,"new_field":3,"none":null,"xmin":1,"list":[]}"#;
-        let new = new_names(event, |name| name == "known").unwrap_or_default();
-        assert_eq!(
-            new.unknown,
-            ["new_field", "new_field", "none", "xmin", "list"]
-        );
-        assert_eq!(new.fields, ["new_field"]);
-        assert_eq!(new_names("{}", |_| false), Ok(NewNames::default()));
-    }
-
-    #[test]
-    fn a_batch_is_an_array() {
-        let state = |text| split_batch(text, &limits()).map_err(|e| e.sqlstate());
-        assert_eq!(state(" [ ] "), Ok(Vec::new()));
-        for text in ["{}", "1", "null"] {
-            assert_eq!(state(text), Err("22023"), "{text}");
-        }
-        for text in ["", "[", "[1,]", "[{\"a\"}]", "[] x"] {
-            assert_eq!(state(text), Err("22P02"), "{text}");
-        }
-    }
-}
+mod tests;

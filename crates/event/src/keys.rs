@@ -2,11 +2,13 @@
 //! last value.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::entry;
 use crate::error::EventError;
 use crate::json::{self, MAX_DEPTH};
 use crate::names;
+use crate::scan::{Scanned, Scanner, Unsure};
 use crate::schema;
 
 /// A table of the keys seen so far. Events of one kind have their keys in one order, so the key that followed
@@ -21,24 +23,37 @@ struct Keys {
 
 struct Entry {
     key: Box<str>,
+    /// Whether JSON has to write the key as it is.
+    plain: bool,
     slot: usize,
     successor: usize,
 }
 
 impl Keys {
+    /// The key that most likely comes next, if events can only have it as it is.
+    #[inline]
+    fn expected(&self) -> Option<&str> {
+        let guess = self.entries.get(self.last).map_or(0, |e| e.successor);
+        let entry = self.entries.get(guess).filter(|e| e.plain)?;
+        Some(&entry.key)
+    }
+
+    /// The slot of the expected key, which came.
+    #[inline]
+    fn take_expected(&mut self) -> Option<usize> {
+        self.last = self.entries.get(self.last).map_or(0, |e| e.successor);
+        self.entries.get(self.last).map(|e| e.slot)
+    }
+
     /// The slot of a key; `make` gives it at first sight.
     fn slot(&mut self, key: &str, make: impl FnOnce() -> usize) -> usize {
-        let guess = self.entries.get(self.last).map_or(0, |e| e.successor);
-        if let Some(entry) = self.entries.get(guess).filter(|e| *e.key == *key) {
-            self.last = guess;
-            return entry.slot;
-        }
         let at = match self.index.get(key) {
             Some(&at) => at as usize,
             None => {
                 let at = self.entries.len();
                 self.entries.push(Entry {
                     key: key.into(),
+                    plain: json::plain_len(key.as_bytes()) == key.len(),
                     slot: make(),
                     successor: at + 1,
                 });
@@ -95,7 +110,10 @@ pub(crate) struct Walk {
     slots: Vec<Slot>,
     by_name: HashMap<Box<str>, usize>,
     id_slot: Option<usize>,
+    extra_slot: Option<usize>,
     sights: Vec<Sight>,
+    /// Of the current event: the last field that it must not have.
+    server_field: Option<usize>,
     events: u64,
 }
 
@@ -107,14 +125,18 @@ impl Walk {
             slots: Vec::new(),
             by_name: HashMap::new(),
             id_slot: None,
+            extra_slot: None,
             sights: Vec::new(),
+            server_field: None,
             events: 0,
         };
         for name in fields {
             let slot = push_slot(&mut walk.slots, name, NameKind::Field);
             walk.by_name.insert(name.into(), slot);
-            if name == schema::ID {
-                walk.id_slot = Some(slot);
+            match name {
+                schema::ID => walk.id_slot = Some(slot),
+                schema::EXTRA => walk.extra_slot = Some(slot),
+                _ => {}
             }
         }
         walk
@@ -122,46 +144,85 @@ impl Walk {
 
     /// Reads the event's values; on an error they are to be ignored. Slots may be added at the end.
     pub(crate) fn event(&mut self, event: &str) -> Result<(), EventError> {
+        if let Err(Unsure) = self.scan(event) {
+            self.read(event)?;
+        }
+        if let Some(slot) = self.server_field {
+            return Err(EventError::ReservedField(self.slots[slot].name.to_string()));
+        }
+        self.id(event).map_or(Ok(()), entry::check_id)
+    }
+
+    /// The usual road: one pass.
+    fn scan(&mut self, event: &str) -> Scanned<()> {
+        self.begin();
+        let mut scanner = Scanner::new(event);
+        let mut more = scanner.open(b'{', b'}')?;
+        while more {
+            let came = match self.keys.expected() {
+                Some(key) => scanner.key_if(key)?,
+                None => false,
+            };
+            let slot = match came {
+                true => self.keys.take_expected().ok_or(Unsure)?,
+                false => self.slot(&scanner.key()?.text()?),
+            };
+            let value = scanner.value(MAX_DEPTH - 1)?;
+            self.see(event, slot, value);
+            more = scanner.more(b'}')?;
+        }
+        scanner.end()
+    }
+
+    /// The careful way, which knows what is wrong.
+    fn read(&mut self, event: &str) -> Result<(), EventError> {
         json::check(event, MAX_DEPTH)?;
+        self.begin();
+        let base = event.as_ptr() as usize;
+        json::object_entries(event, |key, raw| {
+            let start = raw.as_ptr() as usize - base;
+            let slot = self.slot(key);
+            self.see(event, slot, start..start + raw.len());
+        })
+    }
+
+    fn begin(&mut self) {
         self.events += 1;
         self.sights.clear();
-        let mut server_field = None;
-        let base = event.as_ptr() as usize;
-        let extra_slot = self.by_name.get(schema::EXTRA).copied();
+        self.server_field = None;
+    }
+
+    fn slot(&mut self, key: &str) -> usize {
         let Self {
             keys,
             slots,
             by_name,
-            sights,
-            events,
             ..
         } = self;
-        json::object_entries(event, |key, raw| {
-            let slot = keys.slot(key, || make_slot(key, slots, by_name));
-            let start = raw.as_ptr() as usize - base;
-            let sight = Sight {
-                slot,
-                start,
-                end: start + raw.len(),
-            };
-            let known = &mut slots[slot];
-            // `_extra` is an object, written by an INSERT.
-            let misplaced = extra_slot == Some(slot) && !raw.starts_with('{');
-            if known.kind == NameKind::Server || misplaced {
-                server_field = Some(slot);
-            }
-            if known.event == *events {
-                sights[known.sight] = sight;
-            } else {
-                known.event = *events;
-                known.sight = sights.len();
-                sights.push(sight);
-            }
-        })?;
-        if let Some(slot) = server_field {
-            return Err(EventError::ReservedField(self.slots[slot].name.to_string()));
+        keys.slot(key, || make_slot(key, slots, by_name))
+    }
+
+    /// Notes a value of the event and where it is.
+    #[inline]
+    fn see(&mut self, event: &str, slot: usize, value: Range<usize>) {
+        let sight = Sight {
+            slot,
+            start: value.start,
+            end: value.end,
+        };
+        let known = &mut self.slots[slot];
+        // `_extra` is an object, written by an INSERT.
+        let misplaced = self.extra_slot == Some(slot) && !sight.raw(event).starts_with('{');
+        if known.kind == NameKind::Server || misplaced {
+            self.server_field = Some(slot);
         }
-        self.id(event).map_or(Ok(()), entry::check_id)
+        if known.event == self.events {
+            self.sights[known.sight] = sight;
+        } else {
+            known.event = self.events;
+            known.sight = self.sights.len();
+            self.sights.push(sight);
+        }
     }
 
     pub(crate) fn slots(&self) -> &[Slot] {
@@ -220,6 +281,7 @@ fn make_slot(key: &str, slots: &mut Vec<Slot>, by_name: &mut HashMap<Box<str>, u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Random;
 
     #[test]
     fn keys_keep_their_slot_in_any_order() {
@@ -258,5 +320,41 @@ mod tests {
         assert_eq!(walk.id("{}"), None);
         let refused = walk.event(r#"{"a":1,"_Extra":{}}"#);
         assert_eq!(refused, Err(EventError::ReservedField("_extra".to_owned())));
+    }
+
+    #[test]
+    fn both_roads_see_the_same() {
+        let fields = ["_id", "_extra", "user_name", "a", "n"];
+        let (mut usual, mut careful) =
+            (Walk::new(fields.into_iter()), Walk::new(fields.into_iter()));
+        let mut compared = 0;
+        for seed in 0..20_000 {
+            let mut random = Random(seed);
+            let mut text = random.object(0, 12);
+            if seed % 2 == 0 {
+                text = random.mangled(&text);
+            }
+            let scanned = usual.scan(&text).is_ok();
+            assert_eq!(scanned, careful.read(&text).is_ok(), "seed {seed}: {text}");
+            if !scanned {
+                continue;
+            }
+            compared += 1;
+            let seen = |walk: &Walk| -> Vec<(String, String)> {
+                let name = |s: &Sight| walk.slots()[s.slot].name.to_string();
+                walk.sights()
+                    .iter()
+                    .map(|s| (name(s), s.raw(&text).to_owned()))
+                    .collect()
+            };
+            assert_eq!(seen(&usual), seen(&careful), "seed {seed}: {text}");
+            assert_eq!(usual.id(&text), careful.id(&text), "seed {seed}: {text}");
+            let refused = |walk: &Walk| {
+                walk.server_field
+                    .map(|slot| walk.slots()[slot].name.clone())
+            };
+            assert_eq!(refused(&usual), refused(&careful), "seed {seed}: {text}");
+        }
+        assert!(compared > 10_000, "{compared}");
     }
 }

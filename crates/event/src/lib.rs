@@ -15,11 +15,15 @@ pub mod error;
 pub mod extra;
 pub mod infer;
 pub mod json;
+pub mod jsonb;
 mod keys;
 pub mod names;
 pub mod net;
 pub mod number;
 pub mod print;
+mod scan;
 pub mod schema;
+#[cfg(test)]
+mod testing;
 pub mod time;
 pub mod types;

@@ -163,10 +163,7 @@ pub fn server_field(raw: &str) -> Option<&'static str> {
         return None;
     }
     let name = field_name(raw);
-    SERVER_FIELDS
-        .iter()
-        .copied()
-        .find(|&field| field == raw || field == name)
+    SERVER_FIELDS.iter().copied().find(|&field| field == name)
 }
 
 /// False for most names, at the price of one byte: a name that starts with a letter or digit can only

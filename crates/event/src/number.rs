@@ -222,6 +222,26 @@ impl<'a> Number<'a> {
     }
 }
 
+/// A whole number that is written with at most `digits` (18) digits and nothing else but its sign.
+pub(crate) fn short_whole(raw: &str, digits: usize) -> Option<i64> {
+    let (negative, written) = match raw.as_bytes() {
+        [b'-', rest @ ..] => (true, rest),
+        rest => (false, rest),
+    };
+    if written.is_empty() || written.len() > digits {
+        return None;
+    }
+    let mut value = 0;
+    for &byte in written {
+        let digit = byte.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        value = value * 10 + i64::from(digit);
+    }
+    Some(if negative { -value } else { value })
+}
+
 fn digits(bytes: &[u8]) -> (&[u8], &[u8]) {
     let end = bytes
         .iter()

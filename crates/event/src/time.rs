@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::json::{self, Kind};
-use crate::number::Number;
+use crate::number::{Number, short_whole};
 
 pub const MICROS_PER_DAY: i64 = 86_400_000_000;
 /// 0001-01-01T00:00:00Z.
@@ -54,17 +54,21 @@ pub fn exact_date(text: &str) -> Option<i32> {
 /// `YYYY-MM-DD[T ]HH:MM[:SS[.f…]][Z|±HH[:MM]]` of a real day, as microseconds since 1970 UTC. As in Postgres,
 /// 24:00 is the next midnight and second 60, without a fraction, the next minute.
 pub fn exact_timestamp(text: &str) -> Option<i64> {
-    read_timestamp(text, Spelling::Exact)
+    let mut reader = Reader(text.as_bytes());
+    let days = reader.date()?;
+    reader.time_of(days, Spelling::Exact)
 }
 
 /// What a timestamp column takes: [`exact_timestamp`], a date (midnight UTC), and the other spellings of
 /// ISO 8601 that Postgres prints or reads: outer blanks, lower-case letters, `±HHMM`, a comma in the fraction.
 pub fn timestamp(text: &str) -> Option<i64> {
-    let text = text.trim_matches(|c: char| c.is_ascii_whitespace());
-    match exact_date(text) {
-        Some(days) => Some(i64::from(days) * MICROS_PER_DAY),
-        None => read_timestamp(text, Spelling::Any),
+    let text = text.trim_ascii();
+    let mut reader = Reader(text.as_bytes());
+    let days = reader.date()?;
+    if reader.0.is_empty() {
+        return Some(days * MICROS_PER_DAY);
     }
+    reader.time_of(days, Spelling::Any)
 }
 
 /// The time that a raw JSON value of `_time` means: text as [`timestamp`], or milliseconds since 1970 as a
@@ -81,7 +85,10 @@ pub fn event_time(raw: &str) -> Option<i64> {
 }
 
 fn milliseconds(text: &str) -> Option<i64> {
-    let micros = Number::parse(text)?.scaled(3)?.try_into().ok()?;
+    let micros = match short_whole(text, 15) {
+        Some(millis) => millis * 1_000,
+        None => Number::parse(text)?.scaled(3)?.try_into().ok()?,
+    };
     (MIN_TIME_US..=MAX_TIME_US)
         .contains(&micros)
         .then_some(micros)
@@ -116,43 +123,6 @@ pub fn write_timestamp(micros: i64, out: &mut String) {
 enum Spelling {
     Exact,
     Any,
-}
-
-fn read_timestamp(text: &str, spelling: Spelling) -> Option<i64> {
-    let any = spelling == Spelling::Any;
-    let mut reader = Reader(text.as_bytes());
-    let days = reader.date()?;
-    if !(reader.take(b'T') || reader.take(b' ') || any && reader.take(b't')) {
-        return None;
-    }
-    let hour = reader.two_digits()?;
-    if !reader.take(b':') {
-        return None;
-    }
-    let minute = reader.two_digits()?;
-    let (mut second, mut fraction) = (0, 0);
-    if reader.take(b':') {
-        second = reader.two_digits()?;
-        if reader.take(b'.') || any && reader.take(b',') {
-            fraction = reader.fraction()?;
-        }
-    }
-    let past_end = |limit, value, rest| value > limit || value == limit && rest > 0;
-    if past_end(24, hour, minute + second + fraction)
-        || minute > 59
-        || past_end(60, second, fraction)
-    {
-        return None;
-    }
-    let offset = reader.offset(any)?;
-    if !reader.0.is_empty() {
-        return None;
-    }
-    let seconds = (hour * 60 + minute) * 60 + second - offset;
-    let micros = days * MICROS_PER_DAY + seconds * 1_000_000 + fraction;
-    (MIN_TIME_US..=MAX_TIME_US)
-        .contains(&micros)
-        .then_some(micros)
 }
 
 /// What is left of the text; each method takes its part from the front, or answers None.
@@ -201,6 +171,42 @@ impl Reader<'_> {
         (year > 0 && (1..=last).contains(&day)).then(|| days_from_civil(year, month, day))
     }
 
+    /// What follows the date of a time, to the end of the text, as microseconds since 1970.
+    fn time_of(&mut self, days: i64, spelling: Spelling) -> Option<i64> {
+        let any = spelling == Spelling::Any;
+        if !(self.take(b'T') || self.take(b' ') || any && self.take(b't')) {
+            return None;
+        }
+        let hour = self.two_digits()?;
+        if !self.take(b':') {
+            return None;
+        }
+        let minute = self.two_digits()?;
+        let (mut second, mut fraction) = (0, 0);
+        if self.take(b':') {
+            second = self.two_digits()?;
+            if self.take(b'.') || any && self.take(b',') {
+                fraction = self.fraction()?;
+            }
+        }
+        let past_end = |limit, value, rest| value > limit || value == limit && rest > 0;
+        if past_end(24, hour, minute + second + fraction)
+            || minute > 59
+            || past_end(60, second, fraction)
+        {
+            return None;
+        }
+        let offset = self.offset(any)?;
+        if !self.0.is_empty() {
+            return None;
+        }
+        let seconds = (hour * 60 + minute) * 60 + second - offset;
+        let micros = days * MICROS_PER_DAY + seconds * 1_000_000 + fraction;
+        (MIN_TIME_US..=MAX_TIME_US)
+            .contains(&micros)
+            .then_some(micros)
+    }
+
     /// Digits after the decimal point in microseconds, rounded as Postgres does (`ParseFractionalSecond`:
     /// through a double, ties to even).
     fn fraction(&mut self) -> Option<i64> {
@@ -213,6 +219,11 @@ impl Reader<'_> {
         self.0 = rest;
         if digits.is_empty() {
             return None;
+        }
+        if digits.len() <= 6 {
+            let read = |n, b: &u8| n * 10 + i64::from(b - b'0');
+            let missing = 6 - digits.len() as u32;
+            return Some(digits.iter().fold(0, read) * 10_i64.pow(missing));
         }
         let text = format!("0.{}", std::str::from_utf8(digits).ok()?);
         let fraction: f64 = text.parse().ok()?;
