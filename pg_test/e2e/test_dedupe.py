@@ -425,6 +425,16 @@ def test_replays_of_whole_batches(db, project, table):
     assert duplicates(db, table) == 9 * 700
 
 
+def test_a_deleted_event_does_not_come_back(db, project, table):
+    for id_ in ("gone", "kept"):
+        collect(db.admin, PROJECT, table, {"_id": id_, "n": 1})
+    assert db.one("SELECT rakam.delete_events('acme', %s, $$_id = 'gone'$$)", table) == 1
+    by_batch(db.admin, table, ["gone", "kept"], 2)
+    for _ in range(2):
+        assert db.all(f"SELECT _id, n FROM acme.{table}") == [("kept", 1)]
+        db.tick()
+
+
 # -- the window ----------------------------------------------------------------------------------------------------------
 
 
