@@ -12,41 +12,27 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::RangeInclusive;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rakam_event::discovery::Discovery;
 use rakam_event::error::EventError;
-use rakam_event::schema::Schema;
-use rakam_event::types::FieldType;
 
 use super::dedupe::Deduper;
+use super::learn::{Learner, Learnt, register};
 use super::lookup::{Found, Registry};
 use super::making::Making;
 pub use super::making::limits;
 use super::quota;
-use crate::catalog::backlog::{self, Backlog, Head, Lag, Whose};
+use super::waiting::{FIRST_SLICE_BYTES, Waiting, fitting};
+use crate::catalog::backlog::{self, Backlog, Lag, Whose};
 use crate::catalog::inbox::{self, TailRow, Tick};
-use crate::catalog::registry::{self, ProjectRow};
+use crate::catalog::registry::ProjectRow;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, failpoint, guc, wait};
+use crate::pg::{PgError, Result, failpoint, wait};
 
-/// A round takes about so long, on whatever machine: slices become smaller or larger until it does.
-const ROUND_TIME: Duration = Duration::from_millis(250);
-/// Of a lagging project it takes so many bytes of JSON (up to the end of a transaction's rows),
-const SLICE_BYTES: RangeInclusive<usize> = (256 << 10)..=(16 << 20);
-const FIRST_SLICE_BYTES: usize = 1 << 20;
-/// of everybody else's together so many times as much.
-const EVERYBODY: usize = 4;
-/// No more projects than these are taken apart because everybody's is too much.
-const APART_MOST: usize = 64;
-/// So many waiting bytes make a digest due, whosever they are.
-const DUE_BYTES: usize = 8 << 20;
 /// While some project lags, everybody else's events are digested at least this often.
 const FAIR_INTERVAL: Duration = Duration::from_millis(500);
 /// All chunks in the making of a round together.
@@ -74,92 +60,6 @@ pub struct Look {
     pub more: bool,
     /// Collections or fields were registered: tables or columns are to be made.
     pub schema_changed: bool,
-}
-
-/// What waits since the tick, of the projects that do not lag behind it.
-#[derive(Debug, Default)]
-struct Waiting {
-    /// What a round takes of one lagging project.
-    slice: usize,
-    events: u64,
-    bytes: usize,
-    oldest_us: Option<i64>,
-    /// Events and bytes by project.
-    projects: HashMap<i32, (u64, usize)>,
-    /// Events by project and collection.
-    collections: HashMap<(i32, i32), u64>,
-    /// The most events of a collection.
-    most: u64,
-    /// Projects with more than their share; they count for nothing else here.
-    heavy: BTreeSet<i32>,
-}
-
-impl Waiting {
-    fn new(slice: usize) -> Self {
-        Self {
-            slice,
-            ..Self::default()
-        }
-    }
-
-    /// A project's events are not everybody's any more.
-    fn set_apart(&mut self, project_id: i32) {
-        let (events, bytes) = self.projects.remove(&project_id).unwrap_or_default();
-        self.events -= events;
-        self.bytes -= bytes;
-        self.heavy.insert(project_id);
-    }
-
-    /// Whether a round can take all of it.
-    fn is_bearable(&self) -> bool {
-        self.bytes < EVERYBODY * self.slice
-    }
-
-    /// Takes the largest projects apart until the rest is bearable, or nobody is larger than the others.
-    fn lighten(&mut self) {
-        while !self.is_bearable() && self.heavy.len() < APART_MOST {
-            let largest = self.projects.iter().max_by_key(|(_, (_, bytes))| *bytes);
-            match largest {
-                Some((&id, (_, bytes))) if *bytes >= self.bytes / APART_MOST => self.set_apart(id),
-                _ => return,
-            }
-        }
-    }
-
-    /// Counts a row. False: it is one of a project with more than its share.
-    fn count(&mut self, row: &Head) -> bool {
-        if self.heavy.contains(&row.project_id) {
-            return false;
-        }
-        let n = row.n as u64;
-        let (events, bytes) = self.projects.entry(row.project_id).or_default();
-        *events += n;
-        *bytes += row.bytes;
-        self.events += n;
-        self.bytes += row.bytes;
-        let oldest = self.oldest_us.unwrap_or(i64::MAX);
-        self.oldest_us = Some(oldest.min(row.received_at_us));
-        if *bytes >= self.slice {
-            self.set_apart(row.project_id);
-            return false;
-        }
-        let of_collection = self
-            .collections
-            .entry((row.project_id, row.collection_id))
-            .or_default();
-        *of_collection += n;
-        self.most = self.most.max(*of_collection);
-        self.lighten();
-        !self.heavy.contains(&row.project_id)
-    }
-
-    fn is_due(&self) -> bool {
-        let age_us = self.oldest_us.map_or(0, |oldest| xact::now_us() - oldest);
-        !self.heavy.is_empty()
-            || self.most as i64 >= guc::digest_events()
-            || self.bytes >= DUE_BYTES
-            || self.events > 0 && age_us >= guc::digest_max_age().as_micros() as i64
-    }
 }
 
 /// What a digester remembers between its looks, so that each reads what is new since the last one only.
@@ -225,19 +125,6 @@ struct Slice {
     bytes: usize,
     /// The project has caught up with the tick.
     ends: bool,
-}
-
-/// What is to be registered.
-#[derive(Default)]
-struct Learnt {
-    collections: BTreeMap<(i32, String), Vec<(String, FieldType)>>,
-    fields: BTreeMap<i32, Vec<(String, FieldType)>>,
-}
-
-impl Learnt {
-    fn is_empty(&self) -> bool {
-        self.collections.is_empty() && self.fields.is_empty()
-    }
 }
 
 /// Digests what was committed before the call, of these projects (None: of all), and whatever else is in turn.
@@ -438,19 +325,6 @@ impl Watch {
     }
 }
 
-/// The size of slices after one of these bytes took so long, not far from the present size.
-fn fitting(present: usize, bytes: usize, took: Duration) -> usize {
-    let (smallest, largest) = SLICE_BYTES.into_inner();
-    let in_time = bytes as f64 * ROUND_TIME.as_secs_f64() / took.as_secs_f64().max(0.001);
-    if bytes < present / 2 {
-        // The last of a backlog: what a round costs at least hides what its events cost.
-        return present;
-    }
-    (in_time as usize)
-        .clamp(present / 4, present.saturating_mul(2))
-        .clamp(smallest, largest)
-}
-
 /// Where a slice of a lagging project's rows ends (None: with all of them), and its bytes.
 fn slice_end(
     view: View,
@@ -477,96 +351,6 @@ fn slice_end(
         }
     }
     Ok((None, bytes))
-}
-
-/// Learns new names from events.
-struct Learner {
-    registry: Registry,
-    known: HashMap<i32, Discovery>,
-    strangers: BTreeMap<(i32, String), Discovery>,
-    max_fields: usize,
-}
-
-impl Learner {
-    fn new(view: View) -> Self {
-        Self {
-            registry: Registry::new(view),
-            known: HashMap::new(),
-            strangers: BTreeMap::new(),
-            max_fields: guc::max_fields(),
-        }
-    }
-
-    fn prepare(&mut self, page: &[TailRow]) -> Result<()> {
-        self.registry.prepare(page)
-    }
-
-    fn learn(&mut self, row: &TailRow) -> Result<()> {
-        if row.payload.is_empty() {
-            return Ok(());
-        }
-        let max_fields = self.max_fields;
-        let learner = match self.registry.find(row)? {
-            Found::Dropped => return Ok(()),
-            Found::Place(place) => self
-                .known
-                .entry(place.collection.id)
-                .or_insert_with(|| Discovery::new(&place.schema, max_fields)),
-            Found::NoCollection(_) => {
-                let key = (row.project_id, row.collection.clone());
-                self.strangers
-                    .entry(key)
-                    .or_insert_with(|| Discovery::new(&Schema::new(1, Vec::new()), max_fields))
-            }
-        };
-        for line in row.payload.split(|&b| b == b'\n') {
-            let Ok(event) = std::str::from_utf8(line) else {
-                continue;
-            };
-            if !event.is_empty() {
-                // A panic teaches nothing; the event is parked when it is written.
-                let _ = catch_unwind(AssertUnwindSafe(|| {
-                    learner.observe(event, row.txid as i64, row.received_at_us);
-                }));
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Learnt {
-        Learnt {
-            collections: self
-                .strangers
-                .into_iter()
-                .map(|(key, learner)| (key, learner.new_fields()))
-                .collect(),
-            fields: self
-                .known
-                .into_iter()
-                .map(|(id, learner)| (id, learner.new_fields()))
-                .filter(|(_, fields)| !fields.is_empty())
-                .collect(),
-        }
-    }
-}
-
-/// Second transaction: names, in sorted order, before the data that uses them. What the project's quota has no room
-/// for is left out. Answers whether anything was new.
-fn register(learnt: &Learnt) -> Result<bool> {
-    let mut changed = false;
-    for ((project_id, name), fields) in &learnt.collections {
-        if !registry::add_collection(*project_id, name)? {
-            continue;
-        }
-        changed = true;
-        if let Some(collection) = registry::collection_named(View::Current, *project_id, name)? {
-            registry::add_fields(collection.id, fields, false)?;
-        }
-    }
-    for (collection_id, fields) in &learnt.fields {
-        changed |= registry::add_fields(*collection_id, fields, false)? > 0;
-    }
-    Ok(changed)
 }
 
 /// Third transaction: chunks, ids and the tick. Returns the number of events, and the bytes to be told after the commit.
@@ -696,64 +480,5 @@ fn retry(parked: &inbox::Parked) -> Result<bool> {
             inbox::to_dead_letter(row, &error).map(|()| true)
         }
         Some(error) => inbox::park_again(row.id, &error).map(|()| false),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn head(project_id: i32, n: i32, bytes: usize) -> Head {
-        Head {
-            project_id,
-            collection_id: project_id,
-            n,
-            bytes,
-            received_at_us: 1,
-        }
-    }
-
-    #[test]
-    fn a_project_with_more_than_its_share_counts_apart() {
-        let mut waiting = Waiting::new(1_000);
-        assert!(waiting.count(&head(1, 5, 100)));
-        assert!(waiting.count(&head(2, 1, 999)));
-        assert_eq!((waiting.events, waiting.bytes), (6, 1_099));
-        assert!(!waiting.count(&head(2, 1, 1)));
-        assert!(!waiting.count(&head(2, 1, 1)));
-        assert_eq!((waiting.events, waiting.bytes), (5, 100));
-        assert!(waiting.heavy.contains(&2) && waiting.heavy.len() == 1);
-    }
-
-    #[test]
-    fn the_largest_go_apart_when_everybody_is_too_much() {
-        let mut waiting = Waiting::new(1_000);
-        for id in 1..=5 {
-            waiting.count(&head(id, 1, 900));
-        }
-        for id in 10..=15 {
-            waiting.count(&head(id, 1, 10));
-        }
-        assert!(waiting.is_bearable());
-        assert_eq!(waiting.heavy.len(), 1);
-        assert!((10..=15).all(|id| !waiting.heavy.contains(&id)));
-        // Where nobody is larger than others, nobody goes apart.
-        let mut waiting = Waiting::new(1_000);
-        for id in 0..500 {
-            waiting.count(&head(id, 1, 10));
-        }
-        assert!(!waiting.is_bearable() && waiting.heavy.is_empty());
-    }
-
-    #[test]
-    fn slices_find_their_size() {
-        let size = 4 << 20;
-        let ms = Duration::from_millis;
-        assert_eq!(fitting(size, size, ms(250)), size);
-        assert_eq!(fitting(size, size, ms(500)), size / 2);
-        assert_eq!(fitting(size, size, ms(10_000)), size / 4);
-        assert_eq!(fitting(size, size, ms(1)), size * 2);
-        assert_eq!(fitting(size, 100, ms(20)), size);
-        assert_eq!(fitting(300 << 10, 300 << 10, ms(10_000)), 256 << 10);
     }
 }
