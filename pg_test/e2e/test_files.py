@@ -303,6 +303,50 @@ def test_received_at_is_for_the_admin(db, lake, folder):
         load(db.admin, "restored", path)
 
 
+def test_ids_and_mappers_take_the_inbox(db, lake, folder):
+    """Copies of an event with an `_id` are looked for by the digest, and a mapper takes JSON."""
+    path = folder / "ids.csv"
+    lines = [f"2025-01-01,{'' if n % 4 else n},{n},\"a, b\"" for n in range(400)]
+    path.write_text("\n".join(["_time,_id,n,word", *lines]) + "\n")
+    assert load(db.admin, "with_ids", path) == 400
+    db.tick()
+    found = "SELECT count(*), count(_id), sum(n), count(*) FILTER (WHERE word = 'a, b') FROM acme.{}"
+    assert db.admin.execute(found.format("with_ids")).fetchone() == (400, 100, float(sum(range(400))), 400)
+    db.admin.execute(
+        """CREATE FUNCTION acme.doubled(event jsonb) RETURNS jsonb IMMUTABLE LANGUAGE sql AS
+           $$ SELECT CASE WHEN (event->>'n')::int < 300 THEN event || jsonb_build_object('n', (event->>'n')::int * 2) END $$"""
+    )
+    db.admin.execute("SELECT rakam.set_mapper('acme', 'mapped', 'acme.doubled(jsonb)')")
+    assert load(db.admin, "mapped", path) == 300, "the mapper has dropped a hundred"
+    db.tick()
+    assert db.admin.execute(found.format("mapped")).fetchone() == (300, 75, float(sum(range(300)) * 2), 300)
+
+
+def test_a_fixed_schema_and_the_audit_log(db, lake, folder):
+    path = folder / "fixed.csv"
+    path.write_text("n,extra\n1,x\n")
+    db.project("settled")
+    writer = db.login("settled", "write")
+    db.admin.execute("GRANT pg_read_server_files TO login_settled_write")
+    db.admin.execute("SELECT rakam.set_schema_mode('settled', 'fixed')")
+    with refused("42703", hint="create_collection"):
+        load(writer, "c", path, project="settled")
+    db.admin.execute("SELECT rakam.create_collection('settled', 'c')")
+    db.admin.execute("SELECT rakam.add_field('settled', 'c', 'n', 'integer')")
+    with refused("42703", hint="add_field"):
+        load(writer, "c", path, project="settled")
+    path.write_text("n\n1\n")
+    assert load(writer, "c", path, project="settled") == 1
+    noted = db.all("SELECT call, object, outcome FROM rakam.audit_log WHERE project = 'settled' AND call = 'copy_from'")
+    assert ("copy_from", "c", "ok") in noted
+    wait_until(
+        lambda: ("copy_from", "c", "error 42703")
+        in db.all("SELECT call, object, outcome FROM rakam.audit_log WHERE project = 'settled'"),
+        "the refused call in the log",
+        20,
+    )
+
+
 # -- who may name which file -------------------------------------------------------------------------------------
 
 
