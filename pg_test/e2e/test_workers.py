@@ -4,6 +4,7 @@ a database for themselves."""
 from __future__ import annotations
 
 import psycopg
+import pytest
 from harness.database import Database, collect, one, wait_until
 
 CALLS = 60
@@ -92,3 +93,23 @@ def test_statements_that_need_a_database_for_themselves(private_cluster):
         db.close()
         with cluster.connect() as postgres:
             postgres.execute(statement)
+
+
+def test_errors_of_utility_statements_are_as_without_the_extension(db):
+    """The hook that makes way for DROP DATABASE sees every utility statement of the server."""
+    with pytest.raises(psycopg.errors.DivisionByZero) as error:
+        db.admin.execute("DO $$ BEGIN PERFORM 1 / 0; END $$")
+    assert "PL/pgSQL function inline_code_block line 1" in error.value.diag.context
+    db.admin.execute("CREATE TABLE plain (n int CONSTRAINT small CHECK (n < 10))")
+    with pytest.raises(psycopg.errors.InvalidTextRepresentation) as error:
+        with db.admin.cursor().copy("COPY plain FROM STDIN") as copy:
+            copy.write("1\nx\n")
+    assert 'COPY plain, line 2, column n: "x"' in error.value.diag.context
+    with pytest.raises(psycopg.errors.CheckViolation) as error:
+        with db.admin.cursor().copy("COPY plain FROM STDIN") as copy:
+            copy.write("11\n")
+    assert (error.value.diag.constraint_name, error.value.diag.table_name) == ("small", "plain")
+    with pytest.raises(psycopg.errors.UndefinedTable) as error:
+        db.admin.execute("CREATE VIEW v AS SELECT * FROM nothing_there")
+    assert error.value.diag.statement_position == "29"
+    db.admin.execute("DROP TABLE plain")

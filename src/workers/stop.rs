@@ -1,7 +1,7 @@
 //! DROP DATABASE, CREATE DATABASE (its template), ALTER DATABASE … RENAME and … SET TABLESPACE need a database without
 //! connections: the resident worker leaves first. Afterwards, or if the statement fails, the launcher starts it again.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,26 @@ pub fn init() {
     }
 }
 
-#[pg_guard]
+// Postgres' own, without pgrx' guard: that would turn an error of any utility statement into a new one, without context.
+unsafe extern "C-unwind" {
+    #[allow(clippy::too_many_arguments, reason = "the signature is Postgres' own")]
+    fn standard_ProcessUtility(
+        statement: *mut pg_sys::PlannedStmt,
+        query: *const c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        params: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        receiver: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
+}
+
+/// Not guarded either: an error of the statement jumps over this frame, which must hold nothing that would be dropped.
 #[allow(clippy::too_many_arguments, reason = "the signature is Postgres' own")]
 unsafe extern "C-unwind" fn process_utility(
     statement: *mut pg_sys::PlannedStmt,
-    query: *const std::ffi::c_char,
+    query: *const c_char,
     read_only_tree: bool,
     context: pg_sys::ProcessUtilityContext::Type,
     params: pg_sys::ParamListInfo,
@@ -31,42 +46,42 @@ unsafe extern "C-unwind" fn process_utility(
     receiver: *mut pg_sys::DestReceiver,
     completion: *mut pg_sys::QueryCompletion,
 ) {
-    // SAFETY: Postgres passes a valid statement; the node's tag says its type; the call goes on unchanged.
+    // SAFETY: Postgres passes a valid statement; the call goes on unchanged.
+    unsafe {
+        make_way(statement);
+        let next = PREVIOUS.unwrap_or(standard_ProcessUtility);
+        next(
+            statement,
+            query,
+            read_only_tree,
+            context,
+            params,
+            environment,
+            receiver,
+            completion,
+        );
+    }
+}
+
+/// Sends the resident of the database away that the statement needs for itself.
+///
+/// # Safety
+/// `statement` must be a utility statement.
+#[pg_guard]
+unsafe extern "C-unwind" fn make_way(statement: *mut pg_sys::PlannedStmt) {
+    // SAFETY: as the caller promises; the node's tag says its type.
     unsafe {
         let node = (*statement).utilityStmt;
-        if !node.is_null() {
-            let (name, copied) = needed(node);
-            if !name.is_null() {
-                let oid = pg_sys::get_database_oid(name, true);
-                if oid != pg_sys::InvalidOid && may_stop(oid, copied) {
-                    stop(oid);
-                }
-            }
+        if node.is_null() {
+            return;
         }
-        match PREVIOUS {
-            // Not one of the functions that pgrx guards: an error must not jump over this frame.
-            Some(previous) => pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
-                previous(
-                    statement,
-                    query,
-                    read_only_tree,
-                    context,
-                    params,
-                    environment,
-                    receiver,
-                    completion,
-                );
-            }),
-            None => pg_sys::standard_ProcessUtility(
-                statement,
-                query,
-                read_only_tree,
-                context,
-                params,
-                environment,
-                receiver,
-                completion,
-            ),
+        let (name, copied) = needed(node);
+        if name.is_null() {
+            return;
+        }
+        let oid = pg_sys::get_database_oid(name, true);
+        if oid != pg_sys::InvalidOid && may_stop(oid, copied) {
+            stop(oid);
         }
     }
 }
@@ -75,7 +90,7 @@ unsafe extern "C-unwind" fn process_utility(
 ///
 /// # Safety
 /// `node` must be a live parse node.
-unsafe fn needed(node: *mut pg_sys::Node) -> (*const std::ffi::c_char, bool) {
+unsafe fn needed(node: *mut pg_sys::Node) -> (*const c_char, bool) {
     let none = (std::ptr::null(), false);
     // SAFETY: the node's tag says its type.
     unsafe {
