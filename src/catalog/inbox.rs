@@ -12,6 +12,7 @@ use pgrx::datum::IntoDatum;
 use super::dead_letter::{self, NewLetter};
 use super::former::{self, FormerName, Owner};
 use super::mapper::Stage;
+use crate::pg::bytea::Bytea;
 use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::{Registered, XidSnapshot};
@@ -30,7 +31,33 @@ pub struct Entry<'a> {
     /// Added to explicit `_time`s (a client's clock skew).
     pub shift_us: i64,
     /// JSON objects, one a line.
-    pub payload: &'a [u8],
+    pub payload: Payload<'a>,
+}
+
+/// The bytes of an entry.
+#[derive(Clone, Copy)]
+pub enum Payload<'a> {
+    /// Copied once, to where they are stored from.
+    Borrowed(&'a [u8]),
+    /// Written there.
+    InPlace(&'a Bytea),
+}
+
+impl std::ops::Deref for Payload<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(bytes) => bytes,
+            Self::InPlace(bytea) => bytea.as_bytes(),
+        }
+    }
+}
+
+impl<'a> From<&'a [u8]> for Payload<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self::Borrowed(bytes)
+    }
 }
 
 /// Which of the three tables takes new rows, as of now (not of the caller's snapshot).
@@ -82,7 +109,10 @@ pub fn append(entry: &Entry<'_>) -> Result<()> {
             Datum::from(entry.n),
             Datum::from(entry.received_at_us - PG_EPOCH_US),
             Datum::from(entry.shift_us),
-            datum(entry.payload),
+            match entry.payload {
+                Payload::Borrowed(bytes) => datum(bytes),
+                Payload::InPlace(bytea) => bytea.datum(),
+            },
         ],
     );
     wake::at_commit(entry.n as u32);

@@ -218,7 +218,7 @@ impl Buffer {
                 n: *n,
                 received_at_us: *received_at_us,
                 shift_us: 0,
-                payload: text.as_bytes(),
+                payload: text.as_bytes().into(),
             };
             mapper::enter(&entry, Shape::Row)?;
         }

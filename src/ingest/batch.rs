@@ -11,8 +11,9 @@ use super::admission::Admission;
 use super::collect::{limits, project_of_key, writable_project};
 use super::mapper::{self, Shape};
 use super::quota;
-use crate::catalog::inbox::Entry;
+use crate::catalog::inbox::{Entry, Payload};
 use crate::catalog::projects::{self, Project};
+use crate::pg::bytea::Bytea;
 use crate::pg::jsonb::JsonbText;
 use crate::pg::record::Record;
 use crate::pg::snapshot::Snapshot;
@@ -221,10 +222,9 @@ impl Api {
 }
 
 /// Events of one collection that go into one inbox row.
-#[derive(Default)]
 struct Row {
     n: i32,
-    payload: String,
+    payload: Bytea,
 }
 
 /// The rows being filled, one for each collection of a batch.
@@ -232,7 +232,7 @@ struct Rows {
     project_id: i32,
     received_at_us: i64,
     shift_us: i64,
-    rows: Vec<(CollectionName, Row)>,
+    rows: Vec<(CollectionName, Option<Row>)>,
     /// What a row will most likely take.
     capacity: usize,
 }
@@ -251,10 +251,7 @@ impl Rows {
             received_at_us,
             shift_us,
             capacity: (bytes / collections.len().max(1)).min(ROW_BYTES),
-            rows: collections
-                .into_iter()
-                .map(|name| (name, Row::default()))
-                .collect(),
+            rows: collections.into_iter().map(|name| (name, None)).collect(),
         }
     }
 
@@ -264,19 +261,24 @@ impl Rows {
 
     /// Adds an event; a row that it does not fit into any more is stored. How many events were stored.
     fn add(&mut self, item: &BatchItem<'_>) -> Result<i64> {
-        let mut stored = 0;
-        let row = &mut self.rows[item.collection].1;
-        if row.n > 0 && row.payload.len() + 1 + item.properties.len() > ROW_BYTES {
-            stored = self.store(item.collection)?;
+        let event = item.properties.as_bytes();
+        let full = |row: &Row| row.payload.len() + 1 + event.len() > ROW_BYTES;
+        let stored = match self.rows[item.collection].1.as_ref().is_some_and(full) {
+            true => self.store(item.collection)?,
+            false => 0,
+        };
+        match &mut self.rows[item.collection].1 {
+            Some(row) => {
+                row.payload.push(b"\n");
+                row.payload.push(event);
+                row.n += 1;
+            }
+            empty => {
+                let mut payload = Bytea::with_capacity(self.capacity);
+                payload.push(event);
+                *empty = Some(Row { n: 1, payload });
+            }
         }
-        let row = &mut self.rows[item.collection].1;
-        if row.n == 0 {
-            row.payload.reserve(self.capacity);
-        } else {
-            row.payload.push('\n');
-        }
-        row.payload.push_str(&item.properties);
-        row.n += 1;
         Ok(stored)
     }
 
@@ -288,10 +290,9 @@ impl Rows {
     /// How many events were stored: mappers may drop some.
     fn store(&mut self, index: usize) -> Result<i64> {
         let (name, row) = &mut self.rows[index];
-        let row = std::mem::take(row);
-        if row.n == 0 {
+        let Some(row) = row.take() else {
             return Ok(0);
-        }
+        };
         let entry = Entry {
             project_id: self.project_id,
             collection_id: projects::collection_id(self.project_id, name.as_str())?,
@@ -299,7 +300,7 @@ impl Rows {
             n: row.n,
             received_at_us: self.received_at_us,
             shift_us: self.shift_us,
-            payload: row.payload.as_bytes(),
+            payload: Payload::InPlace(&row.payload),
         };
         mapper::enter(&entry, Shape::Event)
     }

@@ -60,7 +60,7 @@ fn store_one(
         n: 1,
         received_at_us: xact::now_us(),
         shift_us: 0,
-        payload: event.as_bytes(),
+        payload: event.as_bytes().into(),
     };
     mapper::enter(&entry, Shape::Event)?;
     Ok(())

@@ -154,7 +154,7 @@ pub fn enter(entry: &Entry<'_>, shape: Shape) -> Result<i64> {
         inbox::append(entry)?;
         return Ok(i64::from(entry.n));
     }
-    let text = std::str::from_utf8(entry.payload)
+    let text = std::str::from_utf8(&entry.payload)
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
     let lines = text.split('\n').map(str::to_owned).collect();
     let mut run = Run::new(entry, shape, mappers, Stage::Project);
@@ -183,7 +183,7 @@ pub fn keep(entry: &Entry<'_>, shape: Shape, letter: &Failed) -> Result<()> {
 /// Stores one event or row as a dead letter, unmapped: for events that are refused where nobody can be told.
 pub fn set_aside(entry: &Entry<'_>, shape: Shape, error: &PgError) -> Result<()> {
     let letter = Failed {
-        event: String::from_utf8_lossy(entry.payload).into_owned(),
+        event: String::from_utf8_lossy(&entry.payload).into_owned(),
         stage: Stage::Project,
         error: reason(error),
     };
@@ -205,7 +205,7 @@ pub struct Outcome {
 
 /// Tries an event again that failed before, from the mapper on in which it failed.
 pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
-    let text = std::str::from_utf8(entry.payload)
+    let text = std::str::from_utf8(&entry.payload)
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
     let refused = |error: PgError| Outcome {
         stored: 0,
@@ -464,7 +464,7 @@ impl<'a> Run<'a> {
         }
         inbox::append(&Entry {
             n: self.n,
-            payload: self.payload.as_bytes(),
+            payload: self.payload.as_bytes().into(),
             ..*self.entry
         })?;
         self.stored += i64::from(self.n);

@@ -58,7 +58,7 @@ fn replay_one(project_id: i32, letter: &Letter) -> Result<bool> {
         n: 0,
         received_at_us: letter.received_at_us,
         shift_us: letter.shift_us,
-        payload: letter.payload.as_bytes(),
+        payload: letter.payload.as_bytes().into(),
     };
     let shape = if letter.is_row {
         Shape::Row

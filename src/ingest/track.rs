@@ -280,7 +280,7 @@ impl Events<'_> {
             n,
             received_at_us: self.received_at_us,
             shift_us: 0,
-            payload,
+            payload: payload.into(),
         }
     }
 }

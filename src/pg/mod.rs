@@ -3,6 +3,7 @@
 
 pub mod activity;
 pub mod bgworker;
+pub mod bytea;
 pub mod condition;
 pub mod cursor;
 pub mod dsm;
