@@ -70,16 +70,13 @@ pub struct Request {
     pub fixed: bool,
 }
 
-/// A load that is complete.
-#[derive(Debug, Clone, Copy)]
-pub struct Loaded {
-    pub collection_id: i32,
-    /// Events stored by the load, in all its attempts.
-    pub events: u64,
-}
-
-/// Loads the files, or the rest of them.
-pub fn run(request: &Request) -> std::result::Result<Loaded, Failure> {
+/// Loads the files, or the rest of them; returns the events stored by the load, in all its attempts. `make_ready` is called
+/// for the collection before the last of its events are stored: what comes after that may not be known to have succeeded,
+/// and the same call would load everything again.
+pub fn run(
+    request: &Request,
+    make_ready: impl FnOnce(i32) -> std::result::Result<(), Failure>,
+) -> std::result::Result<u64, Failure> {
     let spec = spec(request).map_err(Failure::Error)?;
     let place = &request.place;
     let files = locate::find(&place.root, &place.pattern, place.confined).map_err(error)?;
@@ -96,17 +93,15 @@ pub fn run(request: &Request) -> std::result::Result<Loaded, Failure> {
     let mut load = xact::worker(|| Load::begin(request, &key))?;
     let total = files.iter().map(|f| f.bytes).sum();
     let outcome = progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
-        load.files(&files, &spec, shown)
+        load.files(&files, &spec, shown)?;
+        make_ready(load.collection.id)?;
+        load.store(true)
     });
     if matches!(outcome, Err(Failure::Error(_))) && load.stored == Progress::default() {
         // There is nothing to go on from, and nothing for which chunks should wait.
         xact::worker(|| note::finish(&key))?;
     }
-    outcome?;
-    Ok(Loaded {
-        collection_id: load.collection.id,
-        events: load.stored.events,
-    })
+    outcome.map(|()| load.stored.events)
 }
 
 fn error(error: rakam_files::FilesError) -> Failure {
@@ -196,7 +191,7 @@ impl<'a> Load<'a> {
         })
     }
 
-    /// Loads what is left of the files.
+    /// Reads what is left of the files, and stores all but the last of it.
     fn files(
         &mut self,
         files: &[Found],
@@ -228,7 +223,7 @@ impl<'a> Load<'a> {
             self.read.file = index + 1;
             self.read.position = Position::default();
         }
-        self.store(true)
+        Ok(())
     }
 
     /// Converts a piece into the buffer.

@@ -203,11 +203,12 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
         } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
         Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
         Task::CopyFrom(request) => {
-            let loaded = load::run(request)?;
             let (project, name) = (request.project_id, &request.collection);
-            sync_until(Duration::from_secs(5), || ddl::ensure_table(project, name))?;
-            sync_until(Duration::from_secs(5), || ddl::sync(loaded.collection_id))?;
-            Ok(json!(loaded.events))
+            let events = load::run(request, |collection_id| {
+                sync_until(Duration::from_secs(5), || ddl::ensure_table(project, name))?;
+                sync_until(Duration::from_secs(5), || ddl::sync(collection_id))
+            })?;
+            Ok(json!(events))
         }
     }
 }

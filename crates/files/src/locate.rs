@@ -50,8 +50,12 @@ pub fn relative(path: &str) -> Result<&str, FilesError> {
 /// file whose name is the pattern itself is that file.
 pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, FilesError> {
     let pattern = relative(pattern)?;
-    let root = fs::canonicalize(root)
-        .map_err(|e| FilesError::io("open", &root.display().to_string(), &e))?;
+    let root = match fs::canonicalize(root) {
+        Ok(root) => root,
+        // Where a storage lies is not for everybody to know.
+        Err(_) if confined => return Err(FilesError::NoFile(pattern.to_owned())),
+        Err(e) => return Err(FilesError::io("open", &root.display().to_string(), &e)),
+    };
     let mut found = Vec::new();
     if let Some(file) = file(&root, &root.join(pattern), confined)? {
         found.push(file);

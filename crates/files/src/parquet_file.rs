@@ -15,6 +15,9 @@ use crate::error::FilesError;
 use crate::input::Meter;
 use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
+/// A piece of long rows has fewer of them: so many bytes, as the file counts its columns before compression.
+const PIECE_BYTES_MAX: u64 = 64 << 20;
+
 pub struct ParquetSource {
     reader: ParquetRecordBatchReader,
     name: String,
@@ -49,8 +52,15 @@ impl ParquetSource {
             .collect();
         let rows = builder.metadata().file_metadata().num_rows().max(0) as u64;
         let skip = usize::try_from(from.row).unwrap_or(usize::MAX);
+        let plain: i64 = builder
+            .metadata()
+            .row_groups()
+            .iter()
+            .map(|g| g.total_byte_size())
+            .sum();
+        let row_bytes = (plain.max(0) as u64 / rows.max(1)).max(1);
         let reader = builder
-            .with_batch_size(PIECE_ROWS)
+            .with_batch_size(((PIECE_BYTES_MAX / row_bytes) as usize).clamp(64, PIECE_ROWS))
             .with_offset(skip)
             .build()
             .map_err(|e| failed(name, e))?;

@@ -1,0 +1,164 @@
+use super::*;
+use crate::format::Options;
+use arrow::array::{Array, AsArray};
+
+fn spec(options: &str) -> Spec {
+    Spec {
+        format: None,
+        options: Options::parse(options).unwrap(),
+        max_record_bytes: 1 << 20,
+    }
+}
+
+fn read(path: &Path, options: &str, from: Position) -> Vec<Piece> {
+    let mut source =
+        CsvSource::open(path, "x.csv", &spec(options), from, &Meter::default()).unwrap();
+    let mut pieces = Vec::new();
+    while let Some(piece) = source.next().unwrap() {
+        pieces.push(piece);
+    }
+    pieces
+}
+
+/// Rows as `a|NULL|c`, bad ones as `line: error`, of a file with this content.
+fn shown(content: &[u8], options: &str) -> (Vec<String>, Vec<String>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.csv");
+    std::fs::write(&path, content).unwrap();
+    let (mut rows, mut bad) = (Vec::new(), Vec::new());
+    for piece in read(&path, options, Position::default()) {
+        let Rows::Columns { batch, lines, .. } = &piece.rows else {
+            panic!("CSV gives columns");
+        };
+        for (row, line) in lines.iter().enumerate().take(batch.num_rows()) {
+            let cells: Vec<&str> = batch
+                .columns()
+                .iter()
+                .map(|c| {
+                    if c.is_null(row) {
+                        "NULL"
+                    } else {
+                        c.as_string::<i32>().value(row)
+                    }
+                })
+                .collect();
+            rows.push(format!("{line}: {}", cells.join("|")));
+        }
+        bad.extend(piece.bad.iter().map(|b| format!("{}: {}", b.line, b.error)));
+    }
+    (rows, bad)
+}
+
+fn check(content: &str, options: &str, expect: &[&str], expect_bad: &[&str]) {
+    let (rows, bad) = shown(content.as_bytes(), options);
+    assert_eq!(rows, expect, "{content:?}");
+    assert_eq!(bad, expect_bad, "{content:?}");
+}
+
+#[test]
+fn records_and_cells() {
+    check("a,b\n1,2\n3,4\n", "{}", &["2: 1|2", "3: 3|4"], &[]);
+    check("a,b\r\n1,2\r\n3,4", "{}", &["2: 1|2", "3: 3|4"], &[]);
+    check("\u{feff}a,b\n1,\n", "{}", &["2: 1|NULL"], &[]);
+    check("a,b\n\"\",x\n", "{}", &["2: |x"], &[]);
+    check(
+        "a,b\n\"x,\"\"y\"\"\",\"two\nlines\"\n5,6\n",
+        "{}",
+        &["2: x,\"y\"|two\nlines", "4: 5|6"],
+        &[],
+    );
+    check("a\n\n1\n", "{}", &["2: NULL", "3: 1"], &[]);
+    check("a,b\n\n1,2\n\n", "{}", &["3: 1|2"], &[]);
+    check(
+        "a;b\nNA;'x''y'\n;2\n",
+        r#"{"delimiter": ";", "quote": "'", "null": "NA"}"#,
+        &["2: NULL|x'y", "3: |2"],
+        &[],
+    );
+    check(
+        "a,b\n\"x\\\"y\",\"\\\\\"\n",
+        r#"{"escape": "\\"}"#,
+        &["2: x\"y|\\"],
+        &[],
+    );
+    check(
+        "1,2\n3,4\n",
+        r#"{"header": false}"#,
+        &["1: 1|2", "2: 3|4"],
+        &[],
+    );
+    check("", "{}", &[], &[]);
+    check("a,b\n", "{}", &[], &[]);
+    check("a,b\nx\"y\"z,1", "{}", &["2: xyz|1"], &[]);
+}
+
+#[test]
+fn bad_records_are_known_by_their_line() {
+    check(
+        "a,b\n1\n\"x\ny\",2\n1,2,3\n4,5\n",
+        "{}",
+        &["3: x\ny|2", "6: 4|5"],
+        &[
+            "2: expected 2 columns, found 1",
+            "5: expected 2 columns, found 3",
+        ],
+    );
+    check(
+        "a,b\n1,2\n3,\"open\n4,5\n",
+        "{}",
+        &["2: 1|2"],
+        &["3: a quote is not closed"],
+    );
+    let (rows, bad) = shown(b"a,b\n1,\xff\n3,4\n", "{}");
+    assert_eq!(rows, ["3: 3|4"]);
+    assert_eq!(bad, ["2: invalid UTF-8 text"]);
+}
+
+#[test]
+fn reading_continues_where_a_piece_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.csv");
+    let mut text = String::from("a,b\n");
+    for i in 0..100_000 {
+        text += &format!("{i},\"line\n{i}\"\n");
+    }
+    std::fs::write(&path, &text).unwrap();
+    let pieces = read(&path, "{}", Position::default());
+    assert!(pieces.len() > 3);
+    let rows: usize = pieces.iter().map(|p| p.rows.len()).sum();
+    assert_eq!(rows, 100_000);
+    let rest = read(&path, "{}", pieces[0].after);
+    assert_eq!(rest.len(), pieces.len() - 1);
+    assert_eq!(rest.last().map(|p| p.after), pieces.last().map(|p| p.after));
+    let (
+        Rows::Columns {
+            batch: a, lines: x, ..
+        },
+        Rows::Columns {
+            batch: b, lines: y, ..
+        },
+    ) = (&rest[0].rows, &pieces[1].rows)
+    else {
+        panic!("CSV gives columns");
+    };
+    assert_eq!((a, x), (b, y));
+}
+
+#[test]
+fn an_endless_record_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.csv");
+    std::fs::write(&path, format!("a,b\n1,\"{}", "x\n".repeat(1 << 20))).unwrap();
+    let mut source = CsvSource::open(
+        &path,
+        "x.csv",
+        &spec("{}"),
+        Position::default(),
+        &Meter::default(),
+    )
+    .unwrap();
+    assert_eq!(
+        source.next().map(drop).map_err(|e| e.sqlstate()),
+        Err("54000")
+    );
+}
