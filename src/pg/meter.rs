@@ -95,7 +95,7 @@ pub enum Arrival {
 /// The meter of a project of this database.
 pub fn of(project_id: i32) -> Of {
     if shared::preloaded()
-        && let Some(meter) = METERS.get().place(owner(project_id), true)
+        && let Some(meter) = place(&METERS.get().0, owner(project_id), true)
     {
         return Of::Server(meter);
     }
@@ -105,7 +105,7 @@ pub fn of(project_id: i32) -> Of {
 /// After a digest's commit: these bytes of the day are stored, and the day's sum is this.
 pub fn digested(project_id: i32, day: i32, sum: i64, bytes: i64) {
     if shared::preloaded()
-        && let Some(meter) = METERS.get().place(owner(project_id), false)
+        && let Some(meter) = place(&METERS.get().0, owner(project_id), false)
         && meter.day.load(Ordering::Acquire) == day
     {
         meter.stored.store(sum, Ordering::Release);
@@ -117,26 +117,25 @@ fn owner(project_id: i32) -> u64 {
     u64::from(u32::from(bgworker::my_database())) << 32 | u64::from(project_id as u32)
 }
 
-impl Meters {
-    fn place(&self, owner: u64, take: bool) -> Option<&Meter> {
-        let start = (owner.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize;
-        for probe in 0..PROBES {
-            let meter = &self.0[(start + probe) % PLACES];
-            let found = match meter.owner.load(Ordering::Acquire) {
-                0 if take => meter
-                    .owner
-                    .compare_exchange(0, owner, Ordering::AcqRel, Ordering::Acquire)
-                    .map_or_else(|found| found, |_| owner),
-                found => found,
-            };
-            match found {
-                0 => return None,
-                found if found == owner => return Some(meter),
-                _ => {}
-            }
+/// The place of an owner among these; a free one is taken for it, if it may be.
+fn place(meters: &[Meter], owner: u64, take: bool) -> Option<&Meter> {
+    let start = (owner.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize;
+    for probe in 0..PROBES {
+        let meter = &meters[(start + probe) % meters.len()];
+        let found = match meter.owner.load(Ordering::Acquire) {
+            0 if take => meter
+                .owner
+                .compare_exchange(0, owner, Ordering::AcqRel, Ordering::Acquire)
+                .map_or_else(|found| found, |_| owner),
+            found => found,
+        };
+        match found {
+            0 => return None,
+            found if found == owner => return Some(meter),
+            _ => {}
         }
-        None
     }
+    None
 }
 
 impl Of {
@@ -251,14 +250,12 @@ mod tests {
 
     #[test]
     fn places_are_found_again() {
-        let meters: Box<Meters> = Box::default();
-        assert!(meters.place(7, false).is_none());
-        let first: *const Meter = meters.place(7, true).map_or(std::ptr::null(), |m| m);
-        let other: *const Meter = meters.place(8, true).map_or(std::ptr::null(), |m| m);
-        assert!(!first.is_null() && !other.is_null() && first != other);
-        assert!(std::ptr::eq(
-            first,
-            meters.place(7, false).unwrap_or(&meters.0[0])
-        ));
+        let meters: Vec<Meter> = (0..128).map(|_| Meter::default()).collect();
+        let at = |owner, take| place(&meters, owner, take).map(std::ptr::from_ref);
+        assert_eq!(at(7, false), None);
+        let (first, other) = (at(7, true), at(8, true));
+        assert!(first.is_some() && other.is_some() && first != other);
+        assert_eq!(at(7, false), first);
+        assert_eq!(at(8, true), other);
     }
 }
