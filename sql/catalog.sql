@@ -95,6 +95,10 @@ CREATE TABLE rakam_internal.dropped_field (
   field_id      int NOT NULL,
   project_id    int NOT NULL,
   name          text COLLATE "C" NOT NULL,
+  type          text COLLATE "C" NOT NULL,
+  added_version int NOT NULL,
+  added_at      timestamptz NOT NULL,
+  dropped_version int NOT NULL,                          -- the first one without it
   dropped_xid   xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
   dropped_at    timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   PRIMARY KEY (collection_id, field_id)
@@ -485,6 +489,31 @@ BEGIN
     {invalid_value,error},{invalid_value,event_id},{dead_letter,payload},{dead_letter,error},{inbox_parked,error}}'::text[] LOOP
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ALTER COLUMN %I SET STATISTICS 0', c[1], c[2]);
   END LOOP;
+END $$;
+
+-- The sequence behind an identity column is no member of the extension, so a dump would forget how far it is, and a
+-- restored database would give ids that it has. These are members.
+DO $$
+DECLARE
+  c record;
+  sequence text;
+BEGIN
+  FOR c IN
+    SELECT r.relname AS "table", a.attname AS "column", s.seqstart AS start
+    FROM pg_catalog.pg_attribute a
+    JOIN pg_catalog.pg_class r ON r.oid = a.attrelid
+    JOIN pg_catalog.pg_sequence s
+      ON s.seqrelid = pg_catalog.pg_get_serial_sequence('rakam_internal.' || r.relname, a.attname)::pg_catalog.regclass
+    WHERE r.relnamespace = 'rakam_internal'::pg_catalog.regnamespace AND a.attidentity <> ''
+  LOOP
+    sequence := c."table" || '_' || c."column";
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ALTER COLUMN %I DROP IDENTITY', c."table", c."column");
+    EXECUTE pg_catalog.format('CREATE SEQUENCE rakam_internal.%I START %s', sequence, c.start);
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ALTER COLUMN %I SET DEFAULT pg_catalog.nextval(%L)',
+                              c."table", c."column", 'rakam_internal.' || sequence);
+    PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || sequence)::pg_catalog.regclass, '');
+  END LOOP;
+  PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.inbox_id', '');
 END $$;
 
 -- Dump and restore: configuration, manifest, default storage and hot rows travel with the database.

@@ -21,7 +21,7 @@ FROM rakam_internal.field f
 JOIN rakam_internal.collection c USING (collection_id)
 JOIN rakam_internal.project p ON p.project_id = c.project_id;
 
--- A version has the fields that it or one before it added.
+-- A version has the fields that it or one before it added and none of these dropped.
 CREATE VIEW rakam.schema_versions WITH (security_invoker = true) AS
 SELECT p.name AS project, c.name AS collection, v.version,
        rakam_internal.avro_schema(p.name, c.name, v.version, f.ids, f.names, f.types) AS avro_schema, v.created_at
@@ -31,14 +31,22 @@ CROSS JOIN LATERAL (
   SELECT version, pg_catalog.min(at) AS created_at
   FROM (SELECT 1 AS version, c.created_at AS at
         UNION ALL
-        SELECT added_version, added_at FROM rakam_internal.field WHERE collection_id = c.collection_id) changes
+        SELECT added_version, added_at FROM rakam_internal.field WHERE collection_id = c.collection_id
+        UNION ALL
+        SELECT added_version, added_at FROM rakam_internal.dropped_field WHERE collection_id = c.collection_id
+        UNION ALL
+        SELECT dropped_version, dropped_at FROM rakam_internal.dropped_field WHERE collection_id = c.collection_id) changes
   GROUP BY version
 ) v
 CROSS JOIN LATERAL (
   SELECT coalesce(pg_catalog.array_agg(field_id ORDER BY field_id), '{}') AS ids,
          coalesce(pg_catalog.array_agg(name::text ORDER BY field_id), '{}') AS names,
          coalesce(pg_catalog.array_agg(type::text ORDER BY field_id), '{}') AS types
-  FROM rakam_internal.field WHERE collection_id = c.collection_id AND added_version <= v.version
+  FROM (SELECT field_id, name, type FROM rakam_internal.field
+        WHERE collection_id = c.collection_id AND added_version <= v.version
+        UNION ALL
+        SELECT field_id, name, type FROM rakam_internal.dropped_field
+        WHERE collection_id = c.collection_id AND added_version <= v.version AND dropped_version > v.version) fields
 ) f;
 
 CREATE VIEW rakam.data_files WITH (security_invoker = true) AS

@@ -418,3 +418,15 @@ def test_schema_versions(db, project):
     assert added[1]["rakam-name"] == "größe"
     assert added[0]["type"] == ["null", {"type": "bytes", "logicalType": "decimal", "precision": 10, "scale": 2}]
     assert rows[0][1]["fields"][0]["type"] == ["null", {"type": "long", "logicalType": "timestamp-micros"}]
+    db.admin.execute("SELECT rakam.drop_field('acme', 'versioned', 'price')")
+    db.admin.execute("SELECT rakam.add_field('acme', 'versioned', 'price', 'text')")
+    later = db.all(
+        "SELECT version, avro_schema, created_at FROM rakam.schema_versions"
+        " WHERE project = 'acme' AND collection = 'versioned' ORDER BY version"
+    )
+    assert later[:4] == rows
+    names = [[(f["name"], f["rakam-type"]) for f in schema["fields"][10:]] for _, schema, _ in later[4:]]
+    assert names == [
+        [("gr_uf6__udf_e", "text"), ("tags", "text[]")],
+        [("gr_uf6__udf_e", "text"), ("tags", "text[]"), ("price", "text")],
+    ]

@@ -59,9 +59,12 @@ pub fn rename(collection: &Collection, name: &str) -> Result<()> {
 pub fn delete_field(collection: &Collection, field_id: i32) -> Result<()> {
     let args = [arg(collection.id), arg(field_id)];
     for statement in [
-        "INSERT INTO rakam_internal.dropped_field (collection_id, field_id, project_id, name)
-         SELECT collection_id, field_id, project_id, name FROM rakam_internal.field
-         WHERE collection_id = $1 AND field_id = $2",
+        "INSERT INTO rakam_internal.dropped_field
+           (collection_id, field_id, project_id, name, type, added_version, added_at, dropped_version)
+         SELECT f.collection_id, f.field_id, f.project_id, f.name, f.type, f.added_version, f.added_at,
+                c.schema_version + 1
+         FROM rakam_internal.field f JOIN rakam_internal.collection c USING (collection_id)
+         WHERE f.collection_id = $1 AND f.field_id = $2",
         "DELETE FROM rakam_internal.invalid_value v USING rakam_internal.field f
          WHERE f.collection_id = $1 AND f.field_id = $2 AND v.collection_id = $1 AND v.field = f.name",
         "DELETE FROM rakam_internal.invalid_count v USING rakam_internal.field f
