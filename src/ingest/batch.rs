@@ -262,7 +262,7 @@ impl Rows {
     /// Adds an event; a row that it does not fit into any more is stored. How many events were stored.
     fn add(&mut self, item: &BatchItem<'_>) -> Result<i64> {
         let event = item.properties.as_bytes();
-        let full = |row: &Row| row.payload.len() + 1 + event.len() > ROW_BYTES;
+        let full = |row: &Row| row.payload.as_bytes().len() + 1 + event.len() > ROW_BYTES;
         let stored = match self.rows[item.collection].1.as_ref().is_some_and(full) {
             true => self.store(item.collection)?,
             false => 0,

@@ -20,10 +20,6 @@ impl Bytea {
         }
     }
 
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
     pub fn as_bytes(&self) -> &[u8] {
         // SAFETY: so many bytes have been written there, and stay where they are while this is borrowed.
         unsafe { std::slice::from_raw_parts(self.start.add(pg_sys::VARHDRSZ), self.len) }
