@@ -144,7 +144,15 @@ class Cluster:
         # A killed postmaster that nobody has reaped yet looks alive to PostgreSQL, which then refuses to start.
         for lock in [self.data / "postmaster.pid", *self.socket_dir.glob(".s.PGSQL.*")]:
             lock.unlink(missing_ok=True)
-        done = self.run("pg_ctl", "start", "-w", "-t", timeout_s, "-D", self.data, "-l", self.log, check=False)
+        deadline = time.monotonic() + 10
+        while True:
+            mark = self.log_mark()
+            done = self.run("pg_ctl", "start", "-w", "-t", timeout_s, "-D", self.data, "-l", self.log, check=False)
+            # The children of a killed postmaster take a moment to notice.
+            orphans = done.returncode != 0 and "pre-existing shared memory block" in self.log_since(mark)
+            if not orphans or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         if done.returncode != 0:
             tail = "".join(self.log.read_text(errors="replace").splitlines(True)[-20:]) if self.log.exists() else ""
             raise ClusterError(f"the server of cluster {self.name} did not start: {done.stdout}{done.stderr}{tail}")

@@ -217,9 +217,9 @@ fn restricted(collection: &Collection, statement: impl FnOnce(&str) -> String) -
 /// Makes a collection's table now, for a caller who waits for it. Nothing happens if it is there.
 pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
     if !registry::add_collection(project_id, name)? {
-        let project = registry::project_by_id(View::Current, project_id)?;
-        let most = project.and_then(|p| p.collections_max).unwrap_or(0);
-        return Err(EventError::TooManyCollections(most).into());
+        let project = registry::project_by_id(View::Current, project_id)?
+            .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
+        return Err(EventError::TooManyCollections(project.collections_max.unwrap_or(0)).into());
     }
     let collection = registry::collection_named(View::Current, project_id, name)?
         .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;

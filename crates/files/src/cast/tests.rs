@@ -178,7 +178,7 @@ fn cells_without_a_type() {
         &[Some("t"), Some("f"), Some("true"), Some("yes")],
         FieldType::Bool,
         &["true", "false", "true", "null"],
-        &["3: text is not a value of type boolean"],
+        &["3: a string is not a value of type boolean"],
     );
     check_text(
         &[Some("+5"), Some("1e2")],
