@@ -126,29 +126,31 @@ pub fn runs_with(
 pub fn filters(
     view: View,
     run_ids: &[i64],
-    mut each: impl FnMut(i64, Vec<u8>) -> Result<()>,
+    each: impl FnMut(i64, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
-    let found = spi::run(
-        view,
-        "SELECT run_id, filter FROM rakam_internal.id_run WHERE run_id = ANY ($1)",
-        &[arg(run_ids.to_vec())],
-        |row| each(row.must(1)?, row.bytes(2).unwrap_or_default()),
-    )?;
-    ensure_all(found, run_ids.len())
+    let sql = "SELECT run_id, filter FROM rakam_internal.id_run WHERE run_id = ANY ($1)";
+    sealed(view, sql, run_ids, each)
 }
 
 /// The sealed ids of runs, by run.
 pub fn ids(
     view: View,
     run_ids: &[i64],
+    each: impl FnMut(i64, Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let sql = "SELECT run_id, ids FROM rakam_internal.id_run WHERE run_id = ANY ($1)";
+    sealed(view, sql, run_ids, each)
+}
+
+fn sealed(
+    view: View,
+    sql: &'static str,
+    run_ids: &[i64],
     mut each: impl FnMut(i64, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
-    let found = spi::run(
-        view,
-        "SELECT run_id, ids FROM rakam_internal.id_run WHERE run_id = ANY ($1)",
-        &[arg(run_ids.to_vec())],
-        |row| each(row.must(1)?, row.bytes(2).unwrap_or_default()),
-    )?;
+    let found = spi::run(view, sql, &[arg(run_ids.to_vec())], |row| {
+        each(row.must(1)?, row.bytes(2).unwrap_or_default())
+    })?;
     ensure_all(found, run_ids.len())
 }
 

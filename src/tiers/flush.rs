@@ -14,23 +14,22 @@ use arrow::array::RecordBatch;
 use rakam_event::schema::Schema;
 use rakam_lake::backlog::{self, Bounds, ChunkSpan, FEW_FILES, MAX_FILES, SCATTERED_FILES};
 use rakam_lake::chunk::{self, ChunkFormat};
-use rakam_lake::period::{self, Period, PeriodFile, Plan};
+use rakam_lake::period::{self, Period, Plan};
 use rakam_lake::sort::{SortedRows, count_days};
-use rakam_lake::stats;
-use rakam_lake::storage::{DirectoryStorage, StorageUrl};
-use rakam_lake::write::{FileOptions, FileWriter, WrittenFile};
+use rakam_lake::write::FileWriter;
 use uuid::Uuid;
 
 use crate::catalog::load;
-use crate::catalog::manifest::{self, NewFile, StorageRow};
+use crate::catalog::manifest;
 use crate::catalog::progress::{self, Progress};
-use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::catalog::registry::{self, Collection};
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
 use crate::tiers::delete;
+use crate::tiers::object::{Home, Output};
 
 const BATCH_ROWS: usize = 8192;
 /// Rows of a chunk that a split makes.
@@ -218,13 +217,6 @@ enum Done {
     Split,
 }
 
-/// A file written, not yet in the manifest.
-struct Output {
-    path: String,
-    period: PeriodFile,
-    file: WrittenFile<Vec<u8>>,
-}
-
 /// What the first transaction of a step made of its chunks.
 enum Prepared {
     /// There was nothing to write.
@@ -236,13 +228,10 @@ enum Prepared {
 
 /// One bounded part of a flush: its chunks, as files.
 struct Step {
-    project: ProjectRow,
-    collection: Collection,
-    storage: StorageRow,
+    home: Home,
     schema: Schema,
     chunk_ids: Vec<i64>,
     outputs: Vec<Output>,
-    flush_id: Uuid,
 }
 
 fn step(collection_id: i32, chunk_ids: &[i64], write: Write) -> std::result::Result<Done, Failure> {
@@ -252,29 +241,9 @@ fn step(collection_id: i32, chunk_ids: &[i64], write: Write) -> std::result::Res
         Prepared::Files(step) => step,
     };
     failpoint::hit("flush.after_intent");
-    if let Some(directory) = directory(&step.storage).map_err(Failure::Error)? {
-        for output in &step.outputs {
-            wait::check_interrupts();
-            directory
-                .put(&output.path, &output.file.sink)
-                .map_err(|e| Failure::Error(e.into()))?;
-        }
-    }
+    step.home.put(&step.outputs)?;
     failpoint::hit("flush.after_upload");
     xact::worker(|| commit(&step)).map(Done::Written)
-}
-
-/// The directory behind a storage; None for the default storage, which is a table.
-pub fn directory(storage: &StorageRow) -> Result<Option<DirectoryStorage>> {
-    if storage.kind == "local" {
-        return Ok(None);
-    }
-    let url = storage.url.as_deref().ok_or_else(|| {
-        PgError::new("58030", format!("storage \"{}\" has no url", storage.name))
-            .hint("Its foreign server must exist and have the option url.")
-    })?;
-    let url = StorageUrl::parse(url)?;
-    Ok(Some(DirectoryStorage::new(&url)))
 }
 
 /// First transaction: reads the chunks and makes the files in memory; announces the objects.
@@ -305,27 +274,22 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
         split(&collection, &schema, chunk_ids, &batches)?;
         return Ok(Prepared::Split);
     }
-    let flush_id = Uuid::now_v7();
-    let outputs = write_files(&project, &collection, &schema, &batches, &plan, flush_id)?;
-    if storage.kind != "local" {
-        for output in &outputs {
-            manifest::add_intent(
-                project.storage_id,
-                &output.path,
-                flush_id,
-                collection_id,
-                "flush",
-            )?;
-        }
-    }
-    Ok(Prepared::Files(Box::new(Step {
+    let home = Home {
+        storage_id: project.storage_id,
         project,
         collection,
         storage,
+        op_id: Uuid::now_v7(),
+    };
+    let outputs = write_files(&home, &schema, &batches, &plan)?;
+    for output in &outputs {
+        home.announce(output, "flush")?;
+    }
+    Ok(Prepared::Files(Box::new(Step {
+        home,
         schema,
         chunk_ids: chunk_ids.to_vec(),
         outputs,
-        flush_id,
     })))
 }
 
@@ -371,36 +335,17 @@ fn split(
 }
 
 fn write_files(
-    project: &ProjectRow,
-    collection: &Collection,
+    home: &Home,
     schema: &Schema,
     batches: &[RecordBatch],
     plan: &Plan,
-    flush_id: Uuid,
 ) -> Result<Vec<Output>> {
     let target = guc::target_file_bytes() as u64;
     let mut outputs = Vec::new();
     for (index, period) in plan.files().iter().enumerate() {
-        let options = FileOptions {
-            project: project.name.clone(),
-            collection: collection.name.clone(),
-            flush_id,
-            period: period.period,
-            first_day: period.first_day,
-        };
+        let options = home.options(period.period, period.first_day);
         let mut finish = |writer: FileWriter<Vec<u8>>| -> Result<()> {
-            let path = period::object_path(
-                &project.name,
-                &collection.name,
-                period.period,
-                period.first_day,
-                Uuid::now_v7(),
-            );
-            outputs.push(Output {
-                path,
-                period: *period,
-                file: writer.finish()?,
-            });
+            outputs.push(home.output(period.period, period.first_day, writer.finish()?));
             Ok(())
         };
         let mut writer = FileWriter::new(schema, &options, Vec::new());
@@ -427,47 +372,20 @@ fn write_files(
 
 /// Last transaction: the same rows leave the chunks and enter the manifest.
 fn commit(step: &Step) -> Result<Flushed> {
-    locks::transaction(LockOn::Manifest(step.collection.id));
-    delete_chunks(&step.collection, &step.chunk_ids)?;
+    let collection = &step.home.collection;
+    locks::transaction(LockOn::Manifest(collection.id));
+    delete_chunks(collection, &step.chunk_ids)?;
     let mut flushed = Flushed::default();
     for output in &step.outputs {
         wait::check_interrupts();
-        let file = &output.file;
-        if step.storage.kind == "local" {
-            manifest::put_object(step.project.id, &output.path, &file.sink)?;
-        } else if manifest::delete_intent(step.project.storage_id, &output.path)? != 1 {
-            return Err(PgError::new(
-                "40001",
-                "an announced object was collected as an orphan",
-            ));
-        }
-        manifest::add_file(&NewFile {
-            project_id: step.project.id,
-            collection_id: step.collection.id,
-            storage_id: step.project.storage_id,
-            path: &output.path,
-            schema_version: step.schema.version,
-            period: output.period.period.as_str(),
-            first_day: output.period.first_day,
-            n: file.n as i64,
-            bytes: file.bytes as i64,
-            min_time_us: file.min_time_us,
-            max_time_us: file.max_time_us,
-            min_xid: file.min_xid,
-            max_xid: file.max_xid,
-            has_extra: file.has_extra,
-            flush_id: step.flush_id,
-            footer_bytes: file.footer_bytes as i32,
-            footer: &file.footer,
-            stats: &stats::encode(&file.stats),
-        })?;
-        flushed.events += file.n;
-        flushed.bytes += file.bytes;
+        step.home.enter(output, step.schema.version)?;
+        flushed.events += output.file.n;
+        flushed.bytes += output.file.bytes;
         flushed.files += 1;
     }
     manifest::add_to_stat(
-        step.collection.id,
-        step.project.id,
+        collection.id,
+        step.home.project.id,
         flushed.events as i64,
         flushed.bytes as i64,
         flushed.files as i64,

@@ -9,7 +9,7 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{Result, failpoint, guc, relation, wait};
-use crate::tiers::flush;
+use crate::tiers::object;
 
 /// How much later than its gap allows a session may still get events with times of then.
 const LATE_VISITS: Duration = Duration::from_secs(3600);
@@ -59,7 +59,7 @@ fn delete_object(storage_id: i32, path: &str) -> std::result::Result<(), Failure
     let Some(storage) = storage else {
         return Ok(());
     };
-    match flush::directory(&storage).map_err(Failure::Error)? {
+    match object::directory(&storage).map_err(Failure::Error)? {
         Some(directory) => {
             directory
                 .delete(path)

@@ -9,6 +9,7 @@ pub mod gc;
 pub mod hot;
 pub mod ids;
 pub mod merge;
+pub mod object;
 pub mod rewrite;
 pub mod rotate;
 pub mod upkeep;

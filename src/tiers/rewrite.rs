@@ -5,22 +5,22 @@
 //! leaves the old file with its deleted rows hidden, and perhaps an object with an intent.
 
 use rakam_lake::chunk;
-use rakam_lake::period::{self, Period};
+use rakam_lake::period::Period;
 use rakam_lake::read::FileReader;
 use rakam_lake::rows::RowSet;
-use rakam_lake::stats;
-use rakam_lake::write::{FileOptions, FileWriter, WrittenFile};
+use rakam_lake::write::FileWriter;
 use uuid::Uuid;
 
 use crate::catalog::deletion::{self, Reduced};
-use crate::catalog::manifest::{self, NewFile, StorageRow};
-use crate::catalog::registry::{self, Collection, ProjectRow};
+use crate::catalog::manifest;
+use crate::catalog::registry;
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
-use crate::tiers::{delete, flush};
+use crate::tiers::delete;
+use crate::tiers::object::{self, Home, Output};
 
 const BATCH_ROWS: usize = 8192;
 /// In the background a file or chunk is rewritten once it has lost this share of its rows …
@@ -110,14 +110,9 @@ fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
 
 /// A file and what takes its place.
 struct Step {
-    project: ProjectRow,
-    collection: Collection,
-    storage: StorageRow,
+    home: Home,
     old: Reduced,
-    period: Period,
-    path: String,
-    file: WrittenFile<Vec<u8>>,
-    flush_id: Uuid,
+    new: Output,
 }
 
 /// Rewrites the next file, and gives its old id.
@@ -126,11 +121,7 @@ fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Opti
         return Ok(None);
     };
     failpoint::hit("rewrite.after_intent");
-    if let Some(directory) = flush::directory(&step.storage).map_err(Failure::Error)? {
-        directory
-            .put(&step.path, &step.file.sink)
-            .map_err(|e| Failure::Error(e.into()))?;
-    }
+    step.home.put(std::slice::from_ref(&step.new))?;
     failpoint::hit("rewrite.after_upload");
     xact::worker(|| commit(&step))?;
     Ok(Some(step.old.file_id))
@@ -148,7 +139,7 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
     let project = registry::project_by_id(view, collection.project_id)?.ok_or_else(missing)?;
     // It stays where it is, also if the project has moved to another storage since.
     let storage = manifest::storage(view, old.storage_id)?.ok_or_else(missing)?;
-    let bytes = match flush::directory(&storage)? {
+    let bytes = match object::directory(&storage)? {
         Some(directory) => directory.read(&old.path)?,
         None => manifest::object_range(view, &old.path, 0, old.bytes as u64)?.into(),
     };
@@ -156,14 +147,14 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
     let mut reader = FileReader::open(bytes, &schema, old.schema_version, BATCH_ROWS)?;
     let deleted = RowSet::decode(old.positions.clone().into(), old.n as u64)?;
     let period: Period = old.period.parse()?;
-    let flush_id = Uuid::now_v7();
-    let options = FileOptions {
-        project: project.name.clone(),
-        collection: collection.name.clone(),
-        flush_id,
-        period,
-        first_day: old.first_day,
+    let home = Home {
+        project,
+        collection,
+        storage_id: old.storage_id,
+        storage,
+        op_id: Uuid::now_v7(),
     };
+    let options = home.options(period, old.first_day);
     let mut writer = FileWriter::new(reader.schema(), &options, Vec::new());
     let mut row = 0;
     while let Some(batch) = reader.next().transpose()? {
@@ -176,79 +167,35 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
             "XX001",
             format!(
                 "a data file of collection \"{}\" has {row} rows where the manifest says {}",
-                collection.name, old.n
+                home.collection.name, old.n
             ),
         ));
     }
-    let path = period::object_path(
-        &project.name,
-        &collection.name,
-        period,
-        old.first_day,
-        Uuid::now_v7(),
-    );
-    if storage.kind != "local" {
-        manifest::add_intent(old.storage_id, &path, flush_id, collection_id, "rewrite")?;
-    }
-    Ok(Some(Step {
-        file: writer.finish()?,
-        project,
-        collection,
-        storage,
-        old,
-        period,
-        path,
-        flush_id,
-    }))
+    let new = home.output(period, old.first_day, writer.finish()?);
+    home.announce(&new, "rewrite")?;
+    Ok(Some(Step { home, old, new }))
 }
 
 /// Last transaction: the new file for the old one.
 fn commit(step: &Step) -> Result<()> {
-    let (old, file) = (&step.old, &step.file);
-    locks::transaction(LockOn::Manifest(step.collection.id));
+    let (old, home) = (&step.old, &step.home);
+    locks::transaction(LockOn::Manifest(home.collection.id));
     if !manifest::remove_file(old.file_id, "rewritten without deleted events")? {
         return Err(PgError::new(
             "40001",
             format!(
                 "files of collection \"{}\" changed during a rewrite",
-                step.collection.name
+                home.collection.name
             ),
         ));
     }
-    if step.storage.kind == "local" {
-        manifest::put_object(step.project.id, &step.path, &file.sink)?;
-    } else if manifest::delete_intent(old.storage_id, &step.path)? != 1 {
-        return Err(PgError::new(
-            "40001",
-            "an announced object was collected as an orphan",
-        ));
-    }
-    manifest::add_file(&NewFile {
-        project_id: step.project.id,
-        collection_id: step.collection.id,
-        storage_id: old.storage_id,
-        path: &step.path,
-        schema_version: old.schema_version,
-        period: step.period.as_str(),
-        first_day: old.first_day,
-        n: file.n as i64,
-        bytes: file.bytes as i64,
-        min_time_us: file.min_time_us,
-        max_time_us: file.max_time_us,
-        min_xid: file.min_xid,
-        max_xid: file.max_xid,
-        has_extra: file.has_extra,
-        flush_id: step.flush_id,
-        footer_bytes: file.footer_bytes as i32,
-        footer: &file.footer,
-        stats: &stats::encode(&file.stats),
-    })?;
+    home.enter(&step.new, old.schema_version)?;
     // The deleted events have left the totals when they were hidden.
     manifest::add_to_stat(
-        step.collection.id,
-        step.project.id,
+        home.collection.id,
+        home.project.id,
         0,
-        file.bytes as i64 - old.bytes,
+        step.new.file.bytes as i64 - old.bytes,
         0,
     )?;
     failpoint::hit("rewrite.before_commit");

@@ -5,7 +5,7 @@ use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
 use crate::pg::{Result, guc, memory, shared};
-use crate::tiers::flush;
+use crate::tiers::object;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,7 +209,7 @@ pub fn of_server() -> Result<Vec<Finding>> {
 }
 
 fn storage_finding(storage: &manifest::StorageRow) -> Finding {
-    match flush::directory(storage) {
+    match object::directory(storage) {
         Ok(None) => Finding::ok("storage", format!("{} is in this database", storage.name)),
         Ok(Some(directory)) => match directory.list_root() {
             Ok(()) => Finding::info(
