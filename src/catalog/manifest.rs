@@ -528,28 +528,26 @@ pub fn delete_object(path: &str) -> Result<bool> {
     )? > 0)
 }
 
-/// A storage: its foreign server's name and kind (`local` or `file`), and the server's `url` option.
+/// A storage: its foreign server's name, and its kind (`local`, or its address' scheme when it was taken into use).
+/// [`super::store`] says where it is, and opens it.
 #[derive(Debug, Clone)]
 pub struct StorageRow {
+    pub id: i32,
     pub name: String,
     pub kind: String,
-    pub url: Option<String>,
 }
 
 /// The storage of this id. Read as the extension's owner: tenants do not see it.
 pub fn storage(view: View, storage_id: i32) -> Result<Option<StorageRow>> {
     spi::first(
         view,
-        "SELECT s.name, s.kind, (SELECT o.option_value FROM pg_catalog.pg_foreign_server f,
-                  pg_catalog.pg_options_to_table(f.srvoptions) o
-                WHERE f.srvname = s.name AND o.option_name = 'url')
-         FROM rakam_internal.storage s WHERE s.storage_id = $1",
+        "SELECT name, kind FROM rakam_internal.storage WHERE storage_id = $1",
         &[arg(storage_id)],
         |row| {
             Ok(StorageRow {
+                id: storage_id,
                 name: row.must(1)?,
                 kind: row.must(2)?,
-                url: row.get(3),
             })
         },
     )

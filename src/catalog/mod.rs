@@ -21,5 +21,6 @@ pub mod projects;
 pub mod registry;
 pub mod retention;
 pub mod session;
+pub mod store;
 pub mod track;
 pub mod usage;

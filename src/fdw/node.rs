@@ -25,23 +25,6 @@ pub unsafe fn pointers<T>(list: *mut pg_sys::List) -> Vec<*mut T> {
     list.iter_ptr().collect()
 }
 
-/// Name and value of each DefElem of a list.
-///
-/// # Safety
-/// `list` is NIL or a list of DefElem nodes whose argument, if any, is a string.
-pub unsafe fn definitions(list: *mut pg_sys::List) -> Vec<(String, String)> {
-    // SAFETY: names and values are NUL-terminated texts in the list's memory context.
-    unsafe {
-        pointers::<pg_sys::DefElem>(list)
-            .into_iter()
-            .map(|def| {
-                let value = pg_sys::defGetString(def);
-                (text((*def).defname), text(value))
-            })
-            .collect()
-    }
-}
-
 /// A copy of a NUL-terminated text; empty for a null pointer.
 ///
 /// # Safety

@@ -1,19 +1,18 @@
-//! Which options exist: `project` and `collection` of a foreign table, `url` of a storage server.
+//! Which options exist: `project` and `collection` of a foreign table, those of a storage's server and of the user mapping
+//! with its credentials. What is wrong with a value is said without the value: it may be a secret.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{pg_extern, pg_sys};
-use rakam_lake::storage::StorageUrl;
+use rakam_lake::storage::{
+    CREDENTIAL_OPTIONS, Credentials, SERVER_OPTIONS, StorageOptions, StorageUrl,
+};
 
-use super::node;
-use crate::pg::{PgError, Result, security};
+use crate::pg::{PgError, Result, security, server};
 
 /// The collection of a foreign table without option `collection`: all collections of its project.
 pub const ALL: &str = "_all";
 
 const TABLE_OPTIONS: [&str; 2] = ["project", "collection"];
-const SERVER_OPTIONS: [&str; 1] = ["url"];
-/// Of storages in buckets, which come with a later version.
-const BUCKET_OPTIONS: [&str; 4] = ["region", "endpoint", "allow_http", "sse"];
 
 /// What a foreign table reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +31,7 @@ impl TableOptions {
 pub fn of_table(relation: pg_sys::Oid) -> TableOptions {
     // SAFETY: a catalog look-up by oid, which raises an error for anything but a foreign table; the list of
     // DefElem nodes is in the current memory context.
-    let options = unsafe { node::definitions((*pg_sys::GetForeignTable(relation)).options) };
+    let options = unsafe { server::definitions((*pg_sys::GetForeignTable(relation)).options) };
     let value = |name: &str| {
         options
             .iter()
@@ -76,26 +75,28 @@ fn validate(options: &[(&str, &str)], catalog: pg_sys::Oid) -> Result<()> {
         }
         Ok(())
     } else if catalog == pg_sys::ForeignServerRelationId {
-        if let Some((name, _)) = options
-            .iter()
-            .find(|(name, _)| BUCKET_OPTIONS.contains(name))
-        {
-            return Err(PgError::new(
-                "0A000",
-                format!("option \"{name}\" is not supported in this version"),
-            )
-            .hint("A storage is a directory so far: OPTIONS (url 'file:///path')."));
+        let valid: Vec<&str> = std::iter::once("url").chain(SERVER_OPTIONS).collect();
+        known(options, &valid)?;
+        match options.iter().find(|(name, _)| *name == "url") {
+            Some((_, url)) => storage(url, options),
+            None if options.is_empty() => Ok(()),
+            None => Err(PgError::new("HV00J", "option \"url\" is required").hint(
+                "A storage looks like OPTIONS (url 's3://bucket/prefix', region 'eu-central-1').",
+            )),
         }
-        known(options, &SERVER_OPTIONS)?;
-        options.iter().try_for_each(|(_, url)| storage_url(url))
+    } else if catalog == pg_sys::UserMappingRelationId {
+        known(options, &CREDENTIAL_OPTIONS)?;
+        Credentials::parse(options)?;
+        Ok(())
     } else {
         known(options, &[])
     }
 }
 
-/// The address of a storage server: what it may be, and who may name it.
-fn storage_url(url: &str) -> Result<()> {
+/// The address of a storage server and how it is spoken to: what that may be, and who may say it.
+fn storage(url: &str, options: &[(&str, &str)]) -> Result<()> {
     let url = StorageUrl::parse(url)?;
+    StorageOptions::parse(&url, options)?;
     let user = security::current_user();
     if !security::is_server_admin(user) {
         return Err(
@@ -103,13 +104,13 @@ fn storage_url(url: &str) -> Result<()> {
                 .hint("Only superusers and members of rakam_admin may do that."),
         );
     }
-    match url {
-        StorageUrl::File(_) => PgError::new(
+    if matches!(url, StorageUrl::File(_)) {
+        PgError::new(
             "00000",
             "a file:// storage is not replicated: its files are on this machine only",
         )
         .hint("Standbys, base backups and dumps do not contain them; the default storage, rakam_local, is in Postgres itself.")
-        .notice(),
+        .notice();
     }
     Ok(())
 }

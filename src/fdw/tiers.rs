@@ -17,7 +17,6 @@ use rakam_lake::prune::{self, Predicate};
 use rakam_lake::rows::RowSet;
 use rakam_lake::scalar::Scalar;
 use rakam_lake::stats::{self, ColumnStat};
-use rakam_lake::storage::{DirectoryStorage, StorageUrl};
 
 use super::broker::{Message, ObjectSource};
 use super::columns::Column;
@@ -27,7 +26,7 @@ use crate::catalog::deletion::{self, Object};
 use crate::catalog::inbox::{self, Tick};
 use crate::catalog::manifest::{self, ChunkRow, FileRow};
 use crate::catalog::registry::{self, Collection};
-use crate::pg::runtime::Sender;
+use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::security::ActAs;
 use crate::pg::spi::View;
 use crate::pg::{Oid, PgError, Result};
@@ -297,11 +296,20 @@ impl Stored {
 
 /// The storages outside Postgres that a scan has met; None is the default storage.
 #[derive(Default)]
-pub struct Stores(HashMap<i32, Option<Arc<dyn ObjectStore>>>);
+pub struct Stores {
+    opened: HashMap<i32, Option<Arc<dyn ObjectStore>>>,
+    runtime: u64,
+}
 
 impl Stores {
     fn get(&mut self, view: View, storage_id: i32) -> Result<Option<Arc<dyn ObjectStore>>> {
-        if let Some(store) = self.0.get(&storage_id) {
+        // Connections end with the engine threads that made them.
+        let runtime = Runtime::current()?.number();
+        if self.runtime != runtime {
+            self.runtime = runtime;
+            self.opened.clear();
+        }
+        if let Some(store) = self.opened.get(&storage_id) {
             return Ok(store.clone());
         }
         let _owner = ActAs::owner();
@@ -312,23 +320,19 @@ impl Stores {
             )
         };
         let storage = manifest::storage(view, storage_id)?.ok_or_else(missing)?;
-        let store = match storage.kind.as_str() {
-            "local" => None,
-            _ => {
-                let url = storage.url.as_deref().ok_or_else(missing)?;
-                let url = StorageUrl::parse(url)?;
-                let reader = DirectoryStorage::new(&url).reader().map_err(|_| {
-                    // The cause names the directory, which a tenant need not know.
-                    PgError::new(
-                        "58030",
-                        format!("storage \"{}\" cannot be read", storage.name),
-                    )
-                    .hint("Check that the storage is mounted and that the server may read it.")
-                })?;
-                Some(reader)
-            }
-        };
-        self.0.insert(storage_id, store.clone());
+        let opened = storage.open().and_then(|opened| match opened {
+            Some(opened) => Ok(Some(opened.object_store()?)),
+            None => Ok(None),
+        });
+        let store = opened.map_err(|_| {
+            // The cause names a directory or options, which a tenant need not know.
+            PgError::new(
+                "58030",
+                format!("storage \"{}\" cannot be read", storage.name),
+            )
+            .hint("Check that the storage is there and that the server may read it.")
+        })?;
+        self.opened.insert(storage_id, store.clone());
         Ok(store)
     }
 }

@@ -51,7 +51,9 @@ pub fn resolve(project: &Project, url: &str, access: Access) -> Result<Place> {
     if !url.contains("://") {
         return in_project(project, url);
     }
-    let StorageUrl::File(path) = StorageUrl::parse(url)?;
+    let StorageUrl::File(path) = StorageUrl::parse(url)? else {
+        return Err(not_files());
+    };
     let user = security::current_user();
     let role = security::role_named(access.role());
     if security::is_superuser(user) || role.is_some_and(|r| security::has_privileges_of(user, r)) {
@@ -66,8 +68,9 @@ pub fn resolve(project: &Project, url: &str, access: Access) -> Result<Place> {
         load::storage_urls(user)?
     };
     for storage in storages {
-        let StorageUrl::File(root) = StorageUrl::parse(&storage)?;
-        if let Some(pattern) = below(&path, &root) {
+        if let StorageUrl::File(root) = StorageUrl::parse(&storage)?
+            && let Some(pattern) = below(&path, &root)
+        {
             return Ok(Place {
                 root,
                 pattern,
@@ -82,6 +85,11 @@ pub fn resolve(project: &Project, url: &str, access: Access) -> Result<Place> {
             access.role()
         )),
     )
+}
+
+fn not_files() -> PgError {
+    PgError::new("0A000", "files in a bucket cannot be named here")
+        .hint("Name a file on the server by its url, file:///path.")
 }
 
 /// The rest of a path below a directory.
@@ -102,26 +110,19 @@ fn in_project(project: &Project, path: &str) -> Result<Place> {
     let pattern = rakam_files::locate::relative(path).map_err(|e| {
         PgError::from(e).hint("A file elsewhere on the server is named by its url, file:///path.")
     })?;
-    let url = match (storage.kind.as_str(), storage.url) {
-        ("local", _) => {
-            return Err(PgError::new(
-                "0A000",
-                format!(
-                    "storage \"{}\" of project \"{}\" is inside Postgres and holds no other files",
-                    storage.name, project.name
-                ),
-            )
-            .hint("Name a file on the server by its url, file:///path."));
-        }
-        (_, Some(url)) => url,
-        (_, None) => {
-            return Err(
-                PgError::new("58030", format!("storage \"{}\" has no url", storage.name))
-                    .hint("Its foreign server must exist and have the option url."),
-            );
-        }
+    let Some(config) = storage.config()? else {
+        return Err(PgError::new(
+            "0A000",
+            format!(
+                "storage \"{}\" of project \"{}\" is inside Postgres and holds no other files",
+                storage.name, project.name
+            ),
+        )
+        .hint("Name a file on the server by its url, file:///path."));
     };
-    let StorageUrl::File(root) = StorageUrl::parse(&url)?;
+    let StorageUrl::File(root) = config.url else {
+        return Err(not_files());
+    };
     Ok(Place {
         root: root.join(period::component(&project.name)),
         pattern: pattern.to_owned(),

@@ -22,6 +22,7 @@ static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static ROTATION_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
+static STORAGE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static DEDUPE_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 3600);
 static DEDUPE_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64);
 static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
@@ -172,6 +173,15 @@ pub fn init() {
         i32::MAX,
         GucContext::Sighup,
         GucFlags::UNIT_MIN,
+    );
+    int(
+        c"rakam.storage_timeout",
+        c"Time for which a call to a bucket that fails is tried again.",
+        &STORAGE_TIMEOUT,
+        100,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_MS,
     );
     int(
         c"rakam.dedupe_window",
@@ -389,6 +399,11 @@ pub fn min_file_events() -> u64 {
 
 pub fn rotation_interval() -> Duration {
     Duration::from_secs(ROTATION_INTERVAL.get() as u64)
+}
+
+/// How long a failing call to a bucket is repeated.
+pub fn storage_timeout() -> Duration {
+    Duration::from_millis(STORAGE_TIMEOUT.get() as u64)
 }
 
 pub fn file_retention() -> Duration {

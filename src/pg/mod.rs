@@ -26,6 +26,7 @@ pub mod roles;
 pub mod runtime;
 pub mod scrub;
 pub mod security;
+pub mod server;
 pub mod settings;
 pub mod shared;
 pub mod snapshot;

@@ -8,13 +8,19 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
 use super::error::{PgError, Result};
 use super::wait::{self, Waker};
 use super::{exit, guc};
+
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
+
+/// How long the end of an unfinished task is waited for before its threads are taken out of use.
+const END_GRACE: Duration = Duration::from_millis(20);
 
 thread_local! {
     static CURRENT: RefCell<Option<Arc<Runtime>>> = const { RefCell::new(None) };
@@ -24,6 +30,8 @@ thread_local! {
 pub struct Runtime {
     tokio: Option<tokio::runtime::Runtime>,
     threads: usize,
+    /// Tells runtimes of this process apart, for what belongs to one of them, as open connections do.
+    number: u64,
 }
 
 impl Runtime {
@@ -49,7 +57,8 @@ impl Runtime {
             .thread_stack_size(8 << 20)
             .thread_keep_alive(Duration::from_secs(1))
             .thread_name("rakam")
-            .enable_time()
+            // Sockets of buckets, and time.
+            .enable_all()
             .on_thread_start(block_all_signals)
             .build();
         drop(blocked);
@@ -60,11 +69,16 @@ impl Runtime {
         Ok(Self {
             tokio: Some(tokio),
             threads,
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
         })
     }
 
     pub fn threads(&self) -> usize {
         self.threads
+    }
+
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// Starts a task on the engine's threads.
@@ -88,6 +102,41 @@ impl Runtime {
                 *current = None;
             }
         });
+    }
+}
+
+/// Runs a future on the engine's threads and waits for it; a cancel or termination drops it. For waits of workers on disk
+/// and network: outside of transactions, so that nobody waits for a lock of theirs meanwhile.
+pub fn wait_for<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Result<T> {
+    let runtime = Runtime::current()?;
+    let (sender, mut port) = port(1)?;
+    let handle = runtime.spawn(async move {
+        let value = future.await;
+        sender.send(value).await;
+    });
+    let _task = Task { runtime, handle };
+    port.receive()
+        .ok_or_else(|| PgError::internal("an engine task ended without an answer"))
+}
+
+/// A task that somebody waits for, ended when nobody does any more.
+struct Task {
+    runtime: Arc<Runtime>,
+    handle: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.handle.abort();
+        let end = Instant::now() + END_GRACE;
+        while !self.handle.is_finished() {
+            if Instant::now() >= end {
+                // Work on files cannot be stopped: whoever comes next gets threads of its own.
+                self.runtime.retire();
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! What a project is in Postgres: its schema, roles, users table and `_all`, and the storage it uses.
 //! Everything here runs as the extension's owner.
 
+use rakam_lake::storage::StorageUrl;
+
 use crate::catalog::projects::{self as catalog, Project};
 use crate::pg::spi::{self, quote_ident, quote_literal};
 use crate::pg::{Oid, PgError, Result, guc, relation, roles, security};
@@ -101,7 +103,7 @@ pub fn drop(project: &Project) -> Result<()> {
 pub fn storage(name: &str, caller: Oid) -> Result<i32> {
     let storage = catalog::storage(name, caller)?.ok_or_else(|| {
         PgError::new("42704", format!("storage \"{name}\" does not exist")).hint(
-            "Create it with CREATE SERVER ... FOREIGN DATA WRAPPER rakam OPTIONS (url 'file:///...').",
+            "Create it with CREATE SERVER ... FOREIGN DATA WRAPPER rakam OPTIONS (url 's3://bucket/prefix').",
         )
     })?;
     if !storage.usable {
@@ -122,21 +124,14 @@ pub fn storage(name: &str, caller: Oid) -> Result<i32> {
                 .hint("A storage is a foreign server with the option url."),
         );
     };
-    if !url.starts_with("file://") {
-        let scheme = url
-            .split_once("://")
-            .map_or(url.as_str(), |(scheme, _)| scheme);
-        return Err(PgError::new(
-            "0A000",
-            format!("storages of kind \"{scheme}\" are not supported"),
+    let url = StorageUrl::parse(&url)?;
+    if matches!(url, StorageUrl::File(_)) {
+        PgError::new(
+            "00000",
+            format!("storage \"{name}\" is a directory of this machine"),
         )
-        .hint("Use a file:// storage, or the default one."));
+        .detail("Data files in it are neither replicated nor part of a base backup.")
+        .notice();
     }
-    PgError::new(
-        "00000",
-        format!("storage \"{name}\" is a directory of this machine"),
-    )
-    .detail("Data files in it are neither replicated nor part of a base backup.")
-    .notice();
-    catalog::insert_storage(name, "file")
+    catalog::insert_storage(name, url.kind())
 }

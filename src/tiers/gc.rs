@@ -8,8 +8,8 @@ use crate::catalog::{manifest, mapper, session};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{Result, failpoint, guc, relation, wait};
-use crate::tiers::object;
+use crate::pg::{failpoint, guc, relation, wait};
+use crate::tiers::object::Remote;
 
 /// How much later than its gap allows a session may still get events with times of then.
 const LATE_VISITS: Duration = Duration::from_secs(3600);
@@ -55,19 +55,8 @@ pub fn run() -> std::result::Result<u64, Failure> {
 }
 
 fn delete_object(storage_id: i32, path: &str) -> std::result::Result<(), Failure> {
-    let storage = xact::worker(|| manifest::storage(View::Current, storage_id))?;
-    let Some(storage) = storage else {
-        return Ok(());
-    };
-    match object::directory(&storage).map_err(Failure::Error)? {
-        Some(directory) => {
-            directory
-                .delete(path)
-                .map_err(|e| Failure::Error(e.into()))?;
-        }
-        None => {
-            xact::worker(|| -> Result<bool> { manifest::delete_object(path) })?;
-        }
+    match Remote::open(storage_id)? {
+        Some(remote) => remote.delete(path).map_err(|e| Failure::Error(e.into())),
+        None => xact::worker(|| manifest::delete_object(path)).map(drop),
     }
-    Ok(())
 }

@@ -1,16 +1,28 @@
 //! The road of a data file: made in memory, announced, written into its storage outside of any transaction, entered in
-//! the manifest by the transaction that takes out what it replaces.
+//! the manifest by the transaction that takes out what it replaces. And [`Remote`], by which workers reach a storage.
 
+use std::future::Future;
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use rakam_lake::LakeError;
 use rakam_lake::period::{self, Period};
 use rakam_lake::stats;
-use rakam_lake::storage::{DirectoryStorage, StorageUrl};
+use rakam_lake::storage::{ObjectInfo, Storage, Upload};
 use rakam_lake::write::{FileOptions, WrittenFile};
 use uuid::Uuid;
 
 use crate::catalog::manifest::{self, NewFile, StorageRow};
 use crate::catalog::registry::{Collection, ProjectRow};
-use crate::pg::xact::Failure;
-use crate::pg::{PgError, Result, wait};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, runtime, wait};
+
+pub use rakam_lake::storage::{PutIf, Version};
+
+/// Objects of a list that are handed over together, at most.
+const LIST_PAGE: usize = 1000;
 
 /// Where the files of one operation go.
 pub struct Home {
@@ -27,7 +39,7 @@ pub struct Output {
     pub path: String,
     pub period: Period,
     pub first_day: i32,
-    pub file: WrittenFile<Vec<u8>>,
+    pub file: WrittenFile<Bytes>,
 }
 
 impl Home {
@@ -46,6 +58,7 @@ impl Home {
     pub fn output(&self, period: Period, first_day: i32, file: WrittenFile<Vec<u8>>) -> Output {
         let id = Uuid::now_v7();
         let (project, collection) = (&self.project.name, &self.collection.name);
+        let file = file.map_sink(Bytes::from);
         Output {
             path: period::object_path(project, collection, period, first_day, id),
             period,
@@ -56,7 +69,7 @@ impl Home {
 
     /// Leaves an intent, in a transaction before the object is written. None is needed inside of Postgres.
     pub fn announce(&self, output: &Output, purpose: &str) -> Result<()> {
-        if self.storage.kind == "local" {
+        if self.storage.is_local() {
             return Ok(());
         }
         let collection_id = self.collection.id;
@@ -71,13 +84,16 @@ impl Home {
 
     /// Writes announced objects, outside of any transaction.
     pub fn put(&self, outputs: &[Output]) -> std::result::Result<(), Failure> {
-        let Some(directory) = directory(&self.storage).map_err(Failure::Error)? else {
+        if self.storage.is_local() {
             return Ok(());
-        };
+        }
+        let remote = Remote::open(self.storage_id)?.ok_or_else(|| {
+            Failure::Error(PgError::internal("a project's storage is not registered"))
+        })?;
         for output in outputs {
             wait::check_interrupts();
-            directory
-                .put(&output.path, &output.file.sink)
+            remote
+                .put(&output.path, output.file.sink.clone())
                 .map_err(|e| Failure::Error(e.into()))?;
         }
         Ok(())
@@ -86,7 +102,7 @@ impl Home {
     /// Enters a file in the manifest, under the manifest lock: its object is there, or is put into the default storage.
     pub fn enter(&self, output: &Output, schema_version: i32) -> Result<()> {
         let file = &output.file;
-        if self.storage.kind == "local" {
+        if self.storage.is_local() {
             manifest::put_object(self.project.id, &output.path, &file.sink)?;
         } else if manifest::delete_intent(self.storage_id, &output.path)? != 1 {
             return Err(PgError::new(
@@ -118,15 +134,119 @@ impl Home {
     }
 }
 
-/// The directory behind a storage; None for the default storage, which is a table.
-pub fn directory(storage: &StorageRow) -> Result<Option<DirectoryStorage>> {
-    if storage.kind == "local" {
-        return Ok(None);
+/// A storage outside Postgres, for workers: each call waits for its end with interrupts served, and is made outside of
+/// transactions. What the calls do is said at [`rakam_lake::storage`].
+pub struct Remote {
+    pub storage_id: i32,
+    pub name: String,
+    storage: Storage,
+}
+
+type Answer<T> = std::result::Result<T, LakeError>;
+
+impl Remote {
+    /// The storage as it is defined now; None for the default storage, which is a table, and for one that is not known
+    /// (any more). Outside of transactions.
+    pub fn open(storage_id: i32) -> std::result::Result<Option<Self>, Failure> {
+        xact::worker(|| {
+            let Some(row) = manifest::storage(View::Current, storage_id)? else {
+                return Ok(None);
+            };
+            Ok(row.open()?.map(|storage| Self {
+                storage_id,
+                name: row.name,
+                storage,
+            }))
+        })
     }
-    let url = storage.url.as_deref().ok_or_else(|| {
-        PgError::new("58030", format!("storage \"{}\" has no url", storage.name))
-            .hint("Its foreign server must exist and have the option url.")
-    })?;
-    let url = StorageUrl::parse(url)?;
-    Ok(Some(DirectoryStorage::new(&url)))
+
+    pub fn check(&self) -> Answer<()> {
+        self.call(|storage| async move { storage.check().await })
+    }
+
+    pub fn put(&self, path: &str, data: Bytes) -> Answer<()> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.put(&path, data).await })
+    }
+
+    pub fn get(&self, path: &str) -> Answer<Bytes> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.get(&path).await })
+    }
+
+    pub fn get_range(&self, path: &str, range: Range<u64>) -> Answer<Bytes> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.get_range(&path, range).await })
+    }
+
+    pub fn head(&self, path: &str) -> Answer<ObjectInfo> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.head(&path).await })
+    }
+
+    pub fn delete(&self, path: &str) -> Answer<()> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.delete(&path).await })
+    }
+
+    /// Hands the objects below a path (empty: all) to `page`, some thousand at a time.
+    pub fn list(
+        &self,
+        prefix: &str,
+        mut page: impl FnMut(Vec<ObjectInfo>) -> std::result::Result<(), Failure>,
+    ) -> std::result::Result<(), Failure> {
+        let mut objects = Some(self.storage.list(prefix).ready_chunks(LIST_PAGE));
+        while let Some(mut listing) = objects.take() {
+            let next = self.call(|_| async move {
+                let Some(found) = listing.next().await else {
+                    return Ok(None);
+                };
+                let found = found.into_iter().collect::<Answer<Vec<_>>>()?;
+                Ok(Some((found, listing)))
+            });
+            if let Some((found, listing)) = next.map_err(|e| Failure::Error(e.into()))? {
+                page(found)?;
+                objects = Some(listing);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn list_uploads(&self) -> Answer<Option<Vec<Upload>>> {
+        self.call(|storage| async move { storage.list_uploads().await })
+    }
+
+    pub fn abort_upload(&self, upload: &Upload) -> Answer<()> {
+        let upload = upload.clone();
+        self.call(|storage| async move { storage.abort_upload(&upload).await })
+    }
+
+    pub fn get_versioned(&self, path: &str) -> Answer<Option<(Bytes, Version)>> {
+        let path = path.to_owned();
+        self.call(|storage| async move { storage.get_versioned(&path).await })
+    }
+
+    pub fn put_if(&self, path: &str, data: &[u8], expected: Option<&Version>) -> Answer<PutIf> {
+        let (path, data) = (path.to_owned(), Bytes::copy_from_slice(data));
+        let expected = expected.cloned();
+        self.call(|storage| async move { storage.put_if(&path, data, expected.as_ref()).await })
+    }
+
+    pub fn writes_conditionally(&self) -> Answer<bool> {
+        self.call(|storage| async move { storage.writes_conditionally().await })
+    }
+
+    fn call<T, F>(&self, call: impl FnOnce(Storage) -> F) -> Answer<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Answer<T>> + Send + 'static,
+    {
+        runtime::wait_for(call(self.storage.clone())).unwrap_or_else(|e| {
+            Err(LakeError::Unreachable {
+                action: "use",
+                path: String::new(),
+                reason: e.message,
+            })
+        })
+    }
 }

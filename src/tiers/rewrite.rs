@@ -1,8 +1,11 @@
 //! Data files with deleted rows are written anew without them, and so are chunks that no merge or flush comes to.
 //!
-//! Of a file, first the new file is made in memory and (for storages outside of Postgres) announced by an intent; then it is
-//! written, outside of any transaction; last, one transaction puts it in the place of the old one. A crash before that
-//! leaves the old file with its deleted rows hidden, and perhaps an object with an intent.
+//! Of a file, first the old one is read, outside of any transaction if it is outside of Postgres; then the new file is made
+//! in memory and (for storages outside of Postgres) announced by an intent; then it is written, outside of any transaction;
+//! last, one transaction puts it in the place of the old one. A crash before that leaves the old file with its deleted rows
+//! hidden, and perhaps an object with an intent.
+
+use bytes::Bytes;
 
 use rakam_lake::chunk;
 use rakam_lake::period::Period;
@@ -20,7 +23,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
 use crate::tiers::delete;
-use crate::tiers::object::{self, Home, Output};
+use crate::tiers::object::{Home, Output, Remote};
 
 const BATCH_ROWS: usize = 8192;
 /// In the background a file or chunk is rewritten once it has lost this share of its rows …
@@ -108,6 +111,12 @@ fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
     Ok(true)
 }
 
+/// A file that is worth it.
+struct Found {
+    home: Home,
+    old: Reduced,
+}
+
 /// A file and what takes its place.
 struct Step {
     home: Home,
@@ -117,9 +126,17 @@ struct Step {
 
 /// Rewrites the next file, and gives its old id.
 fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Option<i64>, Failure> {
-    let Some(step) = xact::worker(|| prepare(collection_id, worth, after))? else {
+    let Some(found) = xact::worker(|| find(collection_id, worth, after))? else {
         return Ok(None);
     };
+    let bytes = match Remote::open(found.home.storage_id)? {
+        Some(remote) => {
+            let read = remote.get(&found.old.path);
+            Some(read.map_err(|e| Failure::Error(e.into()))?)
+        }
+        None => None,
+    };
+    let step = xact::worker(|| prepare(found, bytes))?;
     failpoint::hit("rewrite.after_intent");
     step.home.put(std::slice::from_ref(&step.new))?;
     failpoint::hit("rewrite.after_upload");
@@ -127,7 +144,8 @@ fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Opti
     Ok(Some(step.old.file_id))
 }
 
-fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>> {
+/// Under the collection's job lock, so that what is found stays as it is.
+fn find(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Found>> {
     let view = View::Current;
     let Some(old) = deletion::next_reduced(view, collection_id, after, worth.share, worth.age_s)?
     else {
@@ -139,14 +157,6 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
     let project = registry::project_by_id(view, collection.project_id)?.ok_or_else(missing)?;
     // It stays where it is, also if the project has moved to another storage since.
     let storage = manifest::storage(view, old.storage_id)?.ok_or_else(missing)?;
-    let bytes = match object::directory(&storage)? {
-        Some(directory) => directory.read(&old.path)?,
-        None => manifest::object_range(view, &old.path, 0, old.bytes as u64)?.into(),
-    };
-    let schema = registry::schema(view, &collection)?;
-    let mut reader = FileReader::open(bytes, &schema, old.schema_version, BATCH_ROWS)?;
-    let deleted = RowSet::decode(old.positions.clone().into(), old.n as u64)?;
-    let period: Period = old.period.parse()?;
     let home = Home {
         project,
         collection,
@@ -154,6 +164,20 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
         storage,
         op_id: Uuid::now_v7(),
     };
+    Ok(Some(Found { home, old }))
+}
+
+/// Makes the new file; `bytes` is the old one where it is outside of Postgres.
+fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
+    let (view, Found { home, old }) = (View::Current, found);
+    let bytes = match bytes {
+        Some(bytes) => bytes,
+        None => manifest::object_range(view, &old.path, 0, old.bytes as u64)?.into(),
+    };
+    let schema = registry::schema(view, &home.collection)?;
+    let mut reader = FileReader::open(bytes, &schema, old.schema_version, BATCH_ROWS)?;
+    let deleted = RowSet::decode(old.positions.clone().into(), old.n as u64)?;
+    let period: Period = old.period.parse()?;
     let options = home.options(period, old.first_day);
     let mut writer = FileWriter::new(reader.schema(), &options, Vec::new());
     let mut row = 0;
@@ -173,7 +197,7 @@ fn prepare(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Step>>
     }
     let new = home.output(period, old.first_day, writer.finish()?);
     home.announce(&new, "rewrite")?;
-    Ok(Some(Step { home, old, new }))
+    Ok(Step { home, old, new })
 }
 
 /// Last transaction: the new file for the old one.

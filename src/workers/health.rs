@@ -4,8 +4,7 @@ use crate::catalog::{deletion, inbox, manifest, mapper};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
-use crate::pg::{Result, guc, memory, shared};
-use crate::tiers::object;
+use crate::pg::{Result, guc, memory, runtime, shared};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,17 +208,25 @@ pub fn of_server() -> Result<Vec<Finding>> {
 }
 
 fn storage_finding(storage: &manifest::StorageRow) -> Finding {
-    match object::directory(storage) {
+    let opened = storage.open().and_then(|opened| match opened {
+        // A network is not waited for in the caller's transaction.
+        Some(found) if !found.is_remote() => {
+            let checked = runtime::wait_for(async move { found.check().await })?;
+            Ok(Some((false, checked)))
+        }
+        Some(_) => Ok(Some((true, Ok(())))),
+        None => Ok(None),
+    });
+    match opened {
         Ok(None) => Finding::ok("storage", format!("{} is in this database", storage.name)),
-        Ok(Some(directory)) => match directory.list_root() {
-            Ok(()) => Finding::info(
-                "storage",
-                format!("{} is a directory of this machine", storage.name),
-            )
-            .hint("A standby and a backup of the database do not carry it."),
-            Err(e) => Finding::error("storage", format!("{}: {e}", storage.name))
-                .hint("Collecting goes on; data files cannot be written or read until it is back."),
-        },
+        Ok(Some((true, _))) => Finding::ok("storage", format!("{} is a bucket", storage.name)),
+        Ok(Some((false, Ok(())))) => Finding::info(
+            "storage",
+            format!("{} is a directory of this machine", storage.name),
+        )
+        .hint("A standby and a backup of the database do not carry it."),
+        Ok(Some((false, Err(e)))) => Finding::error("storage", format!("{}: {e}", storage.name))
+            .hint("Collecting goes on; data files cannot be written or read until it is back."),
         Err(e) => Finding {
             hint: e.hint.clone(),
             ..Finding::error("storage", e.message)

@@ -7,6 +7,7 @@ use std::error::Error;
 
 use datafusion::error::DataFusionError;
 use rakam_lake::LakeError;
+use rakam_lake::storage::reason::{Explained, Meaning, explain};
 
 /// An error of the engine. Cheap to clone, because it travels inside the errors of Parquet and DataFusion and is
 /// taken out again at the end.
@@ -69,33 +70,22 @@ impl EngineError {
 
     /// What a store's error means, without its text: that names paths and addresses.
     pub(crate) fn from_store(error: &object_store::Error) -> Self {
-        use object_store::Error as Store;
-        let reason = match error {
-            Store::NotFound { .. } => return Self::FileMissing,
-            Store::PermissionDenied { .. } => "permission denied".to_owned(),
-            Store::Unauthenticated { .. } => "the storage refused the credentials".to_owned(),
-            Store::NotSupported { .. } | Store::NotImplemented { .. } => {
-                "the storage does not support the request".to_owned()
+        if let Some(own) = find::<Self>(error) {
+            return own.clone();
+        }
+        match find::<LakeError>(error) {
+            Some(LakeError::Missing { .. }) => return Self::FileMissing,
+            Some(corrupt @ LakeError::Corrupt { .. }) => {
+                let reason = corrupt.to_string();
+                return Self::CorruptFile { reason };
             }
-            other => {
-                if let Some(own) = find::<Self>(other) {
-                    return own.clone();
-                }
-                match find::<LakeError>(other) {
-                    Some(LakeError::Missing { .. }) => return Self::FileMissing,
-                    Some(corrupt @ LakeError::Corrupt { .. }) => {
-                        let reason = corrupt.to_string();
-                        return Self::CorruptFile { reason };
-                    }
-                    _ => {}
-                }
-                match find::<std::io::Error>(other) {
-                    Some(io) => io.kind().to_string(),
-                    None => "the storage did not answer as expected".to_owned(),
-                }
-            }
-        };
-        Self::Storage { reason }
+            _ => {}
+        }
+        let Explained { meaning, reason } = explain(error);
+        match meaning {
+            Meaning::Missing => Self::FileMissing,
+            _ => Self::Storage { reason },
+        }
     }
 
     /// The cause of a DataFusion error, whatever it was wrapped in on its way.

@@ -6,11 +6,13 @@ use std::io;
 use arrow::error::ArrowError;
 use parquet::errors::ParquetError;
 
+use crate::storage::reason::{Explained, Meaning, explain};
+
 /// An error of the lake. Messages are in Postgres' style; [`LakeError::sqlstate`] and [`LakeError::hint`] complete them.
 #[derive(Debug, thiserror::Error)]
 pub enum LakeError {
-    /// The store did not do what was asked; it may do so later.
-    #[error("could not {action} \"{path}\": {reason}")]
+    /// The store did not do what was asked; it may do so later. Without a path it is the storage as a whole.
+    #[error("could not {action} {}: {reason}", named(.path))]
     Unreachable {
         action: &'static str,
         path: String,
@@ -28,6 +30,8 @@ pub enum LakeError {
     Corrupt { what: &'static str, reason: String },
     #[error("{message}")]
     Unsupported { message: String, hint: String },
+    #[error("{message}")]
+    InvalidOption { message: String, hint: String },
     #[error("invalid storage url: {reason}")]
     InvalidUrl { reason: String },
     #[error("invalid object path \"{path}\"")]
@@ -53,7 +57,9 @@ impl LakeError {
             Self::Exists { .. } => "58P02",
             Self::Corrupt { .. } => "XX001",
             Self::Unsupported { .. } => "0A000",
-            Self::InvalidUrl { .. } | Self::InvalidPath { .. } => "22023",
+            Self::InvalidOption { .. } | Self::InvalidUrl { .. } | Self::InvalidPath { .. } => {
+                "22023"
+            }
             Self::TooLarge { .. } => "54000",
             Self::Encode { .. } => "XX000",
         }
@@ -63,7 +69,7 @@ impl LakeError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Unreachable { .. } => {
-                "Check that the storage is mounted and that the server may read and write it; collecting goes on meanwhile."
+                "Check that the storage can be reached and that the server may read and write it; collecting goes on meanwhile."
                     .to_owned()
             }
             Self::DiskFull { .. } => "Free space on the storage; events are kept in the hot tier until then.".to_owned(),
@@ -71,8 +77,11 @@ impl LakeError {
                 "Try again; if the object stays away, see what rakam.check_storage() lists.".to_owned()
             }
             Self::Corrupt { .. } => "See what rakam.check_storage() lists, and restore the object from a backup.".to_owned(),
-            Self::Unsupported { hint, .. } => hint.clone(),
-            Self::InvalidUrl { .. } => "A storage url looks like file:///var/lib/lake.".to_owned(),
+            Self::Unsupported { hint, .. } | Self::InvalidOption { hint, .. } => hint.clone(),
+            Self::InvalidUrl { .. } => {
+                "A storage url looks like s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///var/lib/lake."
+                    .to_owned()
+            }
             Self::Exists { .. } | Self::InvalidPath { .. } | Self::TooLarge { .. } | Self::Encode { .. } => return None,
         })
     }
@@ -102,23 +111,26 @@ impl LakeError {
         }
     }
 
-    /// An error of the store under a read through `object_store`; `what` names the thing read.
-    pub fn from_store(path: &str, error: object_store::Error) -> Self {
+    /// An error of a store while doing `action` to the object `path`, without the store's own words: they name addresses.
+    pub fn of_store(action: &'static str, path: &str, error: object_store::Error) -> Self {
+        if let Some(Self::Corrupt { what, reason }) = find::<Self>(&error) {
+            return Self::Corrupt {
+                what,
+                reason: reason.clone(),
+            };
+        }
         let path = path.to_owned();
-        match error {
-            object_store::Error::NotFound { .. } => Self::Missing { path },
-            object_store::Error::AlreadyExists { .. } => Self::Exists { path },
-            object_store::Error::InvalidPath { .. } => Self::InvalidPath { path },
-            other => match find::<LakeError>(&other) {
-                Some(Self::Corrupt { what, reason }) => Self::Corrupt {
-                    what,
-                    reason: reason.clone(),
-                },
-                _ => Self::Unreachable {
-                    action: "read",
-                    path,
-                    reason: other.to_string(),
-                },
+        let Explained { meaning, reason } = explain(&error);
+        match meaning {
+            Meaning::Missing if !path.is_empty() => Self::Missing { path },
+            Meaning::Exists => Self::Exists { path },
+            _ if matches!(error, object_store::Error::InvalidPath { .. }) => {
+                Self::InvalidPath { path }
+            }
+            _ => Self::Unreachable {
+                action,
+                path,
+                reason,
             },
         }
     }
@@ -143,6 +155,15 @@ impl LakeError {
             Some(io) => Self::io("write", path, io),
             None => Self::encode("data file", error),
         }
+    }
+}
+
+/// What an action was done to, in a message.
+fn named(path: &str) -> String {
+    if path.is_empty() {
+        "the storage".to_owned()
+    } else {
+        format!("\"{path}\"")
     }
 }
 

@@ -204,12 +204,18 @@ mod tests {
     async fn errors_keep_their_meaning() {
         let store = PartStore::new(Arc::new(Source));
         let error = store.get(&Path::from("other")).await.unwrap_err();
-        assert_eq!(LakeError::from_store("other", error).sqlstate(), "58P01");
+        assert_eq!(
+            LakeError::of_store("read", "other", error).sqlstate(),
+            "58P01"
+        );
         let error = store
             .get_range(&Path::from("short"), 0..4)
             .await
             .unwrap_err();
-        assert_eq!(LakeError::from_store("short", error).sqlstate(), "XX001");
+        assert_eq!(
+            LakeError::of_store("read", "short", error).sqlstate(),
+            "XX001"
+        );
         let refused = store
             .put(&Path::from("data"), "x".into())
             .await

@@ -69,6 +69,25 @@ pub struct WrittenFile<W> {
     pub sink: W,
 }
 
+impl<W> WrittenFile<W> {
+    /// The same file with another view of where it went.
+    pub fn map_sink<V>(self, map: impl FnOnce(W) -> V) -> WrittenFile<V> {
+        WrittenFile {
+            n: self.n,
+            bytes: self.bytes,
+            footer: self.footer,
+            footer_bytes: self.footer_bytes,
+            stats: self.stats,
+            min_time_us: self.min_time_us,
+            max_time_us: self.max_time_us,
+            min_xid: self.min_xid,
+            max_xid: self.max_xid,
+            has_extra: self.has_extra,
+            sink: map(self.sink),
+        }
+    }
+}
+
 /// Writes batches of one schema, already in the order of `_time`, into a sink.
 ///
 /// It holds a row group in encoded form and, before that, up to 65,536 rows from which encodings are chosen.

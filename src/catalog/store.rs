@@ -1,0 +1,89 @@
+//! Storages as their servers and user mappings define them at this moment, opened once in a process.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use rakam_lake::storage::{Credentials, Storage, StorageConfig, StorageOptions, StorageUrl};
+
+use super::manifest::StorageRow;
+use crate::pg::runtime::Runtime;
+use crate::pg::server::{self, Options};
+use crate::pg::{PgError, Result, guc};
+
+/// The wrapper whose servers are storages.
+const WRAPPER: &str = "rakam";
+
+/// A storage in use by this process.
+struct Opened {
+    config: StorageConfig,
+    /// The engine threads to which its connections belong.
+    runtime: u64,
+    storage: Storage,
+}
+
+thread_local! {
+    static OPENED: RefCell<HashMap<i32, Opened>> = RefCell::new(HashMap::new());
+}
+
+impl StorageRow {
+    /// Whether it is the default storage, which is a table.
+    pub fn is_local(&self) -> bool {
+        self.kind == "local"
+    }
+
+    /// Where the storage is and how it is entered, as of now; None for the default storage.
+    pub fn config(&self) -> Result<Option<StorageConfig>> {
+        if self.is_local() {
+            return Ok(None);
+        }
+        let undefined = |what: &str| {
+            PgError::new("58030", format!("storage \"{}\" has no {what}", self.name))
+                .hint("Its foreign server must exist and have the option url.")
+        };
+        let server =
+            server::named(&self.name, WRAPPER).ok_or_else(|| undefined("foreign server"))?;
+        let options = pairs(&server.options);
+        let url = options.iter().find(|(name, _)| *name == "url");
+        let (_, url) = url.ok_or_else(|| undefined("url"))?;
+        let url = StorageUrl::parse(url)?;
+        Ok(Some(StorageConfig {
+            options: StorageOptions::parse(&url, &options)?,
+            credentials: Credentials::parse(&pairs(&server.mapping))?,
+            timeout: guc::storage_timeout(),
+            url,
+        }))
+    }
+
+    /// The storage, with the connections that this process has to it already; None for the default storage. Touches
+    /// neither disk nor network.
+    pub fn open(&self) -> Result<Option<Storage>> {
+        let Some(config) = self.config()? else {
+            return Ok(None);
+        };
+        let runtime = Runtime::current()?.number();
+        let known = OPENED.with_borrow(|opened| {
+            opened
+                .get(&self.id)
+                .filter(|o| o.runtime == runtime && o.config == config)
+                .map(|o| o.storage.clone())
+        });
+        if let Some(storage) = known {
+            return Ok(Some(storage));
+        }
+        let storage = Storage::open(&config)?;
+        let opened = Opened {
+            config,
+            runtime,
+            storage: storage.clone(),
+        };
+        OPENED.with_borrow_mut(|all| all.insert(self.id, opened));
+        Ok(Some(storage))
+    }
+}
+
+fn pairs(options: &Options) -> Vec<(&str, &str)> {
+    options
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .collect()
+}

@@ -1,0 +1,83 @@
+//! Foreign servers as they are now: what a running transaction's snapshot says of them may be out of date, as credentials
+//! are changed while somebody reads.
+
+use std::ffi::{CStr, CString};
+
+use pgrx::pg_sys;
+
+/// Names and values of options.
+pub type Options = Vec<(String, String)>;
+
+/// A foreign server's options, and those in the user mapping of its owner. Not `Debug`: they hold secrets.
+pub struct Server {
+    pub options: Options,
+    /// Those of PUBLIC where the owner has none; empty without any.
+    pub mapping: Options,
+}
+
+/// The server of this name, if it is one of `wrapper`'s.
+pub fn named(name: &str, wrapper: &str) -> Option<Server> {
+    let (name, wrapper) = (CString::new(name).ok()?, CString::new(wrapper).ok()?);
+    // SAFETY: catalog look-ups, missing_ok; what they return is in the current memory context.
+    unsafe {
+        let server = pg_sys::GetForeignServerByName(name.as_ptr(), true);
+        if server.is_null()
+            || (*server).fdwid != pg_sys::get_foreign_data_wrapper_oid(wrapper.as_ptr(), true)
+        {
+            return None;
+        }
+        let mapping = mapping((*server).serverid, (*server).owner)
+            .or_else(|| mapping((*server).serverid, pg_sys::InvalidOid));
+        Some(Server {
+            options: definitions((*server).options),
+            mapping: mapping.unwrap_or_default(),
+        })
+    }
+}
+
+/// The options of a user's mapping; those of PUBLIC have no user.
+fn mapping(server: pg_sys::Oid, user: pg_sys::Oid) -> Option<Options> {
+    // SAFETY: a syscache look-up; the tuple is released after its options were copied out of it.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::USERMAPPINGUSERSERVER as i32;
+        let tuple = pg_sys::SearchSysCache2(cache, user.into(), server.into());
+        if tuple.is_null() {
+            return None;
+        }
+        let mut is_null = false;
+        let datum = pg_sys::SysCacheGetAttr(
+            cache,
+            tuple,
+            pg_sys::Anum_pg_user_mapping_umoptions as i16,
+            &mut is_null,
+        );
+        let options = if is_null {
+            Vec::new()
+        } else {
+            definitions(pg_sys::untransformRelOptions(datum))
+        };
+        pg_sys::ReleaseSysCache(tuple);
+        Some(options)
+    }
+}
+
+/// The definitions in a list of DefElem nodes, as names and values.
+///
+/// # Safety
+/// `list` is NIL or a list of DefElem nodes whose argument, if any, is a string.
+pub unsafe fn definitions(list: *mut pg_sys::List) -> Options {
+    // SAFETY: names and values are NUL-terminated texts in the list's memory context.
+    unsafe {
+        let length = if list.is_null() { 0 } else { (*list).length };
+        (0..length)
+            .map(|n| {
+                let definition: *mut pg_sys::DefElem = pg_sys::list_nth(list, n).cast();
+                let text = |chars: *const std::ffi::c_char| {
+                    CStr::from_ptr(chars).to_string_lossy().into_owned()
+                };
+                let value = pg_sys::defGetString(definition);
+                (text((*definition).defname), text(value))
+            })
+            .collect()
+    }
+}
