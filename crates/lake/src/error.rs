@@ -98,7 +98,8 @@ impl LakeError {
     pub fn io(action: &'static str, path: &str, error: &io::Error) -> Self {
         let path = path.to_owned();
         match error.kind() {
-            io::ErrorKind::NotFound => Self::Missing { path },
+            // A folder is no object.
+            io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => Self::Missing { path },
             io::ErrorKind::AlreadyExists => Self::Exists { path },
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Self::DiskFull { action, path }

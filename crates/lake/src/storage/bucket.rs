@@ -237,25 +237,32 @@ impl Bucket {
         range: Option<std::ops::Range<u64>>,
     ) -> Result<(Bytes, ObjectMeta)> {
         let location = &self.location(path)?;
-        self.retry("read", path, || {
-            let options = object_store::GetOptions {
-                range: range.clone().map(GetRange::Bounded),
-                ..Default::default()
-            };
-            async move {
-                let answer = self.store.get_opts(location, options).await?;
-                let (meta, wanted) = (answer.meta.clone(), answer.range.clone());
-                let bytes = answer.bytes().await?;
-                if bytes.len() as u64 != wanted.end - wanted.start {
-                    return Err(Error::Generic {
-                        store: "bucket",
-                        source: "the answer was cut short".into(),
-                    });
+        let (bytes, meta) = self
+            .retry("read", path, || {
+                let options = object_store::GetOptions {
+                    range: range.clone().map(GetRange::Bounded),
+                    ..Default::default()
+                };
+                async move {
+                    let answer = self.store.get_opts(location, options).await?;
+                    let (meta, wanted) = (answer.meta.clone(), answer.range.clone());
+                    let bytes = answer.bytes().await?;
+                    if bytes.len() as u64 != wanted.end - wanted.start {
+                        return Err(Error::Generic {
+                            store: "bucket",
+                            source: "the answer was cut short".into(),
+                        });
+                    }
+                    Ok((bytes, meta))
                 }
-                Ok((bytes, meta))
+            })
+            .await?;
+        match range {
+            Some(range) if range.end > meta.size => {
+                Err(LakeError::corrupt("object", "it ends before the range"))
             }
-        })
-        .await
+            _ => Ok((bytes, meta)),
+        }
     }
 
     pub(super) async fn head(&self, path: &str) -> Result<ObjectInfo> {

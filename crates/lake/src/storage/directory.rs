@@ -181,7 +181,12 @@ impl Directory {
             .map_err(failed)?;
         lock.lock().map_err(failed)?;
         let present = match self.read_versioned(path) {
-            Ok((_, version)) => Some(version),
+            Ok((found, version)) => {
+                if found == data {
+                    return Ok(PutIf::Written);
+                }
+                Some(version)
+            }
             Err(LakeError::Missing { .. }) => None,
             Err(e) => return Err(e),
         };
