@@ -142,6 +142,24 @@ BEGIN
   END LOOP;
 END $$;
 
+-- Rows of the inbox that came with a dump: their transaction ids mean nothing here. A worker puts them into the inbox again.
+CREATE TABLE rakam_internal.inbox_restored (LIKE rakam_internal.inbox_0 INCLUDING STORAGE, PRIMARY KEY (id));
+
+-- Collect writes the inbox below the executor (src/pg/heap.rs), where no trigger fires: this one sees restores only.
+CREATE FUNCTION rakam_internal.set_apart() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  INSERT INTO rakam_internal.inbox_restored SELECT NEW.*;
+  RETURN NULL;
+END $$;
+DO $$
+BEGIN
+  FOR k IN 0..2 LOOP
+    EXECUTE pg_catalog.format('CREATE TRIGGER set_apart BEFORE INSERT ON rakam_internal.inbox_%s
+      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart()', k);
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.inbox_%s ENABLE ALWAYS TRIGGER set_apart', k);
+  END LOOP;
+END $$;
+
 CREATE TABLE rakam_internal.inbox_parked (
   id            bigint PRIMARY KEY,
   project_id    int NOT NULL,
@@ -484,7 +502,7 @@ CREATE TABLE rakam_internal.job (
 DO $$
 DECLARE c text[];
 BEGIN
-  FOREACH c SLICE 1 IN ARRAY '{{inbox_0,payload},{inbox_1,payload},{inbox_2,payload},{inbox_parked,payload},
+  FOREACH c SLICE 1 IN ARRAY '{{inbox_0,payload},{inbox_1,payload},{inbox_2,payload},{inbox_parked,payload},{inbox_restored,payload},
     {hot_chunk,data},{local_object,data},{data_file_stat,stats},{data_file_footer,footer},{invalid_value,value},
     {invalid_value,error},{invalid_value,event_id},{dead_letter,payload},{dead_letter,error},{inbox_parked,error}}'::text[] LOOP
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ALTER COLUMN %I SET STATISTICS 0', c[1], c[2]);
@@ -516,14 +534,22 @@ BEGIN
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.inbox_id', '');
 END $$;
 
--- Dump and restore: configuration, manifest, default storage and hot rows travel with the database.
+-- Dump and restore: configuration, manifest, default storage, hot rows and what is not digested travel with the database.
 DO $$
 DECLARE t text;
 BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
     'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred',
-    'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'mapper', 'mapper_dropped'] LOOP
+    'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
+    'mapper', 'mapper_dropped'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');
   END LOOP;
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.storage', 'WHERE storage_id > 1');
+  -- Of the inbox what the dump's own snapshot finds neither in a chunk nor in a file.
+  FOR k IN 0..2 LOOP
+    PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.inbox_' || k)::pg_catalog.regclass, pg_catalog.format(
+      'WHERE NOT pg_catalog.pg_visible_in_snapshot(txid, coalesce(
+         (SELECT l.snapshot FROM rakam_internal.inbox_lag l WHERE l.project_id = inbox_%s.project_id),
+         (SELECT t.snapshot FROM rakam_internal.inbox_tick t WHERE t.shard = 0 ORDER BY t.tick_id DESC LIMIT 1)))', k));
+  END LOOP;
 END $$;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.database import Database, collect
+from harness.database import Database, collect, wait_until
 
 
 def test_a_dump_is_restored_and_goes_on(db, cluster):
@@ -38,3 +38,43 @@ def test_a_dump_is_restored_and_goes_on(db, cluster):
         assert db.all(everything) == before
     finally:
         restored.drop()
+
+
+def test_a_dump_has_what_is_not_digested(private_cluster):
+    """By id and by name, of two projects, single and in a batch; not what is digested and still in its inbox table."""
+    settings = {"rakam.digest_max_age": "1d", "rakam.digest_events": "1000000"}
+    cluster = private_cluster("dump_inbox", settings)
+    db = Database(cluster, "source").create()
+    for project in ("one", "two"):
+        db.project(project)
+        collect(db.admin, project, "page", {"_id": "digested", "n": 0})
+    db.tick()
+    for project in ("one", "two"):
+        collect(db.admin, project, "page", {"_id": "digested", "n": 7})  # a copy, which never counts
+        collect(db.admin, project, "page", {"_id": "late", "n": 1, "of": project})
+        collect(db.admin, project, "unknown", {"n": 2})
+    db.admin.execute("""SELECT rakam.collect_batch('one', '[{"collection": "page", "properties": {"n": 3}},
+                                                           {"collection": "page", "properties": {"n": 4}}]'::text)""")
+    assert db.tiers("one", "page") == {"inbox": 4, "hot": 1, "cold": 0}
+    dump = cluster.make_folder("dump_inbox") / "whole.dump"
+    cluster.run("pg_dump", "-Fc", "-f", dump, db.name, env=cluster.environment())
+    restored = Database(cluster, "restored").create(extension=False)
+    done = cluster.run("pg_restore", "-j", "3", "-d", restored.name, dump, env=cluster.environment())
+    assert "error" not in done.stderr.lower(), done.stderr
+
+    def rows(of: Database) -> list:
+        pages = "SELECT tableoid::regclass::text, _id, n, _received_at FROM {0}.page ORDER BY n"
+        return [of.all(pages.format(project)) for project in ("one", "two")]
+
+    restored.tick()
+    assert rows(restored) == rows(db)
+    assert [row[2] for row in rows(restored)[0]] == [0, 1, 3, 4]
+    assert restored.one("SELECT n FROM two.unknown") == 2
+    assert restored.one("SELECT count(*) FROM rakam_internal.inbox_restored") == 0
+    # Once more, by the background alone.
+    again = Database(cluster, "again").create(extension=False)
+    done = cluster.run("pg_restore", "-1", "-d", again.name, dump, env=cluster.environment())
+    wait_until(lambda: again.one("SELECT count(*) FROM rakam_internal.inbox_restored") == 0, "the restored rows")
+    assert rows(again) == rows(db)
+    for database in (again, restored, db):
+        database.close()

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,9 +149,15 @@ class Cluster:
         while True:
             mark = self.log_mark()
             done = self.run("pg_ctl", "start", "-w", "-t", timeout_s, "-D", self.data, "-l", self.log, check=False)
+            reason = self.log_since(mark) if done.returncode != 0 else ""
+            if "Address already in use" in reason:
+                # The server of another checkout, which looked for a free port when we did.
+                (self.folder / "port").unlink()
+                self._configure(settings or {})
             # The children of a killed postmaster take a moment to notice.
-            orphans = done.returncode != 0 and "pre-existing shared memory block" in self.log_since(mark)
-            if not orphans or time.monotonic() > deadline:
+            elif "pre-existing shared memory block" not in reason:
+                break
+            if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         if done.returncode != 0:
@@ -195,9 +202,11 @@ class Cluster:
 
     @staticmethod
     def _free_port() -> int:
-        """A port that nothing listens on and no other cluster here has taken, outside the ephemeral range."""
+        """A port that nothing listens on and no other cluster here has taken, outside the ephemeral range. Each state
+        folder begins to look at another one: a server that is down for a moment keeps its port."""
         taken = {int(p.read_text()) for p in (state_folder() / "clusters").glob("*/port")}
-        for port in range(5460, 5960):
+        first = zlib.crc32(str(state_folder()).encode()) % 500
+        for port in (5460 + (first + n) % 500 for n in range(500)):
             with socket.socket() as probe:
                 if port not in taken and probe.connect_ex(("127.0.0.1", port)) != 0:
                     return port

@@ -19,6 +19,7 @@ pub mod monitor;
 pub mod progress;
 pub mod projects;
 pub mod registry;
+pub mod restored;
 pub mod retention;
 pub mod session;
 pub mod store;

@@ -27,6 +27,7 @@ use super::waiting::{FIRST_SLICE_BYTES, Waiting, fitting};
 use crate::catalog::backlog::{self, Backlog, Lag, Whose};
 use crate::catalog::inbox::{self, TailRow, Tick};
 use crate::catalog::registry::ProjectRow;
+use crate::catalog::restored;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
@@ -131,9 +132,18 @@ struct Slice {
 /// Waits for the digest lock.
 pub fn catch_up(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
     let _lock = SessionLock::take(LockOn::Digest);
+    readmit_restored()?;
     let goal = xact::worker(|| present(View::Under(Snapshot::active())))?;
     let mut watch = Watch::default();
     while watch.look(When::Now)?.more && !xact::worker(|| is_digested(&goal, projects))? {}
+    Ok(())
+}
+
+/// Puts what came with a dump into the inbox. Call it under the digest lock.
+pub fn readmit_restored() -> std::result::Result<(), Failure> {
+    while xact::worker(restored::readmit)? > 0 {
+        wait::check_interrupts();
+    }
     Ok(())
 }
 

@@ -282,6 +282,7 @@ impl<'a> Cycle<'a> {
         if self.may(Step::Gc, 0) {
             self.attempt(Step::Gc, 0, || {
                 if let Some(_lock) = SessionLock::try_take(LockOn::Digest) {
+                    digest::readmit_restored()?;
                     digest::retry_parked()?;
                     rotate::run()?;
                     upkeep::run()?;
