@@ -59,7 +59,7 @@ def test_a_dump_has_what_is_not_digested(private_cluster):
     dump = cluster.make_folder("dump_inbox") / "whole.dump"
     cluster.run("pg_dump", "-Fc", "-f", dump, db.name, env=cluster.environment())
     restored = Database(cluster, "restored").create(extension=False)
-    done = cluster.run("pg_restore", "-j", "3", "-d", restored.name, dump, env=cluster.environment())
+    done = cluster.run("pg_restore", "-d", restored.name, dump, env=cluster.environment())
     assert "error" not in done.stderr.lower(), done.stderr
 
     def rows(of: Database) -> list:
@@ -73,7 +73,7 @@ def test_a_dump_has_what_is_not_digested(private_cluster):
     assert restored.one("SELECT count(*) FROM rakam_internal.inbox_restored") == 0
     # Once more, by the background alone.
     again = Database(cluster, "again").create(extension=False)
-    done = cluster.run("pg_restore", "-1", "-d", again.name, dump, env=cluster.environment())
+    cluster.run("pg_restore", "-1", "-d", again.name, dump, env=cluster.environment())
     wait_until(lambda: again.one("SELECT count(*) FROM rakam_internal.inbox_restored") == 0, "the restored rows")
     assert rows(again) == rows(db)
     for database in (again, restored, db):
