@@ -43,7 +43,7 @@ def make(db: Database, collection: str, columns: dict[str, str], project: str = 
         db.admin.execute("SELECT rakam.add_field(%s, %s, %s, %s)", (project, collection, field, kind))
     db.tick()
     table = f"{project}.{collection}"
-    wait_until(lambda: all(has_column(db.admin, table, field) for field in columns), f"columns of {table}", 10)
+    wait_until(lambda: all(has_column(db.admin, table, field) for field in columns), f"columns of {table}")
     return table
 
 
@@ -276,7 +276,7 @@ def test_a_field_that_is_no_column_yet_stays_null(db, session, table):
     collect(session, PROJECT, table.split(".")[1], {"n": 0, "fresh": "seen"})
     session.commit()
     db.tick()
-    wait_until(lambda: has_column(db.admin, table, "fresh"), "column fresh", 10)
+    wait_until(lambda: has_column(db.admin, table, "fresh"), "column fresh")
     session.execute(f"INSERT INTO {table} (n) SELECT g FROM generate_series(1, 2000) g")
     assert session.execute(f"SELECT count(*), count(fresh), count(_extra) FROM {table}").fetchone() == (2_001, 1, 0)
 
@@ -285,17 +285,13 @@ def test_the_worker_flushes_chunks_that_no_digest_has_made(db, table):
     name = table.split(".")[1]
     db.flush(PROJECT)
     time.sleep(2.5)  # until the worker has looked at the tiers again, and found nothing hot
-    db.admin.execute("ALTER SYSTEM SET rakam.flush_interval = '1s'")
-    db.admin.execute("ALTER SYSTEM SET rakam.min_file_events = 1000")
-    db.admin.execute("SELECT pg_reload_conf()")
+    db.configure(flush_interval="1s", min_file_events=1000)
     try:
         # Fewer than rakam.min_file_events would wait for rakam.flush_max_age.
         db.admin.execute(f"INSERT INTO {table} (n) SELECT g FROM generate_series(1, 12000) g")
-        wait_until(lambda: db.tiers(PROJECT, name)["cold"] == 12_000, "a data file", 40, 0.2)
+        wait_until(lambda: db.tiers(PROJECT, name)["cold"] == 12_000, "a data file", pause_s=0.2)
     finally:
-        db.admin.execute("ALTER SYSTEM RESET rakam.flush_interval")
-        db.admin.execute("ALTER SYSTEM RESET rakam.min_file_events")
-        db.admin.execute("SELECT pg_reload_conf()")
+        db.configure(flush_interval=None, min_file_events=None)
 
 
 # -- transactions --------------------------------------------------------------------------------------------------------
@@ -571,7 +567,7 @@ def source(db, keys):
         f"INSERT INTO {table} (_received_at, words) SELECT '2026-02-01'::timestamptz + g * interval '1 second', 'old'"
         " FROM generate_series(1, 1000) g"
     )
-    wait_until(lambda: has_column(db.admin, table, "other_name"), "column other_name", 10)
+    wait_until(lambda: has_column(db.admin, table, "other_name"), "column other_name")
     return table
 
 
@@ -626,7 +622,7 @@ def test_pg_dump_of_a_collection(db, cluster, source):
                 elsewhere.admin.execute("SELECT rakam.create_collection('acme', 'source')")
             elsewhere.admin.execute("SELECT rakam.add_field('acme', 'source', %s, %s)", (name, kind))
         elsewhere.tick()
-        wait_until(lambda: len(columns_of(elsewhere, source)) == len(columns_of(db, source)), "all columns", 10)
+        wait_until(lambda: len(columns_of(elsewhere, source)) == len(columns_of(db, source)), "all columns")
         cluster.run("psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", dump, elsewhere.name, env=cluster.environment())
         shown = ", ".join(f'"{name}"::text' for name in names.split(", "))
         for _ in range(2):

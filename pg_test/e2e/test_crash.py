@@ -121,7 +121,8 @@ def test_kill_under_load(private_cluster, seed, run):
         client.start()
     deadline = time.monotonic() + SECONDS
     killed = Counter()
-    while time.monotonic() < deadline or killed.total() < KILLS:
+    while time.monotonic() < deadline or killed.total() < KILLS or not enough(clients):
+        assert time.monotonic() < deadline + 300, "the clients get nothing stored"
         time.sleep(rng.uniform(0.2, 1.0))
         killed[kill_something(cluster, db, clients, rng)] += 1
         if rng.random() < 0.5:
@@ -141,7 +142,7 @@ def test_kill_under_load(private_cluster, seed, run):
           f" {len(unknown)} transactions unknown")  # fmt: skip
     assert len(acknowledged) > 100
 
-    wait_until(lambda: db.one("SELECT to_regclass('acme.survived') IS NOT NULL"), "the table", 10)
+    wait_until(lambda: db.one("SELECT to_regclass('acme.survived') IS NOT NULL"), "the table")
     for stage in ("after the crash", "after a tick", "after a flush", "after a restart"):
         if stage == "after a tick":
             db.tick()
@@ -161,6 +162,11 @@ def test_kill_under_load(private_cluster, seed, run):
             present = sum(key in stored for key in group)
             assert present in (0, len(group)), f"{stage}: half a transaction: {present} of {len(group)}"
     db.close()
+
+
+def enough(clients: list[Client]) -> bool:
+    """Whether each client has some answers, however slow the machine is."""
+    return all(client.unexpected or len(client.acknowledged) > 20 for client in clients)
 
 
 def try_to_flush(cluster: Cluster, db: Database) -> None:

@@ -388,7 +388,8 @@ def test_cancel(db, stores):
         start = time.monotonic()
         with refused("57014"):
             delete(session, "acme", "slow", "slowly(n)")
-        assert time.monotonic() - start < 10
+        # All of it takes 50 s.
+        assert time.monotonic() - start < 30
     wait_until(
         lambda: db.one("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task'") == 0, "the worker's end"
     )
@@ -417,11 +418,16 @@ def test_races(db, stores):
 
     lock = threading.Lock()
 
+    under_way: set[int] = set()
+
     def collecting(session):
         batch = [next(sent) for _ in range(25)]
+        with lock:
+            under_way.add(batch[0])
         collect_batch(session, "acme", [("raced", {"n": n, "_time": f"2026-01-{n % 5 + 1:02}T00:00:00Z"}) for n in batch])
         with lock:
             committed.extend(batch)
+            under_way.remove(batch[0])
         time.sleep(0.01)
 
     def flushing(session):
@@ -439,6 +445,10 @@ def test_races(db, stores):
         count = delete(session, "acme", "raced", f"n % 50 = {digit}") if known else 0
         # What was collected while it ran may be among them or not; what was there before has to be.
         assert count >= len(doomed), f"{count} of {len(doomed)}"
+        # Batches that were stored before it, but not noted yet: those of which the answer is still to come.
+        with lock:
+            unsure = set(under_way)
+        wait_until(lambda: ended.is_set() or not unsure & under_way, "the answers to what was sent before")
         with lock:
             known = set(committed)
         there = {int(n) for (n,) in session.execute("SELECT n FROM acme.raced").fetchall()}
@@ -465,6 +475,7 @@ def test_races(db, stores):
     for thread in threads:
         thread.start()
     ended.wait(RACE_SECONDS)
+    wait_until(lambda: ended.is_set() or deleted, "something deleted", 120)
     ended.set()
     for thread in threads:
         thread.join(60)

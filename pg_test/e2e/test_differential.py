@@ -27,7 +27,7 @@ def tables(db):
         db.admin.execute("SELECT rakam.add_field('acme', 'wild', %s, %s)", (name, kind))
     db.tick()
     for name in COLUMNS:
-        wait_until(lambda name=name: has_column(db.admin, "acme.wild", name), f"column {name}", 10)
+        wait_until(lambda name=name: has_column(db.admin, "acme.wild", name), f"column {name}")
     collated = {"text": 'text COLLATE "C"', "text[]": 'text[] COLLATE "C"'}
     columns = ", ".join(f'"{name}" {collated.get(kind, kind)}' for name, kind in COLUMNS.items())
     db.admin.execute(

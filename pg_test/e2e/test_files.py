@@ -510,7 +510,7 @@ def test_an_unfinished_file_is_removed(db, source, folder):
         session, thread, outcome = in_background(
             db, lambda s: save(s, "SELECT g, pg_sleep(0.0005) FROM generate_series(1, 1000000) g", out / "x.csv")
         )
-        wait_until(lambda: list(out.iterdir()), "the temporary file", 20)
+        wait_until(lambda: list(out.iterdir()), "the temporary file")
         assert [path.name for path in out.iterdir()] != ["x.csv"]
         if end == "cancel":
             session.cancel()
@@ -518,7 +518,7 @@ def test_an_unfinished_file_is_removed(db, source, folder):
             db.admin.execute("SELECT pg_terminate_backend(%s)", (session.info.backend_pid,))
         thread.join(30)
         assert isinstance(outcome[0], psycopg.Error)
-        wait_until(lambda: not list(out.iterdir()), "its removal", 10)
+        wait_until(lambda: not list(out.iterdir()), "its removal")
 
 
 # -- loads that are cut short ------------------------------------------------------------------------------------
@@ -595,7 +595,7 @@ def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):
             db.close()
             wait_until(lambda: cluster_answers(cluster), "the server after the kill", 60)
             watcher, stranger = db.connect("login_acme_read"), db.connect("login_stranger")
-        wait_until(lambda: shown(db.admin) == [], "an end of the progress", 10)
+        wait_until(lambda: shown(db.admin) == [], "an end of the progress")
         seen.append(events())
         assert seen[-1] < rows
     assert seen == sorted(set(seen)), "each attempt goes on from the one before"
@@ -641,17 +641,18 @@ def test_a_load_sees_the_collection_vanish_with_its_project(db, folder):
     db.project("brief")
     path = folder / "brief.csv"
     path.write_text("n\n1\n")
-    db.admin.execute(f'ALTER DATABASE "{db.name}" SET rakam.failpoint = \'load.before_store=sleep(2000)\'')
+    # It waits there until the project is gone.
+    db.configure(failpoint="load.before_store=sleep(120000)")
     try:
         _, thread, outcome = in_background(db, lambda s: load(s, "c", path, project="brief"))
-        wait_until(lambda: db.all("SELECT FROM rakam.stat_progress WHERE project = 'brief'"), "the load", 30)
+        wait_until(lambda: db.all("SELECT FROM rakam.stat_progress WHERE project = 'brief'"), "the load")
         with db.connect(autocommit=False) as session:
             session.execute("SET LOCAL rakam.allow_project_drop = on")
             session.execute("SELECT rakam.drop_project('brief')")
             session.commit()
-        thread.join(60)
     finally:
-        db.admin.execute(f'ALTER DATABASE "{db.name}" RESET rakam.failpoint')
+        db.configure(failpoint=None)
+    thread.join(60)
     assert isinstance(outcome[0], psycopg.Error) and outcome[0].sqlstate == "42704", outcome
     assert db.one("SELECT count(*) FROM rakam_internal.file_load") == 0
     assert db.one("SELECT count(*) FROM rakam_internal.progress") == 0
@@ -733,9 +734,7 @@ def test_a_backlog_in_any_order_is_written_month_by_month(private_cluster):
         db.tick()
     assert db.tiers(PROJECT, "h")["hot"] == rows
     assert db.one("SELECT max(max_time) - min(min_time) > '2 years' FROM rakam_internal.hot_chunk")
-    db.admin.execute("ALTER SYSTEM SET rakam.flush_size = '1MB'")
-    db.admin.execute("SELECT pg_reload_conf()")
-    wait_until(lambda: db.one("SHOW rakam.flush_size") == "1MB", "the setting", 10)
+    db.configure(flush_size="1MB")
     summary = "SELECT count(*), count(DISTINCT n), sum(n) FROM acme.h"
     before = db.admin.execute(summary).fetchone()
     flushed = db.flush(PROJECT, "h")

@@ -72,15 +72,16 @@ def test_a_second_of_events_and_no_more(db, fresh):
     assert one(db.admin, f'SELECT count(*) FROM {fresh}._all') == 0
     began = time.monotonic()
     sent = 0
-    while time.monotonic() - began < 1.5:
+    while sent < 45:
         try:
             collect(db.admin, fresh, "hit", {"n": sent})
             sent += 1
         except Exception as error:
             assert error.sqlstate == "53400"
-    # The burst of a second, then the rate.
-    seconds = time.monotonic() - began
-    assert 20 + 20 * 1.0 <= sent <= 20 + 20 * seconds + 1
+        # The burst of a second, then the rate; and as much as that, however slowly it is asked for.
+        seconds = time.monotonic() - began
+        assert sent <= 20 + 20 * seconds + 1
+        assert seconds < 60
     db.tick()
     assert one(db.admin, f"SELECT count(*) FROM {fresh}.hit") == sent
 
@@ -91,8 +92,8 @@ def test_sessions_share_a_quota(db, fresh):
 
     def flood():
         with db.cluster.connect(db.name) as session:
-            end = time.monotonic() + 1
-            while time.monotonic() < end:
+            end = time.monotonic() + 60
+            while len(sent) < 60 and time.monotonic() < end:
                 try:
                     collect(session, fresh, "hit", {"n": 1})
                     sent.append(1)
@@ -105,7 +106,7 @@ def test_sessions_share_a_quota(db, fresh):
         thread.start()
     for thread in threads:
         thread.join()
-    assert 30 <= len(sent) <= 30 + 30 * (time.monotonic() - began) + 1
+    assert 60 <= len(sent) <= 30 + 30 * (time.monotonic() - began) + 1
 
 
 def test_the_quota_holds_for_every_way_in(db, fresh):
@@ -194,8 +195,7 @@ def test_without_preload(private_cluster):
     assert log_of(database, "acme") == [("create_project", None, "ok", "postgres")]
     set_quota(database, events_per_second=5, bytes_per_day=10_000)
     with refused("53400"):
-        for _ in range(50):
-            collect(database.admin, "acme", "hit", {"n": 1})
+        database.admin.execute("SELECT rakam.collect('acme', 'hit', '{\"n\": 1}') FROM generate_series(1, 500)")
     set_quota(database, bytes_per_day=10_000)
     send = "SELECT rakam.collect('acme', 'hit', %s::jsonb)"
     for _ in range(9):
@@ -378,7 +378,7 @@ def test_time_bounds(db, fresh):
     for move in (db.tick, lambda: db.flush(fresh)):
         move()
         kept = dict(
-            db.all(f"SELECT what, abs(extract(epoch FROM _time - _received_at - what::interval)) < 1 FROM {fresh}.hit WHERE what IS NOT NULL")
+            db.all(f"SELECT what, abs(extract(epoch FROM _time - _received_at - what::interval)) < 30 FROM {fresh}.hit WHERE what IS NOT NULL")
         )
         assert kept == offsets
     errors = db.all("SELECT field, error, count FROM rakam.invalid_value WHERE project = %s", fresh)
@@ -406,10 +406,8 @@ def test_fields_beyond_the_limit_stay_in_extra(db, fresh):
     assert len(missing) == 20
     assert db.all(f"SELECT _extra->>'{missing[0]}' FROM {fresh}.wide") == [(str(event[missing[0]]),)] * 2
     # A limit below what is there takes no column away, and lets none in.
-    db.admin.execute("ALTER SYSTEM SET rakam.max_fields = 10")
-    db.admin.execute("SELECT pg_reload_conf()")
+    db.configure(max_fields=10)
     try:
-        wait_until(lambda: one(db.connect(), "SHOW rakam.max_fields") == "10", "the setting")
         collect(db.admin, fresh, "wide", {"f000": 1000, "late": 1})
         collect(db.admin, fresh, "narrow", {f"n{n}": n for n in range(12)})
         db.tick()
@@ -418,8 +416,7 @@ def test_fields_beyond_the_limit_stay_in_extra(db, fresh):
         assert one(db.admin, count, fresh, "wide") == 500
         assert one(db.admin, count, fresh, "narrow") == 10
     finally:
-        db.admin.execute("ALTER SYSTEM RESET rakam.max_fields")
-        db.admin.execute("SELECT pg_reload_conf()")
+        db.configure(max_fields=None)
 
 
 # -- dropping a collection -----------------------------------------------------------------------------------------------
@@ -564,7 +561,7 @@ def test_a_reader_is_waited_for(db, fresh):
         time.sleep(0.1)
     assert not done.is_set()
     holder.rollback()
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert done.is_set()
 
 
@@ -752,7 +749,7 @@ def test_audit_log(db, fresh):
         ("set_time_bounds", None, "rolled back", "postgres"),
         ("set_schema_mode", "open", "ok", "postgres"),
     ]
-    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "what was refused is noted, too", 10)
+    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "what was refused is noted, too")
     assert log_of(db, fresh) == expected
     # By whom, behind the role that it acted as.
     key = one(db.admin, "SELECT master_key FROM rakam.create_keys(%s)", fresh)
@@ -784,7 +781,7 @@ def test_audit_of_everything_and_of_nothing(db, fresh):
     with refused("22023"):
         session.execute("SELECT rakam.set_schema_mode(%s, 'no')", (fresh,))
     expected = [("create_project", "ok"), ("create_collection", "ok"), ("field_values", "ok"), ("field_values", "ok")]
-    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "the entries", 10)
+    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "the entries")
     time.sleep(0.3)
     assert [(call, outcome) for call, _, outcome, _ in log_of(db, fresh)] == expected
     tenant = db.login(fresh, "admin")
@@ -810,7 +807,7 @@ def test_a_flood_of_refused_calls_waits_for_nobody(db, fresh):
         logged = db.cluster.log_since(mark).count('called create_keys for project')
         return one(db.admin, noted, fresh) + logged == calls
 
-    wait_until(all_noted, "each call in the table or in the server's log", 20)
+    wait_until(all_noted, "each call in the table or in the server's log")
     assert one(db.admin, noted, fresh) >= 256
 
 
@@ -850,16 +847,11 @@ def test_retention_of_logs(db, fresh):
     db.tick()
     assert db.admin.execute(left, (fresh,) * 3).fetchone() == (1, 1, 1)
     settings = ("invalid_retention", "dead_letter_retention", "audit_retention")
-    for name in settings:
-        db.admin.execute(f"ALTER SYSTEM SET rakam.{name} = '1d'")
-    db.admin.execute("SELECT pg_reload_conf()")
+    db.configure(**dict.fromkeys(settings, "1d"))
     try:
-        wait_until(lambda: one(db.connect(), "SHOW rakam.audit_retention") == "1d", "the settings")
         db.tick()
         assert db.admin.execute(left, (fresh,) * 3).fetchone() == (0, 0, 0)
         # The exact counts stay.
         assert one(db.admin, "SELECT invalid_values FROM rakam.stat_collection WHERE project = %s", fresh) == 1
     finally:
-        for name in settings:
-            db.admin.execute(f"ALTER SYSTEM RESET rakam.{name}")
-        db.admin.execute("SELECT pg_reload_conf()")
+        db.configure(**dict.fromkeys(settings))

@@ -12,7 +12,7 @@ from harness.database import Database, collect, notices_of, refused, wait_until
 
 
 def test_worker_starts_after_create_extension(db):
-    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    pid = wait_until(db.worker_pid, "the resident worker")
     row = db.all(
         "SELECT database, kind, state IS NOT NULL, since IS NOT NULL, restarts FROM rakam.stat_worker WHERE pid = %s",
         pid,
@@ -22,12 +22,12 @@ def test_worker_starts_after_create_extension(db):
 
 
 def test_killed_worker_comes_back(db):
-    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    pid = wait_until(db.worker_pid, "the resident worker")
     db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
-    wait_until(lambda: db.worker_pid() not in (pid, None), "another resident worker", 15)
+    wait_until(lambda: db.worker_pid() not in (pid, None), "another resident worker")
     db.project("after_restart")
     collect(db.admin, "after_restart", "c", {"n": 1})
-    wait_until(lambda: db.tiers("after_restart", "c")["hot"] == 1, "a digest by the new worker", 15)
+    wait_until(lambda: db.tiers("after_restart", "c")["hot"] == 1, "a digest by the new worker")
 
 
 def test_drop_extension_stops_the_worker_and_create_starts_it_again(cluster):
@@ -36,12 +36,12 @@ def test_drop_extension_stops_the_worker_and_create_starts_it_again(cluster):
     db.create()
     try:
         for _ in range(2):
-            pid = wait_until(db.worker_pid, "the resident worker", 10)
+            pid = wait_until(db.worker_pid, "the resident worker")
             db.project("acme")
             collect(db.admin, "acme", "c", {"n": 1})
             db.tick()
             db.admin.execute("DROP EXTENSION rakam CASCADE")
-            wait_until(lambda pid=pid: pid not in cluster.processes(), "the end of the worker", 10)
+            wait_until(lambda pid=pid: pid not in cluster.processes(), "the end of the worker")
             assert db.one("SELECT count(*) FROM pg_foreign_table") == 0
             drop_leftovers(db)
             db.admin.execute("CREATE EXTENSION rakam")
@@ -62,28 +62,27 @@ def test_drop_database_with_a_running_worker(cluster):
     db = Database(cluster, "dropped_database")
     db.drop()
     db.create()
-    pid = wait_until(db.worker_pid, "the resident worker", 10)
+    pid = wait_until(db.worker_pid, "the resident worker")
     db.project("acme")
     collect(db.admin, "acme", "c", {"n": 1})
     db.close()
     with cluster.connect() as postgres:
-        began = time.monotonic()
+        # Postgres itself gives the worker five seconds to leave.
         postgres.execute("DROP DATABASE dropped_database")
-        assert time.monotonic() - began < 10
-    wait_until(lambda: pid not in cluster.processes(), "the end of the worker", 10)
+    wait_until(lambda: pid not in cluster.processes(), "the end of the worker")
     db.drop()
 
 
 def test_create_database_from_a_template_with_a_worker(cluster, db):
     """CREATE DATABASE … TEMPLATE needs the template free of sessions; a worker must not be in the way for long."""
-    wait_until(db.worker_pid, "the resident worker", 10)
+    wait_until(db.worker_pid, "the resident worker")
     db.close()
     copy = Database(cluster, "copied")
     copy.drop()
     with cluster.connect() as postgres:
         postgres.execute(f"CREATE DATABASE copied TEMPLATE {db.name}")
     try:
-        wait_until(copy.worker_pid, "a worker in the copy", 15)
+        wait_until(copy.worker_pid, "a worker in the copy")
     finally:
         copy.drop()
 
@@ -96,7 +95,7 @@ def test_three_databases_with_the_default_number_of_worker_slots(cluster):
         for database in databases:
             database.create()
         for number, database in enumerate(databases):
-            wait_until(database.worker_pid, f"a worker in database {number}", 20)
+            wait_until(database.worker_pid, f"a worker in database {number}")
             database.project(f"p{number}")
             collect(database.admin, f"p{number}", "c", {"n": number})
             database.tick()
@@ -114,10 +113,10 @@ def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
         database.create()
         database.project(f"p_{database.name}")
     # A database with a worker works; a call that needs a slot of its own says that there is none.
-    served = wait_until(lambda: [d for d in databases if d.worker_pid()], "a database with a worker", 10)[0]
+    served = wait_until(lambda: [d for d in databases if d.worker_pid()], "a database with a worker")[0]
     collect(served.admin, f"p_{served.name}", "c", {"n": 1})
-    wait_until(lambda: served.one(f"SELECT to_regclass('p_{served.name}.c') IS NOT NULL"), "a table", 10)
-    wait_until(lambda: sum(d.worker_pid() is not None for d in databases) == 2, "two databases with a worker", 10)
+    wait_until(lambda: served.one(f"SELECT to_regclass('p_{served.name}.c') IS NOT NULL"), "a table")
+    wait_until(lambda: sum(d.worker_pid() is not None for d in databases) == 2, "two databases with a worker")
     with refused("53000"):
         served.tick()
     starved = next(database for database in databases if database.worker_pid() is None)
@@ -247,5 +246,5 @@ def test_hanging_client_does_not_stop_the_server(cluster, db):
     with session.cursor() as cursor:
         cursor.execute("SELECT n FROM stopping.c LIMIT 1")
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: pid not in cluster.processes(), "the end of the session", 5)
+        wait_until(lambda: pid not in cluster.processes(), "the end of the session")
     assert db.one("SELECT count(*) FROM stopping.c") == 5_000

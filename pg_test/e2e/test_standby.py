@@ -63,7 +63,7 @@ def test_standby_promoted_after_a_flush(private_cluster):
     replica.close()
     standby.promote()
     assert replica.all(SUMS) == expected
-    wait_until(lambda: replica.worker_pid(), "a worker after promotion", 5)
+    wait_until(lambda: replica.worker_pid(), "a worker after promotion")
     collect(replica.admin, "acme", "departure", {"distance": 2})
     replica.tick()
     replica.flush("acme")

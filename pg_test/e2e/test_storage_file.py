@@ -174,8 +174,7 @@ def test_dropped_projects_files_go(db, lake):
     path = db.one("SELECT path FROM rakam.data_files WHERE project = 'leaving'").removeprefix("file://")
     assert Path(path).exists()
     db.admin.execute("SET rakam.allow_project_drop = on")
-    db.admin.execute("ALTER SYSTEM SET rakam.file_retention = 0")
-    db.admin.execute("SELECT pg_reload_conf()")
+    db.configure(file_retention=0)
     try:
         db.admin.execute("SELECT rakam.drop_project('leaving')")
 
@@ -183,11 +182,10 @@ def test_dropped_projects_files_go(db, lake):
             db.tick()
             return not Path(path).exists()
 
-        wait_until(gone, "the deletion of the project's file", 20, 0.5)
+        wait_until(gone, "the deletion of the project's file", pause_s=0.5)
     finally:
         db.admin.execute("RESET rakam.allow_project_drop")
-        db.admin.execute("ALTER SYSTEM RESET rakam.file_retention")
-        db.admin.execute("SELECT pg_reload_conf()")
+        db.configure(file_retention=None)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ def test_a_file_has_to_be_worth_it(alone):
     assert db.tiers("files", "old") == {"inbox": 0, "hot": 1, "cold": 0}
     assert [row[:2] for row in db.flush("files", "called")] == [("called", 1)]
     try:
-        set_and_reload(db, "rakam.flush_max_age", "1s")
+        db.configure(flush_max_age="1s")
         tick_until_cold(db, "old", 1)
         # Merges do not make events younger.
-        set_and_reload(db, "rakam.flush_max_age", "1d")
+        db.configure(flush_max_age="1d")
         collect(db.admin, "files", "merged", {"n": 0})
         db.tick()
         born = "SELECT min(created_at) FROM rakam_internal.hot_chunk"
@@ -171,12 +171,10 @@ def test_a_file_has_to_be_worth_it(alone):
         assert chunks(db, "files", "merged") == {"rows": (1, 32, 1)}
         assert db.one(born) == before
         # Few events of a collection are many of all together.
-        set_and_reload(db, "rakam.min_file_events", "32")
+        db.configure(min_file_events=32)
         tick_until_cold(db, "merged", 32)
     finally:
-        db.admin.execute("ALTER SYSTEM RESET rakam.flush_max_age")
-        db.admin.execute("ALTER SYSTEM RESET rakam.min_file_events")
-        db.admin.execute("SELECT pg_reload_conf()")
+        db.configure(flush_max_age=None, min_file_events=None)
 
 
 def tick_until_cold(db: Database, collection: str, n: int) -> None:
@@ -187,12 +185,6 @@ def tick_until_cold(db: Database, collection: str, n: int) -> None:
         return db.tiers("files", collection) == {"inbox": 0, "hot": 0, "cold": n}
 
     wait_until(flushed, f"{collection} in data files")
-
-
-def set_and_reload(db: Database, name: str, value: str) -> None:
-    db.admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")
-    db.admin.execute("SELECT pg_reload_conf()")
-    wait_until(lambda: db.one("SELECT pg_conf_load_time() > now() - interval '1 minute'"), "the new configuration")
 
 
 def flood_text(events: int, pad: int) -> str:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import statistics
 import threading
 import time
 
@@ -118,7 +117,9 @@ def test_answers_are_constant_while_the_tiers_move(db, project):
     repeatable.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     total = "SELECT count(*), sum(distance), count(DISTINCT _user) FROM acme.departure"
     try:
-        for read in range(READS):
+        for read in itertools.count():
+            if read >= READS and all(loop.rounds > 2 for loop in loops):
+                break
             assert committed.execute(DIFFERENCE).fetchall() == [], f"read {read}, READ COMMITTED"
             if read % 4 == 0:
                 first = repeatable.execute(total).fetchone()
@@ -215,14 +216,18 @@ def test_an_old_transaction_elsewhere_does_not_slow_queries(db, project):
             text = json.dumps([{"collection": "tail", "properties": {"n": n}} for n in range(500)])
             db.admin.execute("SELECT rakam.collect_batch('acme', %s)", (text,))
             db.tick()
-        wait_until(lambda: db.tiers(PROJECT, "tail")["inbox"] == 0, "an empty inbox", 20)
-        collect(db.admin, PROJECT, "tail", {"n": -1})
-        plan = "\n".join(line for (line,) in db.all("EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.tail"))
+        wait_until(lambda: db.tiers(PROJECT, "tail")["inbox"] == 0, "an empty inbox")
+        # Uncommitted, so that no digest takes it before it is read.
+        sender = db.connect(autocommit=False)
+        collect(sender, PROJECT, "tail", {"n": -1})
+        explained = sender.execute("EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.tail").fetchall()
+        plan = "\n".join(line for (line,) in explained)
         inbox = [line for line in plan.splitlines() if "nbox" in line]
         assert inbox, plan
         assert not any(
             word.isdigit() and int(word) >= 1_000 for line in inbox for word in line.replace("=", " ").split()
         ), plan
+        sender.commit()
         with_old = timed(db, "SELECT count(*) FROM acme.tail")
         old.rollback()
     without = timed(db, "SELECT count(*) FROM acme.tail")
@@ -236,20 +241,21 @@ def timed(db, query: str) -> float:
         began = time.perf_counter()
         db.admin.execute(query).fetchall()
         durations.append(time.perf_counter() - began)
-    return statistics.median(durations)
+    return min(durations)
 
 
 def test_the_inbox_is_truncated_and_stays_right(db, project):
     """Rotation seals, digests and truncates: after it the inbox tables are small, and nothing is missing."""
     size = "SELECT sum(pg_relation_size(c.oid)) FROM pg_class c WHERE c.relname ~ '^inbox_[012]$'"
+    peak = 0
     for n in range(40):
         text = json.dumps([{"collection": "rotated", "properties": {"n": n, "pad": "x" * 200}} for _ in range(250)])
         db.admin.execute("SELECT rakam.collect_batch('acme', %s)", (text,))
-    peak = db.one(size)
-    wait_until(lambda: db.one("SELECT to_regclass('acme.rotated')") is not None, "the table", 5, 0.05)
+        peak = max(peak, db.one(size))
+    wait_until(lambda: db.one("SELECT to_regclass('acme.rotated')") is not None, "the table", pause_s=0.05)
     whole = [(10_000, 250.0 * sum(range(40)))]
     assert db.all("SELECT count(*), sum(n) FROM acme.rotated") == whole
-    wait_until(lambda: db.one(size) < peak / 2, "a truncated inbox", 30, 0.2)
+    wait_until(lambda: db.one(size) < peak / 2, "a truncated inbox", pause_s=0.2)
     assert db.all("SELECT count(*), sum(n) FROM acme.rotated") == whole
 
 
@@ -258,11 +264,14 @@ def test_explain_names_tiers_and_files(db, project):
         for n in range(20):
             collect(db.admin, PROJECT, "explained", {"_time": f"{day}T10:00:00Z", "n": n, "s": "abc"})
         db.flush(PROJECT, "explained")
-    collect(db.admin, PROJECT, "explained", {"_time": "2026-02-02T00:00:00Z", "n": 1, "s": "x"})
+    # Uncommitted, so that no digest takes it before it is read.
+    session = db.connect(autocommit=False)
+    collect(session, PROJECT, "explained", {"_time": "2026-02-02T00:00:00Z", "n": 1, "s": "x"})
     explain = (
         "EXPLAIN (ANALYZE, VERBOSE, COSTS OFF) SELECT n FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'"
     )
-    plan = "\n".join(line for (line,) in db.all(explain))
+    plan = "\n".join(line for (line,) in session.execute(explain).fetchall())
+    session.commit()
     told = dict(re.findall(r"^ *([A-Z][A-Za-z ]+): (.+)$", plan, re.MULTILINE))
     assert told["Files"].startswith("1 read, 1 skipped by period"), plan
     assert told["Inbox"].endswith("1 events"), plan

@@ -10,6 +10,7 @@ Only the standard library is imported at the top: the command works before the P
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pwd
 import secrets
@@ -254,9 +255,21 @@ class Cluster:
             time.sleep(0.02)
 
     def kill9(self, pid: int) -> None:
-        """Kills one child: the server then restarts all of them and recovers. The id is checked to be a child's."""
-        if pid in self.processes():
+        """Kills one child (the id is checked to be one's) and waits until the postmaster has noticed: from then on it
+        takes no sessions until all of its children have gone and it has recovered."""
+        mark = self.log_mark()
+        if pid not in self.processes():
+            return
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while f"(PID {pid}) was terminated by signal" not in self.log_since(mark):
+            if self.pid is None or time.monotonic() > deadline:
+                raise ClusterError(f"the postmaster does not notice that process {pid} was killed")
+            if pid not in self.processes() and time.monotonic() > deadline - 25:
+                # It ended by itself at the same moment.
+                return
+            time.sleep(0.005)
 
     def wait_ready(self, timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -13,11 +14,13 @@ from psycopg import sql
 
 from .cluster import Cluster
 
+_reloads = itertools.count(1)
+
 # The roles that creating a project makes, by the default of `rakam.role_prefix`. Roles outlive their database.
 PROJECT_ROLES = r"^rakam_[a-z][a-z0-9_]*_(read|write|admin)$"
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30, pause_s: float = 0.02) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60, pause_s: float = 0.02) -> Any:
     """Calls until the answer is true and returns it; fails with `what` once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -122,9 +125,26 @@ class Database:
         ).fetchone()
         return dict(zip(("inbox", "hot", "cold"), row or (0, 0, 0), strict=True))
 
-    def wait_column(self, table: str, column: str, timeout_s: float = 15) -> None:
+    def wait_column(self, table: str, column: str) -> None:
         """Waits until the foreign table has the column: without ticks, so that the worker has to do it."""
-        wait_until(lambda: has_column(self.admin, table, column), f"column {column} of {table}", timeout_s)
+        wait_until(lambda: has_column(self.admin, table, column), f"column {column} of {table}")
+
+    def configure(self, **settings: Any) -> None:
+        """Changes settings of rakam for the whole server (None: back to what they were) and waits until the postmaster,
+        whose children later workers are, this session and the workers that stay have them."""
+        # A worker that shows the new name has read the file that has the other settings, too.
+        marker = f"reload {next(_reloads)}"
+        for name, value in settings.items():
+            change = sql.SQL("SET {} = {}") if value is not None else sql.SQL("RESET {}")
+            parts = [sql.Identifier("rakam", name)] + ([sql.Literal(str(value))] if value is not None else [])
+            self.admin.execute(sql.SQL("ALTER SYSTEM ") + change.format(*parts))
+        self.admin.execute(sql.SQL("ALTER SYSTEM SET application_name = {}").format(sql.Literal(marker)))
+        self.admin.execute("SELECT pg_reload_conf()")
+        old = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name <> %s"
+            " AND (pid = pg_backend_pid() OR backend_type IN ('rakam launcher', 'rakam resident'))"
+        )
+        wait_until(lambda: self.one(old, marker) == 0, f"the settings {settings} everywhere")
 
     def worker_pid(self) -> int | None:
         """The resident worker of this database."""

@@ -184,6 +184,14 @@ pub fn reload_if_asked() {
     }
 }
 
+/// The same in the middle of something, where this process is a worker: a session does it between its commands.
+pub fn reload_in_worker() {
+    // SAFETY: reads a backend variable.
+    if unsafe { !pg_sys::MyBgworkerEntry.is_null() } {
+        reload_if_asked();
+    }
+}
+
 /// What pg_stat_activity shows of this worker.
 pub fn show(activity: Option<&CStr>) {
     let (state, text) = match activity {

@@ -1,12 +1,12 @@
 //! Named points where a test may make the server misbehave: `SET rakam.failpoint = 'flush.before_commit=exit'`.
 //!
 //! Actions: `error` (an ERROR), `panic` (a Rust panic), `exit` (the process ends at once, as by kill -9),
-//! `sleep(ms)` (interruptible). Several, separated by `;`. The setting is superuser-only.
+//! `sleep(ms)` (interruptible; in a worker it ends once the setting does not name the point any more). Several, separated by `;`. The setting is superuser-only.
 
 use std::time::Duration;
 
 use super::error::PgError;
-use super::{guc, wait};
+use super::{bgworker, guc, wait};
 
 /// Does what `rakam.failpoint` says about this point; free when it is unset.
 pub fn hit(name: &str) {
@@ -40,6 +40,10 @@ fn act(name: &str, action: &str) {
                     break;
                 }
                 wait::wait(None, rest);
+                bgworker::reload_in_worker();
+                if !guc::failpoint().is_some_and(|spec| spec.contains(name)) {
+                    break;
+                }
             }
         }
     }
