@@ -43,14 +43,17 @@ pub struct Output {
 }
 
 impl Home {
-    /// What a file of this period says about itself.
+    /// What a file of this period says about itself. One that is made of other files says of which, too.
     pub fn options(&self, period: Period, first_day: i32) -> FileOptions {
         FileOptions {
             project: self.project.name.clone(),
+            project_id: self.project.id,
             collection: self.collection.name.clone(),
+            collection_id: self.collection.id,
             flush_id: self.op_id,
             period,
             first_day,
+            replaces: None,
         }
     }
 

@@ -8,10 +8,10 @@
 use bytes::Bytes;
 
 use rakam_lake::chunk;
-use rakam_lake::period::Period;
+use rakam_lake::period::{self, Period};
 use rakam_lake::read::FileReader;
 use rakam_lake::rows::RowSet;
-use rakam_lake::write::FileWriter;
+use rakam_lake::write::{FileWriter, Replaces};
 use uuid::Uuid;
 
 use crate::catalog::deletion::{self, Reduced};
@@ -178,7 +178,11 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
     let mut reader = FileReader::open(bytes, &schema, old.schema_version, BATCH_ROWS)?;
     let deleted = RowSet::decode(old.positions.clone().into(), old.n as u64)?;
     let period: Period = old.period.parse()?;
-    let options = home.options(period, old.first_day);
+    let mut options = home.options(period, old.first_day);
+    options.replaces = Some(Replaces {
+        ids: period::object_id(&old.path).into_iter().collect(),
+        outputs: Some(1),
+    });
     let mut writer = FileWriter::new(reader.schema(), &options, Vec::new());
     let mut row = 0;
     while let Some(batch) = reader.next().transpose()? {

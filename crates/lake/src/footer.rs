@@ -60,17 +60,30 @@ fn parse_tail(
     reader.finish().map(Arc::new).map_err(failed)
 }
 
-/// Bytes from the start of the metadata to the end of the file.
-fn metadata_length(tail: &[u8]) -> Result<usize, LakeError> {
+/// The metadata of a file from its end, without its page index.
+pub(crate) fn parse_metadata(
+    tail: &Bytes,
+    file_size: u64,
+) -> Result<Arc<ParquetMetaData>, LakeError> {
+    parse_tail(tail, file_size, false)
+}
+
+/// Bytes from the start of the metadata to the end of the file, by its last eight.
+pub(crate) fn metadata_bytes(tail: &[u8]) -> Result<usize, LakeError> {
     let end = tail
         .last_chunk::<TAIL>()
         .filter(|end| end.ends_with(b"PAR1"))
         .ok_or_else(|| LakeError::corrupt(WHAT, "not the end of a Parquet file"))?;
-    let length = u32::from_le_bytes([end[0], end[1], end[2], end[3]]) as usize;
-    length
-        .checked_add(TAIL)
-        .filter(|&length| length <= tail.len())
-        .ok_or_else(|| LakeError::corrupt(WHAT, "truncated metadata"))
+    Ok(u32::from_le_bytes([end[0], end[1], end[2], end[3]]) as usize + TAIL)
+}
+
+/// As [`metadata_bytes`], all of which are there.
+fn metadata_length(tail: &[u8]) -> Result<usize, LakeError> {
+    let length = metadata_bytes(tail)?;
+    if length > tail.len() {
+        return Err(LakeError::corrupt(WHAT, "truncated metadata"));
+    }
+    Ok(length)
 }
 
 #[cfg(test)]

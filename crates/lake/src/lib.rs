@@ -7,8 +7,10 @@
 
 pub mod backlog;
 pub mod chunk;
+pub mod describe;
 pub mod encoding;
 pub mod error;
+pub mod file_info;
 pub mod footer;
 pub mod id_filter;
 pub mod id_run;

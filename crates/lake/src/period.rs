@@ -200,6 +200,15 @@ pub fn object_path(
     path + &format!("/{id}.parquet")
 }
 
+/// The id in the name of a data file; None: it is the name of something else.
+pub fn object_id(path: &str) -> Option<Uuid> {
+    let name = path.rsplit('/').next()?.strip_suffix(".parquet")?;
+    // In the one spelling that [`object_path`] gives it.
+    Uuid::try_parse(name)
+        .ok()
+        .filter(|id| id.hyphenated().to_string() == name)
+}
+
 /// A name as a path component: every byte outside `[A-Za-z0-9_-]` becomes `!` and two hex digits.
 ///
 /// Not `%`: readers disagree on whether a path with `%` is still to be decoded, and object stores advise against it;

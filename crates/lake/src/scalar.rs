@@ -156,7 +156,7 @@ pub(crate) fn to_minimal_be(value: i128) -> Vec<u8> {
     bytes[start..].to_vec()
 }
 
-fn from_minimal_be(bytes: &[u8]) -> Option<i128> {
+pub(crate) fn from_minimal_be(bytes: &[u8]) -> Option<i128> {
     if bytes.is_empty() || bytes.len() > 16 {
         return None;
     }

@@ -11,11 +11,13 @@ use arrow::datatypes::{
     TimestampMicrosecondType,
 };
 use bytes::Bytes;
+use parquet::basic::Type as PhysicalType;
+use parquet::file::metadata::ParquetMetaData;
 use rakam_event::schema::{Schema, XID_FIELD_ID};
 use rakam_event::types::FieldType;
 
 use crate::error::LakeError;
-use crate::scalar::to_minimal_be;
+use crate::scalar::{from_minimal_be, to_minimal_be};
 use crate::seal;
 use crate::varint::{get_number, put_number};
 
@@ -178,6 +180,65 @@ impl Range {
         Some(nans)
     }
 
+    /// Takes in the bounds of a row group as Parquet keeps them. None: they are none of this type.
+    fn widen_by_bytes(&mut self, min: &[u8], max: &[u8], stored: PhysicalType) -> Option<()> {
+        fn array<const N: usize>(bytes: &[u8]) -> Option<[u8; N]> {
+            bytes.try_into().ok()
+        }
+        let number = |bytes: &[u8]| match stored {
+            PhysicalType::INT32 => array(bytes).map(|b| i128::from(i32::from_le_bytes(b))),
+            PhysicalType::INT64 => array(bytes).map(|b| i128::from(i64::from_le_bytes(b))),
+            _ => from_minimal_be(bytes),
+        };
+        match self {
+            Self::Unbounded => {}
+            Self::Bool(range) => widen(range, array::<1>(min)? != [0], array::<1>(max)? != [0]),
+            Self::Int4(range) => {
+                widen(
+                    range,
+                    i32::from_le_bytes(array(min)?),
+                    i32::from_le_bytes(array(max)?),
+                );
+            }
+            Self::Int8(range) => {
+                widen(
+                    range,
+                    i64::from_le_bytes(array(min)?),
+                    i64::from_le_bytes(array(max)?),
+                );
+            }
+            Self::Float4(range) => {
+                widen(
+                    range,
+                    f32::from_le_bytes(array(min)?),
+                    f32::from_le_bytes(array(max)?),
+                );
+            }
+            Self::Float8(range) => {
+                widen(
+                    range,
+                    f64::from_le_bytes(array(min)?),
+                    f64::from_le_bytes(array(max)?),
+                );
+            }
+            Self::Numeric(range) => widen(range, number(min)?, number(max)?),
+            Self::Uuid(range) => widen(range, array(min)?, array(max)?),
+            Self::Text(range) => {
+                let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok();
+                widen(range, text(min)?, text(max)?);
+            }
+        }
+        Some(())
+    }
+
+    fn has_float_zero(&self) -> bool {
+        match self {
+            Self::Float4(Some((min, max))) => *min == 0.0 || *max == 0.0,
+            Self::Float8(Some((min, max))) => *min == 0.0 || *max == 0.0,
+            _ => false,
+        }
+    }
+
     /// The bounds' bytes and whether both are values of the column.
     fn bounds(self) -> (Option<Vec<u8>>, Option<Vec<u8>>, bool) {
         fn of<T>(
@@ -285,6 +346,71 @@ impl StatsBuilder {
             })
             .collect()
     }
+}
+
+/// A column of a finished file: its field, and what Parquet's statistics leave out.
+#[derive(Debug, Clone, Copy)]
+pub struct FileColumn {
+    pub field_id: i32,
+    pub ty: FieldType,
+    /// Where it has one: arrays have none of their own.
+    pub null_count: Option<i64>,
+    pub nan_count: i64,
+}
+
+/// The statistics of a file from its own metadata, as [`StatsBuilder`] gave them when it was written (but that the bounds
+/// of long texts may differ, and a float's bound of zero is a limit only). `columns` are those of the file, in its order.
+pub fn of_file(
+    metadata: &ParquetMetaData,
+    columns: &[FileColumn],
+) -> Result<Vec<ColumnStat>, LakeError> {
+    let malformed = |reason: String| LakeError::corrupt(WHAT, reason);
+    let descriptor = metadata.file_metadata().schema_descr();
+    let mut found: Vec<(ColumnStat, Range, bool)> = columns
+        .iter()
+        .map(|column| {
+            let mut stat = ColumnStat::all_null(column.field_id, 0);
+            stat.null_count = column.null_count.unwrap_or(0);
+            stat.nan_count = column.nan_count;
+            (stat, Range::new(column.ty), true)
+        })
+        .collect();
+    for group in metadata.row_groups() {
+        for (leaf, chunk) in group.columns().iter().enumerate() {
+            let root = descriptor.get_column_root_idx(leaf);
+            let (Some(column), Some((stat, range, exact))) =
+                (columns.get(root), found.get_mut(root))
+            else {
+                return Err(malformed(format!("column {root} is no field")));
+            };
+            let Some(known) = chunk.statistics() else {
+                return Err(malformed(format!("field {} has none", stat.field_id)));
+            };
+            if column.null_count.is_none() {
+                stat.null_count += known.null_count_opt().unwrap_or(0) as i64;
+            }
+            if let (Some(min), Some(max)) = (known.min_bytes_opt(), known.max_bytes_opt()) {
+                range
+                    .widen_by_bytes(min, max, known.physical_type())
+                    .ok_or_else(|| malformed(format!("bounds of field {}", stat.field_id)))?;
+                *exact &= known.min_is_exact() && known.max_is_exact();
+            }
+        }
+    }
+    Ok(found
+        .into_iter()
+        .map(|(stat, range, are_values)| {
+            // A zero's sign is not kept.
+            let has_zero = range.has_float_zero();
+            let (min, max, exact) = range.bounds();
+            ColumnStat {
+                min,
+                max,
+                exact: exact && are_values && !has_zero,
+                ..stat
+            }
+        })
+        .collect())
 }
 
 const HAS_MIN: u8 = 1;

@@ -1,6 +1,5 @@
 //! Writes a data file: Parquet, sorted by `_time`, with everything a reader needs to skip what it does not want.
 
-use std::collections::HashMap;
 use std::io::{self, Write};
 use std::sync::Arc;
 
@@ -17,6 +16,7 @@ use parquet::file::properties::{
 };
 use parquet::schema::types::{ColumnPath, SchemaDescriptor, Type};
 use rakam_event::schema::{ID, Schema, TIME, USER};
+use rakam_event::types::FieldType;
 use uuid::Uuid;
 
 use crate::chunk::{self, ChunkInfo};
@@ -41,14 +41,50 @@ const BLOOM_FPP: f64 = 0.1;
 const SAMPLE_ROWS: usize = 65_536;
 const WHAT: &str = "data file";
 
-/// What a file says about itself.
+/// Keys of a file's metadata. The first six have always been there.
+pub(crate) mod keys {
+    pub const FORMAT_VERSION: &str = "rakam.format_version";
+    pub const PROJECT: &str = "rakam.project";
+    pub const COLLECTION: &str = "rakam.collection";
+    pub const SCHEMA_VERSION: &str = "rakam.schema_version";
+    pub const FLUSH_ID: &str = "rakam.flush_id";
+    pub const PERIOD: &str = "rakam.period";
+    pub const FIRST_DAY: &str = "rakam.first_day";
+    pub const PROJECT_ID: &str = "rakam.project_id";
+    pub const COLLECTION_ID: &str = "rakam.collection_id";
+    /// Types that the column's own does not tell: `id=type`, separated by commas.
+    pub const TYPES: &str = "rakam.types";
+    /// Ids of the files that were replaced, without hyphens, separated by commas.
+    pub const REPLACES: &str = "rakam.replaces";
+    pub const OUTPUTS: &str = "rakam.outputs";
+    /// What Parquet's statistics do not tell: NULLs of array columns, NaNs of others. `id=count`, those above 0.
+    pub const NULL_COUNTS: &str = "rakam.null_counts";
+    pub const NAN_COUNTS: &str = "rakam.nan_counts";
+}
+
+/// What a file says about itself, so that a catalogue can be made of files alone ([`crate::file_info`] reads it).
 #[derive(Debug, Clone)]
 pub struct FileOptions {
     pub project: String,
+    pub project_id: i32,
     pub collection: String,
+    /// Stays when the collection is renamed.
+    pub collection_id: i32,
+    /// The operation that writes it.
     pub flush_id: Uuid,
     pub period: Period,
     pub first_day: i32,
+    /// For a file made of other files, which it and the others of its operation take the place of.
+    pub replaces: Option<Replaces>,
+}
+
+/// What an operation on files replaces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replaces {
+    /// The ids in the names of the files.
+    pub ids: Vec<Uuid>,
+    /// How many files the operation writes, where that is known when the first is begun.
+    pub outputs: Option<u32>,
 }
 
 /// A finished file: what its row of the manifest says, and the sink it went to.
@@ -187,6 +223,10 @@ impl<W: Write + Send> FileWriter<W> {
         };
         let path = self.options.collection.as_str();
         let failed = |e| LakeError::from_writer(path, e);
+        let stats = self.stats.finish();
+        for (key, counts) in counts(&self.schema, &stats) {
+            writer.append_key_value_metadata(KeyValue::new(key.to_owned(), counts));
+        }
         // What the writer appends after the last row group is the page index and the metadata.
         writer.flush().map_err(failed)?;
         writer.sync().map_err(|e| failed(e.into()))?;
@@ -202,7 +242,7 @@ impl<W: Write + Send> FileWriter<W> {
             bytes,
             footer: seal_footer(&tail, bytes)?,
             footer_bytes: tail.len(),
-            stats: self.stats.finish(),
+            stats,
             min_time_us: info.min_time_us,
             max_time_us: info.max_time_us,
             min_xid: info.min_xid,
@@ -255,24 +295,47 @@ impl<W: Write + Send> FileWriter<W> {
         })
     }
 
+    fn about_itself(&self) -> Vec<KeyValue> {
+        let options = &self.options;
+        let mut metadata = vec![
+            (keys::FORMAT_VERSION, FORMAT_VERSION.to_string()),
+            (keys::PROJECT, options.project.clone()),
+            (keys::PROJECT_ID, options.project_id.to_string()),
+            (keys::COLLECTION, options.collection.clone()),
+            (keys::COLLECTION_ID, options.collection_id.to_string()),
+            (keys::SCHEMA_VERSION, self.schema.version.to_string()),
+            (keys::FLUSH_ID, options.flush_id.to_string()),
+            (keys::PERIOD, options.period.to_string()),
+            (keys::FIRST_DAY, options.first_day.to_string()),
+        ];
+        // Text columns that hold no text.
+        let types: Vec<String> = (self.schema.fields.iter())
+            .filter(|f| f.is_user() && matches!(f.ty, FieldType::Inet | FieldType::Jsonb))
+            .map(|f| format!("{}={}", f.id, f.ty))
+            .collect();
+        if !types.is_empty() {
+            metadata.push((keys::TYPES, types.join(",")));
+        }
+        if let Some(replaces) = &options.replaces {
+            let ids: Vec<String> = replaces
+                .ids
+                .iter()
+                .map(|id| id.simple().to_string())
+                .collect();
+            metadata.push((keys::REPLACES, ids.join(",")));
+            metadata.extend(replaces.outputs.map(|n| (keys::OUTPUTS, n.to_string())));
+        }
+        metadata.sort_unstable();
+        metadata
+            .into_iter()
+            .map(|(key, value)| KeyValue::new(key.to_owned(), value))
+            .collect()
+    }
+
     fn properties(&self, sample: &[RecordBatch]) -> Result<WriterProperties, LakeError> {
         let encode = |e: ParquetError| LakeError::encode(WHAT, e);
         let compression = Compression::ZSTD(ZstdLevel::try_new(3).map_err(encode)?);
-        let metadata = HashMap::from([
-            ("rakam.format_version", FORMAT_VERSION.to_string()),
-            ("rakam.project", self.options.project.clone()),
-            ("rakam.collection", self.options.collection.clone()),
-            ("rakam.schema_version", self.schema.version.to_string()),
-            ("rakam.flush_id", self.options.flush_id.to_string()),
-            ("rakam.period", self.options.period.to_string()),
-            ("rakam.first_day", self.options.first_day.to_string()),
-        ]);
-        let mut metadata: Vec<KeyValue> = metadata
-            .into_iter()
-            .map(|(key, value)| KeyValue::new(key.to_owned(), value))
-            .collect();
-        metadata.sort_by(|a, b| a.key.cmp(&b.key));
-
+        let metadata = self.about_itself();
         let mut builder = WriterProperties::builder()
             // Pages of version 2 leave the levels of NULLs and lists uncompressed; the encodings are set by column.
             .set_writer_version(WriterVersion::PARQUET_1_0)
@@ -319,6 +382,34 @@ impl<W: Write + Send> FileWriter<W> {
         }
         Ok(builder.build())
     }
+}
+
+/// Counts that belong into the metadata, by key.
+fn counts(schema: &Schema, stats: &[ColumnStat]) -> Vec<(&'static str, String)> {
+    let is_array = |id: i32| {
+        use FieldType::{BoolArray, Float8Array, TextArray};
+        let mut fields = schema.fields.iter();
+        fields.any(|f| f.id == id && matches!(f.ty, BoolArray | Float8Array | TextArray))
+    };
+    let list = |count: &dyn Fn(&ColumnStat) -> i64| {
+        let counted = stats.iter().map(|stat| (stat.field_id, count(stat)));
+        let above_0 = counted.filter(|(_, n)| *n > 0);
+        above_0
+            .map(|(id, n)| format!("{id}={n}"))
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    let nulls = list(&|stat| {
+        if is_array(stat.field_id) {
+            stat.null_count
+        } else {
+            0
+        }
+    });
+    let nans = list(&|stat| stat.nan_count);
+    let mut found = vec![(keys::NULL_COUNTS, nulls), (keys::NAN_COUNTS, nans)];
+    found.retain(|(_, counts)| !counts.is_empty());
+    found
 }
 
 fn failed_before() -> LakeError {

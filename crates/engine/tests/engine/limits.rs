@@ -64,10 +64,7 @@ async fn dropping_the_stream_ends_the_work() {
         .num_alive_tasks()
         > before
     {
-        assert!(
-            dropped.elapsed() < Duration::from_secs(30),
-            "tasks go on"
-        );
+        assert!(dropped.elapsed() < Duration::from_secs(30), "tasks go on");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let asked = broker.asked.load(Ordering::SeqCst);

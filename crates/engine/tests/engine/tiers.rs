@@ -211,10 +211,13 @@ async fn a_file_of_the_lake_is_read_from_its_directory() {
     let directory = tempfile::tempdir().unwrap();
     let options = FileOptions {
         project: "p".to_owned(),
+        project_id: 3,
         collection: "c".to_owned(),
+        collection_id: 7,
         flush_id: Default::default(),
         period: Period::Year,
         first_day: 19_358,
+        replaces: None,
     };
     let mut writer = FileWriter::new(&schema, &options, Vec::new());
     for part in rows.chunks(7_000) {

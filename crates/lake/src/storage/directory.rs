@@ -531,10 +531,13 @@ mod tests {
         let rows = crate::testing::batch(&schema, 100, &mut crate::testing::Rng::new(41));
         let options = FileOptions {
             project: "p".into(),
+            project_id: 3,
             collection: "c".into(),
+            collection_id: 7,
             flush_id: Uuid::nil(),
             period: crate::period::Period::Year,
             first_day: 0,
+            replaces: None,
         };
         let mut writer = FileWriter::new(&schema, &options, storage.create("p/f").unwrap());
         writer.write(&crate::sort::by_time(&rows).unwrap()).unwrap();

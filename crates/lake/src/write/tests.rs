@@ -10,10 +10,13 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 fn options() -> FileOptions {
     FileOptions {
         project: "acme".into(),
+        project_id: 3,
         collection: "pageview".into(),
+        collection_id: 7,
         flush_id: Uuid::nil(),
         period: Period::Month,
         first_day: 19_844,
+        replaces: None,
     }
 }
 
