@@ -7,7 +7,7 @@ DECLARE
   -- Definitions: visible to every member of the project. Their rows name things, they hold no data.
   definitions text[] := '{project,collection,field,former_name,dropped_field,mapper,audit_log,progress}';
   -- Data, and what tells about it: for those who may read the project. The foreign tables are read through these.
-  data text[] := '{inbox_0,inbox_1,inbox_2,inbox_parked,inbox_lag,hot_chunk,data_file,data_file_stat,data_file_footer,deletion,collection_stat,id_run,local_object,manifest_log,invalid_value,invalid_count,dead_letter,mapper_dropped}';
+  data text[] := '{inbox_0,inbox_1,inbox_2,inbox_parked,inbox_lag,hot_chunk,data_file,data_file_stat,data_file_footer,deletion,collection_stat,id_run,local_object,manifest_log,invalid_value,invalid_count,dead_letter,mapper_dropped,attached_table}';
   -- No policy: nobody but the owner, a superuser, sees a row.
   closed text[] := '{inbox_restored,api_key,file_deferred,usage,session_span,file_load}';
 BEGIN
@@ -27,7 +27,7 @@ BEGIN
     EXECUTE pg_catalog.format('GRANT SELECT ON rakam_internal.%I TO PUBLIC', t);
   END LOOP;
   -- What is cached per backend (src/catalog/projects.rs, mapper.rs): every change is announced to all of them.
-  FOREACH t IN ARRAY '{project,api_key,mapper}'::text[] LOOP
+  FOREACH t IN ARRAY '{project,api_key,mapper,attached_table}'::text[] LOOP
     EXECUTE pg_catalog.format('CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE
       ON rakam_internal.%I FOR EACH STATEMENT EXECUTE FUNCTION rakam_internal.announce_change()', t);
     -- Also under session_replication_role = replica, as set by restores and replication.

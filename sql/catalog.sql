@@ -478,6 +478,18 @@ CREATE TABLE rakam_internal.file_load (
 ) WITH (fillfactor = 50);
 CREATE INDEX file_load_collection ON rakam_internal.file_load (collection_id);
 
+-- Foreign files that are read as a table. Whoever attached them had the right to; the project's readers read them for it.
+CREATE TABLE rakam_internal.attached_table (
+  project_id  int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
+  name        text COLLATE "C" NOT NULL,                 -- of the table, too
+  url         text NOT NULL,                             -- as it was written: relative to the project's storage, or whole
+  storage     text COLLATE "C",                          -- the server below whose url it must lie; NULL: any file
+  format      text COLLATE "C",                          -- NULL: by suffix
+  n           bigint NOT NULL,                           -- rows, about and then
+  attached_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+  PRIMARY KEY (project_id, name)
+);
+
 -- What workers are doing now; a row whose process is gone is nobody's and is removed by the next one of its pid.
 CREATE TABLE rakam_internal.progress (
   pid        int PRIMARY KEY,
@@ -541,7 +553,7 @@ BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
     'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred',
     'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
-    'mapper', 'mapper_dropped'] LOOP
+    'mapper', 'mapper_dropped', 'attached_table'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');
   END LOOP;
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.storage', 'WHERE storage_id > 1');

@@ -53,6 +53,10 @@ CREATE VIEW rakam.data_files WITH (security_invoker = true) AS
 SELECT project, collection, storage, period, first_day, last_day, path, n, bytes, min_time, max_time, level, created_at
 FROM rakam_internal.data_files();
 
+CREATE VIEW rakam.attached WITH (security_invoker = true) AS
+SELECT p.name AS project, a.name, a.url, a.format, a.attached_at
+FROM rakam_internal.attached_table a JOIN rakam_internal.project p USING (project_id);
+
 CREATE VIEW rakam.invalid_value WITH (security_invoker = true) AS
 SELECT p.name AS project, c.name AS collection, v.field, v.type, v.value, v.error, v.event_id, v.at,
        coalesce(k.n, 1) AS count
@@ -82,7 +86,7 @@ SELECT r.pid, p.name AS project, r.what, r.done, r.total, r.unit, r.started_at
 FROM rakam_internal.progress r JOIN rakam_internal.project p USING (project_id)
 WHERE rakam_internal.is_running(r.pid);
 
-GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.schema_versions,
+GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.attached, rakam.schema_versions,
   rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.audit_log,
   rakam.stat_progress TO PUBLIC;
 

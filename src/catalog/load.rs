@@ -87,16 +87,29 @@ pub fn loading(view: View) -> Result<HashSet<i32>> {
     Ok(ids.into_iter().collect())
 }
 
-/// The addresses of the storages that a role may use.
-pub fn storage_urls(user: Oid) -> Result<Vec<String>> {
+/// The address of a storage server; None if there is none.
+pub fn storage_url(view: View, name: &str) -> Result<Option<String>> {
+    spi::first(
+        view,
+        "SELECT o.option_value FROM pg_catalog.pg_foreign_server f
+         JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = f.srvfdw AND w.fdwname = 'rakam'
+         CROSS JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o
+         WHERE o.option_name = 'url' AND f.srvname = $1",
+        &[arg(name)],
+        |row| row.must(1),
+    )
+}
+
+/// The storages that a role may use: name and address.
+pub fn storage_urls(user: Oid) -> Result<Vec<(String, String)>> {
     spi::query(
         View::Current,
-        "SELECT o.option_value FROM pg_catalog.pg_foreign_server f
+        "SELECT f.srvname::text, o.option_value FROM pg_catalog.pg_foreign_server f
          JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = f.srvfdw AND w.fdwname = 'rakam'
          CROSS JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o
          WHERE o.option_name = 'url' AND pg_catalog.has_server_privilege($1, f.oid, 'USAGE')
          ORDER BY pg_catalog.length(o.option_value) DESC",
         &[arg(user)],
-        |row| row.must(1),
+        |row| Ok((row.must(1)?, row.must(2)?)),
     )
 }

@@ -2,6 +2,7 @@
 //!
 //! Readers pass a [`crate::pg::spi::View`]: a foreign table's scan reads everything under one snapshot.
 
+pub mod attached;
 pub mod audit;
 pub mod backlog;
 pub mod collections;

@@ -31,6 +31,8 @@ pub struct Project {
     /// Whether its fields and collections are fixed: for roles other than its admin.
     pub is_fixed: bool,
     pub quota: Quota,
+    /// The names of its attached tables, which no collection may have.
+    pub attached: HashSet<String>,
 }
 
 /// What a project may send and have; None: no limit.
@@ -211,12 +213,13 @@ pub fn key(text: &str) -> Result<Key> {
                 view,
                 "SELECT p.project_id, p.name, p.read_role, p.write_role, p.admin_role, p.storage_id,
                         p.schema_mode = 'fixed', p.events_per_second, p.bytes_per_day, p.collections_max, p.fields_max,
+                        ARRAY(SELECT a.name FROM rakam_internal.attached_table a WHERE a.project_id = p.project_id),
                         k.kind
                  FROM rakam_internal.api_key k JOIN rakam_internal.project p USING (project_id)
                  WHERE k.hash = $1 AND k.revoked_at IS NULL",
                 &[arg(hash.as_slice())],
                 |row| {
-                    let kind: String = row.must(12)?;
+                    let kind: String = row.must(13)?;
                     Ok(Key {
                         kind: KeyKind::ALL
                             .into_iter()
@@ -316,6 +319,7 @@ fn project_row(row: &spi::Row) -> Result<Project> {
             collections: row.get(10),
             fields: row.get(11),
         },
+        attached: row.must::<Vec<String>>(12)?.into_iter().collect(),
     })
 }
 
@@ -323,8 +327,9 @@ fn load_project(view: View, name: &str) -> Result<Option<Project>> {
     spi::first(
         view,
         "SELECT project_id, name, read_role, write_role, admin_role, storage_id, schema_mode = 'fixed',
-                events_per_second, bytes_per_day, collections_max, fields_max
-         FROM rakam_internal.project WHERE name = $1",
+                events_per_second, bytes_per_day, collections_max, fields_max,
+                ARRAY(SELECT a.name FROM rakam_internal.attached_table a WHERE a.project_id = p.project_id)
+         FROM rakam_internal.project p WHERE name = $1",
         &[arg(name)],
         project_row,
     )

@@ -3,7 +3,7 @@
 use pgrx::pg_sys;
 
 use super::options::TableOptions;
-use crate::catalog::{manifest, registry};
+use crate::catalog::{attached, manifest, registry};
 use crate::pg::Result;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
@@ -34,6 +34,10 @@ pub fn rows(options: &TableOptions, user: pg_sys::Oid) -> f64 {
 }
 
 fn totals(options: &TableOptions, view: View) -> Result<i64> {
+    if let Some(name) = &options.attached {
+        let table = attached::find(view, &options.project, name)?;
+        return Ok(table.map_or(0, |table| table.n));
+    }
     let collections = if options.is_all() {
         registry::collections(view, &options.project)?
     } else {

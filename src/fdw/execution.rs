@@ -12,7 +12,7 @@ use pgrx::pg_sys;
 use rakam_engine::context::BATCH_ROWS;
 use rakam_engine::rows::ROW_FIELD_ID;
 use rakam_engine::{
-    EngineContext, EngineError, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all, execute,
+    Broker, EngineContext, EngineError, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all, execute,
     execute_all,
 };
 use rakam_event::entry::Limits;
@@ -51,6 +51,7 @@ impl Done {
     pub fn add(&mut self, metrics: &ScanMetrics) {
         let sum = &mut self.metrics;
         sum.files_opened += metrics.files_opened;
+        sum.files_skipped += metrics.files_skipped;
         sum.bytes_read += metrics.bytes_read;
         sum.row_groups_read += metrics.row_groups_read;
         sum.row_groups_pruned_by_stats += metrics.row_groups_pruned_by_stats;
@@ -67,14 +68,20 @@ pub struct Running {
     runtime: Arc<Runtime>,
     task: tokio::task::JoinHandle<()>,
     port: Port<Message>,
-    tick: inbox::Tick,
-    project_id: i32,
-    tails: Vec<Tail>,
-    /// The first inbox rows of the only collection, read before the engine asked.
-    first_page: Option<Vec<TailRow>>,
+    /// What the engine asks about; None: a scan of files that are not ours.
+    inbox: Option<Inbox>,
     /// The task has said that it is done.
     finished: bool,
     metrics: Arc<Mutex<ScanMetrics>>,
+}
+
+/// The un-digested events of an execution.
+struct Inbox {
+    tick: inbox::Tick,
+    project_id: i32,
+    tails: Vec<Tail>,
+    /// The first rows of the only collection, read before the engine asked.
+    first_page: Option<Vec<TailRow>>,
 }
 
 impl Drop for Running {
@@ -129,22 +136,40 @@ pub fn start(
         };
         Box::new(move |ctx| execute(input, broker, ctx))
     };
-    let (tails, first_page) = (job.tails, job.first_page);
+    let inbox = Inbox {
+        tick: visible.tick.clone(),
+        project_id: visible.project_id,
+        tails: job.tails,
+        first_page: job.first_page,
+    };
+    launch(open, sender, port, Some(inbox)).map(Some)
+}
+
+/// Begins a scan whose rows all come from `broker`, which asks nothing of this thread.
+pub fn start_alone(input: ScanInput, broker: Arc<dyn Broker>) -> Result<Running> {
+    let (sender, port) = port(PORT_MESSAGES)?;
+    let open: Open = Box::new(move |ctx| execute(input, broker, ctx));
+    launch(open, sender, port, None)
+}
+
+fn launch(
+    open: Open,
+    sender: Sender<Message>,
+    port: Port<Message>,
+    inbox: Option<Inbox>,
+) -> Result<Running> {
     let runtime = Runtime::current()?;
     let ctx = engine_context(&runtime)?;
     let metrics = Arc::new(Mutex::new(ScanMetrics::default()));
     let task = runtime.spawn(run(open, ctx, sender, Arc::clone(&metrics)));
-    Ok(Some(Running {
+    Ok(Running {
         runtime,
         task,
         port,
-        tick: visible.tick.clone(),
-        project_id: visible.project_id,
-        tails,
-        first_page,
+        inbox,
         finished: false,
         metrics,
-    }))
+    })
 }
 
 impl Running {
@@ -184,6 +209,9 @@ impl Running {
 
     /// Reads for the engine what it asked for. An answer that nobody waits for any more is dropped.
     fn answer(&mut self, question: Message, view: View, done: &mut Done) -> Result<()> {
+        let Some(inbox) = &mut self.inbox else {
+            return Err(PgError::internal("a scan of files asked for events"));
+        };
         match question {
             Message::Chunk { id, reply } => {
                 let data = manifest::chunk_data(view, id)?.ok_or_else(|| {
@@ -192,16 +220,16 @@ impl Running {
                 let _ = reply.send(Bytes::from(data));
             }
             Message::Page { part, reply } => {
-                let page = match self.first_page.take() {
+                let page = match inbox.first_page.take() {
                     Some(page) => Some(page),
-                    None => match self.tails.get_mut(part) {
+                    None => match inbox.tails.get_mut(part) {
                         Some(tail) => tail.next_page(view)?,
                         None => None,
                     },
                 };
                 match &page {
                     Some(rows) => done.inbox_rows += rows.len() as u64,
-                    None => check_truncation(&self.tick)?,
+                    None => check_truncation(&inbox.tick)?,
                 }
                 let _ = reply.send(page);
             }
@@ -210,7 +238,7 @@ impl Running {
                 window_us,
                 reply,
             } => {
-                let known = known::known(view, self.project_id, window_us, &ids)?;
+                let known = known::known(view, inbox.project_id, window_us, &ids)?;
                 let _ = reply.send(known);
             }
             Message::Object { path, range, reply } => {

@@ -4,6 +4,7 @@
 use std::ffi::CString;
 
 use pgrx::{pg_guard, pg_sys};
+use rakam_engine::ScanMetrics;
 
 use super::node;
 use super::plan::ScanSpec;
@@ -80,6 +81,9 @@ unsafe fn conditions(
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
     let done = &state.done;
     let (skipped, metrics) = (&done.skipped, &done.metrics);
+    if state.reads_files() {
+        return files(metrics, es);
+    }
     // SAFETY: EXPLAIN's own structure.
     if unsafe { (*es).format } == pg_sys::ExplainFormat::EXPLAIN_FORMAT_TEXT {
         let files = format!(
@@ -133,6 +137,25 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
         (c"Deleted Events Hidden", skipped.deleted_events as i64),
     ] {
         integer(label, value, es);
+    }
+}
+
+/// Of attached files.
+fn files(metrics: &ScanMetrics, es: *mut pg_sys::ExplainState) {
+    for (label, value) in [
+        (c"Files Read", metrics.files_opened),
+        (c"Files Skipped by Folder", metrics.files_skipped),
+        (c"Row Groups Read", metrics.row_groups_read),
+        (
+            c"Row Groups Skipped by Statistics",
+            metrics.row_groups_pruned_by_stats,
+        ),
+        (c"Bytes Read", metrics.bytes_read),
+    ] {
+        // SAFETY: EXPLAIN's own structure.
+        if value > 0 || unsafe { (*es).format } != pg_sys::ExplainFormat::EXPLAIN_FORMAT_TEXT {
+            integer(label, value as i64, es);
+        }
     }
 }
 

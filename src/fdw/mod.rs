@@ -6,6 +6,7 @@
 //! - [`plan`], [`cost`]: the planner's callbacks
 //! - [`scan`]: the executor's; [`execution`] is one run of it, [`tiers`] what it reads, [`broker`] how engine threads get
 //!   at that, [`unique`] which events of the tail are copies
+//! - [`files`]: what a scan of attached files reads
 //! - [`tuples`]: Arrow columns as datums
 //! - [`modify`]: INSERT and COPY; [`row`] reads a row, [`bulk`] is where rows gather and are stored
 //! - [`explain`]: what EXPLAIN says
@@ -24,6 +25,7 @@ mod columns;
 mod cost;
 mod execution;
 mod explain;
+mod files;
 mod handler;
 mod modify;
 mod node;

@@ -53,6 +53,10 @@ pub unsafe extern "C-unwind" fn refuse_change(
 ) {
     // SAFETY: the planner's own structures.
     let (command, name) = unsafe { ((*(*root).parse).commandType, relation_name(relation)) };
+    // SAFETY: an open relation.
+    if options::of_table(unsafe { (*relation).rd_id }).attached.is_some() {
+        refuse_attached(&name).raise();
+    }
     let verb = match command {
         pg_sys::CmdType::CMD_DELETE => "delete from",
         _ => "update",
@@ -69,12 +73,18 @@ pub unsafe extern "C-unwind" fn truncate(
     _restart: bool,
 ) {
     // SAFETY: a list of open relations.
-    let name = unsafe {
+    let (name, is_attached) = unsafe {
         node::pointers::<pg_sys::RelationData>(relations)
             .first()
-            .map(|relation| relation_name(*relation))
+            .map(|&relation| {
+                let options = options::of_table((*relation).rd_id);
+                (relation_name(relation), options.attached.is_some())
+            })
             .unwrap_or_default()
     };
+    if is_attached {
+        refuse_attached(&name).raise();
+    }
     PgError::new("0A000", format!("cannot truncate collection \"{name}\""))
         .hint(DELETE_HINT)
         .raise()
@@ -102,8 +112,12 @@ pub unsafe extern "C-unwind" fn plan(
     unsafe {
         let entry: *mut pg_sys::RangeTblEntry =
             pg_sys::list_nth((*(*root).parse).rtable, index as i32 - 1).cast();
-        if options::of_table((*entry).relid).is_all() {
+        let options = options::of_table((*entry).relid);
+        if options.is_all() {
             refuse_all().raise();
+        }
+        if let Some(name) = &options.attached {
+            refuse_attached(name).raise();
         }
         if (*plan).onConflictAction == pg_sys::OnConflictAction::ONCONFLICT_UPDATE {
             PgError::new(
@@ -115,6 +129,11 @@ pub unsafe extern "C-unwind" fn plan(
         }
     }
     std::ptr::null_mut()
+}
+
+fn refuse_attached(name: &str) -> PgError {
+    PgError::new("0A000", format!("cannot change attached table \"{name}\""))
+        .hint("Its rows are those of the files: change these, or load them into a collection with rakam.copy_from.")
 }
 
 fn refuse_all() -> PgError {
@@ -291,6 +310,9 @@ fn writable(relation: pg_sys::Oid, user: pg_sys::Oid) -> Result<(Buffer, bool)> 
     let options = options::of_table(relation);
     if options.is_all() {
         return Err(refuse_all());
+    }
+    if let Some(name) = &options.attached {
+        return Err(refuse_attached(name));
     }
     xact::ensure_writable("insert events")?;
     let no_project = || PgError::no_project(&options.project);

@@ -1,5 +1,5 @@
-//! Which options exist: `project` and `collection` of a foreign table, those of a storage's server and of the user mapping
-//! with its credentials. What is wrong with a value is said without the value: it may be a secret.
+//! Which options exist: `project` and `collection` or `attached` of a foreign table, those of a storage's server and of the
+//! user mapping with its credentials. What is wrong with a value is said without the value: it may be a secret.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{pg_extern, pg_sys};
@@ -12,13 +12,16 @@ use crate::pg::{PgError, Result, security, server};
 /// The collection of a foreign table without option `collection`: all collections of its project.
 pub const ALL: &str = "_all";
 
-const TABLE_OPTIONS: [&str; 2] = ["project", "collection"];
+const TABLE_OPTIONS: [&str; 3] = ["project", "collection", "attached"];
 
 /// What a foreign table reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableOptions {
     pub project: String,
+    /// Empty for attached files.
     pub collection: String,
+    /// The name under which foreign files are attached.
+    pub attached: Option<String>,
 }
 
 impl TableOptions {
@@ -38,10 +41,16 @@ pub fn of_table(relation: pg_sys::Oid) -> TableOptions {
             .find(|(key, _)| key == name)
             .map(|(_, value)| value.clone())
     };
+    let attached = value("attached");
     TableOptions {
         // A table made before the validator had its say reads a project that does not exist.
         project: value("project").unwrap_or_default(),
-        collection: value("collection").unwrap_or_else(|| ALL.to_owned()),
+        collection: match (value("collection"), &attached) {
+            (Some(name), _) => name,
+            (None, Some(_)) => String::new(),
+            (None, None) => ALL.to_owned(),
+        },
+        attached,
     }
 }
 
@@ -64,6 +73,13 @@ fn validate(options: &[(&str, &str)], catalog: pg_sys::Oid) -> Result<()> {
         if !options.iter().any(|(name, _)| *name == "project") {
             return Err(PgError::new("HV00J", "option \"project\" is required")
                 .hint("Name the project and the collection: OPTIONS (project 'acme', collection 'pageview')."));
+        }
+        let given = |option: &str| options.iter().any(|(name, _)| *name == option);
+        if given("collection") && given("attached") {
+            return Err(PgError::new(
+                "22023",
+                "options \"collection\" and \"attached\" exclude each other",
+            ));
         }
         for (name, value) in options {
             if value.is_empty() {

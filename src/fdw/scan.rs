@@ -16,6 +16,7 @@ use rakam_event::types::FieldType;
 
 use super::columns::Column;
 use super::execution::{self, Done, Running};
+use super::files;
 use super::identity::{self, Objects};
 use super::node;
 use super::options::{self, TableOptions};
@@ -24,6 +25,7 @@ use super::tiers::{self, Stores, Visible};
 use super::translate;
 use super::tuples::{Output, WINDOW_ROWS, Window};
 use super::values::{self, Value};
+use crate::catalog::attached;
 use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Snapshot;
@@ -267,6 +269,9 @@ impl ForeignScan {
         let values = self.param_values()?;
         let _user = ActAs::user(self.user);
         let view = self.view();
+        if let Some(name) = self.options.attached.clone() {
+            return self.start_attached(view, &name, &values);
+        }
         if self.visible.is_none() {
             self.visible = Some(tiers::look_up(
                 view,
@@ -279,8 +284,9 @@ impl ForeignScan {
             // Nothing that this user may see: no rows, and no word about it.
             return Ok(());
         };
-        let (mut plan, outputs) =
-            bound_plan(&self.spec, &self.options, visible, &self.columns, &values)?;
+        let (mut plan, outputs) = bound_plan(&self.spec, &self.columns, &values, |needed| {
+            tiers::fields(&self.options, visible, needed)
+        })?;
         self.outputs = outputs;
         if self.identity.is_some() {
             plan.columns.push(ROW_FIELD_ID);
@@ -294,6 +300,19 @@ impl ForeignScan {
             &mut self.stores,
             &mut self.done,
         )?;
+        Ok(())
+    }
+
+    /// Begins to read attached files, if this user may.
+    fn start_attached(&mut self, view: View, name: &str, values: &[Value]) -> Result<()> {
+        let Some(table) = attached::find(view, &self.options.project, name)? else {
+            return Ok(());
+        };
+        let (plan, outputs) = bound_plan(&self.spec, &self.columns, values, |needed| {
+            Ok(files::fields(needed))
+        })?;
+        self.outputs = files::outputs(&self.columns, outputs);
+        self.running = Some(files::start(view, &table, &self.columns, plan)?);
         Ok(())
     }
 
@@ -324,6 +343,11 @@ impl ForeignScan {
                 value.ok_or_else(|| PgError::internal("a parameter is of an unexpected type"))
             })
             .collect()
+    }
+
+    /// Whether its rows come from attached files.
+    pub fn reads_files(&self) -> bool {
+        self.options.attached.is_some()
     }
 
     fn finish(&mut self) {
@@ -378,10 +402,9 @@ fn row_ids(batch: &RecordBatch) -> Result<&Int64Array> {
 /// The plan with fields and values in it, and where its columns go.
 fn bound_plan(
     spec: &ScanSpec,
-    options: &TableOptions,
-    visible: &Visible,
     columns: &[Column],
     values: &[Value],
+    fields: impl FnOnce(&[Column]) -> Result<HashMap<i16, (i32, FieldType)>>,
 ) -> Result<(ScanPlan, Vec<Output>)> {
     let mut in_filter = BTreeSet::new();
     if let Some(filter) = &spec.filter {
@@ -392,7 +415,7 @@ fn bound_plan(
         .filter(|c| spec.columns.contains(&c.attnum) || in_filter.contains(&i32::from(c.attnum)))
         .cloned()
         .collect();
-    let fields = tiers::fields(options, visible, &needed)?;
+    let fields = fields(&needed)?;
     let (mut ids, mut outputs) = (Vec::new(), Vec::new());
     for column in &needed {
         if let Some(&(id, ty)) = fields.get(&column.attnum)
@@ -402,6 +425,7 @@ fn bound_plan(
             outputs.push(Output {
                 attribute: column.attnum as usize - 1,
                 ty,
+                input: None,
             });
         }
     }

@@ -437,6 +437,15 @@ fn prune(view: View, part: &Seen, conditions: &[&Expr], files: &mut Vec<FileRow>
     Ok(())
 }
 
+/// What a filter says of single columns: no row that it lets through is against any of it.
+pub fn predicates(filter: Option<&Expr>) -> Vec<(i32, Predicate)> {
+    let mut conditions = Vec::new();
+    if let Some(filter) = filter {
+        conjuncts(filter, &mut conditions);
+    }
+    conditions.into_iter().filter_map(predicate).collect()
+}
+
 /// A condition as a predicate on one column.
 fn predicate(condition: &Expr) -> Option<(i32, Predicate)> {
     if let Some((id, op, scalar)) = comparison(condition) {

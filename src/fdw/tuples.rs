@@ -25,6 +25,8 @@ pub struct Output {
     /// Position in the tuple, from 0.
     pub attribute: usize,
     pub ty: FieldType,
+    /// The values are texts for the input function of this type, with its modifier.
+    pub input: Option<(pg_sys::Oid, i32)>,
 }
 
 /// Some rows of a batch as datums.
@@ -59,7 +61,7 @@ impl Window {
             .map(|(output, column)| {
                 Ok(Datums {
                     attribute: output.attribute,
-                    values: datums(&column.slice(offset, rows), output.ty)?,
+                    values: output.datums(&column.slice(offset, rows))?,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -96,6 +98,15 @@ impl Window {
         }
         self.next += 1;
         true
+    }
+}
+
+impl Output {
+    fn datums(&self, column: &ArrayRef) -> Result<Column> {
+        match (self.input, column.as_string_opt::<i32>()) {
+            (Some((type_oid, typmod)), Some(texts)) => Ok(parsed(texts, type_oid, typmod)),
+            _ => datums(column, self.ty),
+        }
     }
 }
 
@@ -142,10 +153,10 @@ fn datums(column: &ArrayRef, ty: FieldType) -> Result<Column> {
         F::Uuid => column.as_fixed_size_binary_opt().and_then(uuids),
         F::Inet => column
             .as_string_opt::<i32>()
-            .map(|a| parsed(a, pg_sys::INETOID)),
+            .map(|a| parsed(a, pg_sys::INETOID, -1)),
         F::Jsonb => column
             .as_string_opt::<i32>()
-            .map(|a| parsed(a, pg_sys::JSONBOID)),
+            .map(|a| parsed(a, pg_sys::JSONBOID, -1)),
         F::BoolArray | F::Float8Array | F::TextArray => arrays(column, ty),
     };
     converted.ok_or_else(|| {
@@ -235,11 +246,12 @@ fn uuids(column: &FixedSizeBinaryArray) -> Option<Column> {
 struct Input {
     function: pg_sys::FmgrInfo,
     io_param: pg_sys::Oid,
+    typmod: i32,
     buffer: Vec<u8>,
 }
 
 impl Input {
-    fn new(type_oid: pg_sys::Oid) -> Self {
+    fn new(type_oid: pg_sys::Oid, typmod: i32) -> Self {
         let (mut oid, mut io_param) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
         let mut function = pg_sys::FmgrInfo::default();
         // SAFETY: catalog look-ups; what they allocate lives as long as the window.
@@ -250,6 +262,7 @@ impl Input {
         Self {
             function,
             io_param,
+            typmod,
             buffer: Vec::new(),
         }
     }
@@ -265,14 +278,14 @@ impl Input {
                 &mut self.function,
                 self.buffer.as_mut_ptr().cast(),
                 self.io_param,
-                -1,
+                self.typmod,
             )
         }
     }
 }
 
-fn parsed(column: &StringArray, type_oid: pg_sys::Oid) -> Column {
-    let mut input = Input::new(type_oid);
+fn parsed(column: &StringArray, type_oid: pg_sys::Oid, typmod: i32) -> Column {
+    let mut input = Input::new(type_oid, typmod);
     column
         .iter()
         .map(|v| v.map(|text| input.parse(text)))
@@ -290,7 +303,7 @@ fn numerics(column: &Decimal128Array, scale: u8) -> Column {
                     pg_sys::int64_div_fast_to_numeric(unscaled, i32::from(scale))
                 }),
                 Err(_) => input
-                    .get_or_insert_with(|| Input::new(pg_sys::NUMERICOID))
+                    .get_or_insert_with(|| Input::new(pg_sys::NUMERICOID, -1))
                     .parse(&decimal_text(unscaled, scale)),
             })
         })

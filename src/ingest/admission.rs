@@ -1,4 +1,5 @@
-//! Whether a single event may enter: the schema mode of the project, and its quota of collections and fields.
+//! Whether a single event may enter: the schema mode of the project, its quota of collections and fields, and names that
+//! are those of attached tables.
 //!
 //! An open project without such a quota pays for none of this. Otherwise names are compared with the registry as it is
 //! now, through a cache of the backend; what is not digested yet is not known, so what gets past the quota here is
@@ -38,6 +39,9 @@ impl<'a> Admission<'a> {
 
     /// Why this event is refused; None if it is not. An error concerns the whole call.
     pub fn refusal(&mut self, collection: &str, properties: &str) -> Result<Option<EventError>> {
+        if self.project.attached.contains(collection) {
+            return Ok(Some(EventError::AttachedTable(collection.to_owned())));
+        }
         let quota = &self.project.quota;
         if !self.project.is_fixed && quota.collections.is_none() && quota.fields.is_none() {
             return Ok(None);

@@ -46,7 +46,9 @@ pub fn run() -> std::result::Result<Synced, Failure> {
 fn pending() -> Result<Vec<i32>> {
     spi::query(
         View::Current,
-        "SELECT collection_id FROM rakam_internal.collection WHERE ft IS NULL
+        // One that came in under the name of an attached table, while that was attached, waits until it is detached.
+        "SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND NOT EXISTS
+           (SELECT FROM rakam_internal.attached_table a WHERE a.project_id = c.project_id AND a.name = c.name)
          UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready ORDER BY 1 LIMIT 1000",
         &[],
         |row| row.must(1),
@@ -101,18 +103,14 @@ fn create(project: &ProjectRow, collection: &Collection) -> Result<()> {
         quote_literal(&project.name),
         quote_literal(&collection.name),
     ))?;
-    for (role, rights) in [
-        (project.read_role, "SELECT"),
-        (project.write_role, "INSERT"),
-        (project.admin_role, "SELECT, INSERT"),
-    ] {
-        if let Some(name) = role_name(role)? {
-            spi::execute_text(&format!(
-                "GRANT {rights} ON {table} TO {}",
-                quote_ident(&name)
-            ))?;
-        }
-    }
+    grant(
+        &table,
+        &[
+            (project.read_role, "SELECT"),
+            (project.write_role, "INSERT"),
+            (project.admin_role, "SELECT, INSERT"),
+        ],
+    )?;
     spi::execute(
         "UPDATE rakam_internal.collection SET ft = (
            SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -125,6 +123,52 @@ fn create(project: &ProjectRow, collection: &Collection) -> Result<()> {
         ],
     )?;
     mark_ready(collection, &schema)
+}
+
+fn grant(table: &str, rights: &[(Oid, &str)]) -> Result<()> {
+    for (role, rights) in rights {
+        if let Some(name) = role_name(*role)? {
+            spi::execute_text(&format!(
+                "GRANT {rights} ON {table} TO {}",
+                quote_ident(&name)
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the table of attached files, with columns of these names and types.
+pub fn create_attached(
+    project: &ProjectRow,
+    name: &str,
+    columns: &[(String, String)],
+) -> Result<()> {
+    let table = format!("{}.{}", quote_ident(&project.name), quote_ident(name));
+    let columns: Vec<String> = columns
+        .iter()
+        .map(|(column, ty)| {
+            let collate = if matches!(ty.as_str(), "text" | "text[]") {
+                " COLLATE pg_catalog.\"C\""
+            } else {
+                ""
+            };
+            format!("{} {ty}{collate}", quote_ident(column))
+        })
+        .collect();
+    spi::execute_text(&format!(
+        "CREATE FOREIGN TABLE {table} ({}) SERVER rakam OPTIONS (project {}, attached {})",
+        columns.join(", "),
+        quote_literal(&project.name),
+        quote_literal(name),
+    ))?;
+    // That nothing can be inserted is said by the table itself, with the reason.
+    grant(
+        &table,
+        &[
+            (project.read_role, "SELECT"),
+            (project.admin_role, "SELECT, INSERT"),
+        ],
+    )
 }
 
 fn add_columns(project: &ProjectRow, collection: &Collection) -> Result<()> {
@@ -173,13 +217,18 @@ fn role_name(role: Oid) -> Result<Option<String>> {
 
 /// Drops a collection's table; an error if views depend on it, or if somebody uses it.
 pub fn drop_table(collection: &Collection) -> Result<()> {
-    restricted(collection, |table| format!("DROP FOREIGN TABLE {table}"))
+    drop_foreign_table(collection.ft)
+}
+
+/// Drops a foreign table of ours, if it is there; an error if views depend on it, or if somebody uses it.
+pub fn drop_foreign_table(table: Option<Oid>) -> Result<()> {
+    restricted(table, |table| format!("DROP FOREIGN TABLE {table}"))
 }
 
 /// Drops a column of a collection's table; an error if views depend on it, or if somebody uses the table.
 pub fn drop_column(collection: &Collection, name: &str) -> Result<()> {
     let column = quote_ident(name);
-    restricted(collection, |table| {
+    restricted(collection.ft, |table| {
         format!("ALTER FOREIGN TABLE {table} DROP COLUMN IF EXISTS {column}")
     })
 }
@@ -187,17 +236,17 @@ pub fn drop_column(collection: &Collection, name: &str) -> Result<()> {
 /// Gives a collection's table another name, and the option by which it is read.
 pub fn rename_table(collection: &Collection, name: &str) -> Result<()> {
     let (new, literal) = (quote_ident(name), quote_literal(name));
-    with_table(collection, |table| {
+    with_table(collection.ft, |table| {
         format!("ALTER FOREIGN TABLE {table} OPTIONS (SET collection {literal})")
     })?;
-    with_table(collection, |table| {
+    with_table(collection.ft, |table| {
         format!("ALTER FOREIGN TABLE {table} RENAME TO {new}")
     })
 }
 
-/// Runs a statement on a collection's table, if it has been made. The lock is waited for as in [`sync`].
-fn with_table(collection: &Collection, statement: impl FnOnce(&str) -> String) -> Result<()> {
-    let Some(table) = collection.ft.and_then(relation::qualified_name) else {
+/// Runs a statement on a table, if it has been made. The lock is waited for as in [`sync`].
+fn with_table(table: Option<Oid>, statement: impl FnOnce(&str) -> String) -> Result<()> {
+    let Some(table) = table.and_then(relation::qualified_name) else {
         return Ok(());
     };
     spi::execute_text(LOCK_TIMEOUT)?;
@@ -205,8 +254,8 @@ fn with_table(collection: &Collection, statement: impl FnOnce(&str) -> String) -
 }
 
 /// As [`with_table`]; what depends on the table stays, with an error that names it.
-fn restricted(collection: &Collection, statement: impl FnOnce(&str) -> String) -> Result<()> {
-    match xact::catch(|| with_table(collection, statement)).and_then(|outcome| outcome) {
+fn restricted(table: Option<Oid>, statement: impl FnOnce(&str) -> String) -> Result<()> {
+    match xact::catch(|| with_table(table, statement)).and_then(|outcome| outcome) {
         Err(error) if error.sqlstate == DEPENDENTS => {
             Err(error.hint("Drop the objects that depend on it first."))
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_extern;
 use pgrx::pg_sys::panic::ErrorReport;
+use rakam_event::error::EventError;
 use rakam_event::names::{self, CollectionName};
 use rakam_event::schema::SYSTEM_FIELDS;
 use serde::{Deserialize, Serialize};
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::task::{self, Task};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, Collection};
-use crate::catalog::{audit, collections};
+use crate::catalog::{attached, audit, collections};
 use crate::ingest::digest;
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -153,14 +154,20 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
 }
 
 fn find(change: &Change) -> Result<Collection> {
-    registry::collection_named(View::Current, change.project_id, &change.collection)?.ok_or_else(
-        || {
-            PgError::new(
-                "42704",
-                format!("collection \"{}\" does not exist", change.collection),
-            )
-            .hint("The view rakam.collections lists a project's collections.")
-        },
+    let (project_id, name) = (change.project_id, &change.collection);
+    if let Some(found) = registry::collection_named(View::Current, project_id, name)? {
+        return Ok(found);
+    }
+    if attached::exists(project_id, name)? {
+        return Err(PgError::new(
+            "42809",
+            format!("\"{name}\" is an attached table, not a collection"),
+        )
+        .hint("rakam.detach(project, name) takes it away; its files stay as they are."));
+    }
+    Err(
+        PgError::new("42704", format!("collection \"{name}\" does not exist"))
+            .hint("The view rakam.collections lists a project's collections."),
     )
 }
 
@@ -189,6 +196,9 @@ fn apply(change: &Change) -> Result<()> {
                     PgError::new("42710", format!("collection \"{name}\" already exists"))
                         .hint("Choose another name."),
                 );
+            }
+            if attached::exists(change.project_id, name)? {
+                return Err(EventError::AttachedTable(name.clone()).into());
             }
             ddl::rename_table(&collection, name)?;
             collections::rename(&collection, name)

@@ -2,6 +2,7 @@
 
 use pgrx::default;
 use pgrx::prelude::*;
+use rakam_event::error::EventError;
 use rakam_event::names::CollectionName;
 use rakam_files::format::{Format, Options};
 
@@ -33,6 +34,9 @@ fn copy_from(
     let events = audit::call("copy_from", project, collection, || {
         let project = writable_project(not_null(project, "project")?)?;
         let collection = CollectionName::parse(not_null(collection, "collection")?)?.into_string();
+        if project.attached.contains(&collection) {
+            return Err(EventError::AttachedTable(collection).into());
+        }
         let url = not_null(url, "url")?;
         let format = format.map(Format::parse).transpose()?;
         let options = options.map_or_else(|| "{}".to_owned(), |options| options.0);

@@ -10,7 +10,7 @@ use rakam_event::types::FieldType;
 use serde_json::json;
 
 use super::task::{self, Scope, Task};
-use super::{definitions, delete};
+use super::{attach, definitions, delete};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
@@ -94,7 +94,7 @@ fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
 
 /// Creates a collection ahead of its first event; nothing happens if it exists.
 /// SQL: `rakam.create_collection(project text, collection text)`.
-/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable.
+/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable, 42710 it is an attached table's.
 #[pg_extern(volatile, parallel_unsafe)]
 fn create_collection(
     project: Option<&str>,
@@ -107,6 +107,9 @@ fn create_collection(
         || {
             let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
             let name = collection_name(collection)?;
+            if project.attached.contains(name.as_str()) {
+                return Err(EventError::AttachedTable(name.into_string()).into());
+            }
             task::run(&Task::CreateCollection {
                 project_id: project.id,
                 name: name.as_str().to_owned(),
@@ -202,6 +205,8 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
             ty,
         } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
         Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
+        Task::Attach(request) => attach::perform(request).map(|left_out| json!(left_out)),
+        Task::Detach(request) => attach::undo(request).map(|()| json!(null)),
         Task::CopyFrom(request) => {
             let (project, name) = (request.project_id, &request.collection);
             let events = load::run(request, |collection_id| {

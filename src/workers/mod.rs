@@ -5,6 +5,7 @@
 //! resident: start → extension there? → lock taken? → cycles → extension gone: exit 0, error: back-off and go on,
 //! crash: the launcher starts it again, later each time.
 
+pub mod attach;
 pub mod cycle;
 pub mod definitions;
 pub mod delete;

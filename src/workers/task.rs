@@ -10,7 +10,7 @@ use pgrx::{pg_guard, pg_sys};
 use serde::{Deserialize, Serialize};
 
 use super::delete::Deletion;
-use super::{definitions, functions};
+use super::{attach, definitions, functions};
 use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
@@ -43,6 +43,10 @@ pub enum Task {
     },
     /// Drops or renames a definition.
     Change(definitions::Change),
+    /// Make a table of foreign files.
+    Attach(attach::Request),
+    /// Take it away.
+    Detach(attach::Detach),
     /// Load files into a collection.
     CopyFrom(load::Request),
 }

@@ -9,6 +9,8 @@ use datafusion::physical_plan::metrics::{MetricValue, MetricsSet};
 pub struct ScanMetrics {
     /// Data files whose footer was looked at.
     pub files_opened: u64,
+    /// Files that are not ours, skipped by the names of their folders.
+    pub files_skipped: u64,
     /// Bytes asked from the stores, footers out of the manifest not counted.
     pub bytes_read: u64,
     pub row_groups_read: u64,
@@ -25,6 +27,7 @@ pub struct ScanMetrics {
 impl ScanMetrics {
     pub(crate) fn add(&mut self, other: &Self) {
         self.files_opened += other.files_opened;
+        self.files_skipped += other.files_skipped;
         self.bytes_read += other.bytes_read;
         self.row_groups_read += other.row_groups_read;
         self.row_groups_pruned_by_stats += other.row_groups_pruned_by_stats;

@@ -106,6 +106,10 @@ pub trait Broker: Send + Sync {
     /// fields marked with their ids, in the layout of the table: `_extra` is final, apart from pending fields,
     /// which may be columns of the batch.
     async fn tail(&self) -> Result<Option<RecordBatch>, EngineError>;
+    /// What it has read by itself, of files that the engine does not know.
+    fn metrics(&self) -> ScanMetrics {
+        ScanMetrics::default()
+    }
 }
 
 /// Reads the counters of a running scan.
@@ -116,6 +120,7 @@ struct Tiers {
     plans: Vec<Arc<dyn ExecutionPlan>>,
     parquet: Vec<Arc<dyn ExecutionPlan>>,
     counters: Arc<Counters>,
+    broker: Arc<dyn Broker>,
 }
 
 /// Starts a scan. Call it inside the engine's runtime: it spawns the tasks that read. Dropping the stream ends them.
@@ -288,6 +293,7 @@ impl TierScan<'_> {
             plans,
             parquet,
             counters,
+            broker,
         })
     }
 
@@ -362,6 +368,7 @@ impl TierScan<'_> {
             plans,
             parquet,
             counters,
+            broker,
         } = tiers;
         let Some(union) = union(plans)? else {
             return Ok(ScanStream::new(
@@ -392,6 +399,7 @@ impl TierScan<'_> {
         let batches = plan.execute(0, Arc::clone(&self.ctx.task))?;
         let metrics = move || {
             let mut metrics = counters.snapshot();
+            metrics.add(&broker.metrics());
             for exec in &parquet {
                 if let Some(set) = exec.metrics() {
                     metrics.add_parquet(&set);

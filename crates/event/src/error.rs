@@ -44,6 +44,8 @@ pub enum EventError {
     UnknownField { collection: String, field: String },
     #[error("collection \"{0}\" does not exist")]
     UnknownCollection(String),
+    #[error("\"{0}\" is an attached table, which takes no events")]
+    AttachedTable(String),
     #[error("project has reached its quota of {0} collections")]
     TooManyCollections(i32),
     #[error("project has reached its quota of {0} fields")]
@@ -71,6 +73,7 @@ impl EventError {
             | Self::CollectionNameTooLong { .. }
             | Self::NulInCollectionName => "42602",
             Self::UnknownField { .. } | Self::UnknownCollection(_) => "42703",
+            Self::AttachedTable(_) => "42710",
             Self::TooManyCollections(_) | Self::TooManyFields(_) => "53400",
             Self::Arrow(_) => "XX000",
         }
@@ -103,6 +106,9 @@ impl EventError {
             }
             Self::UnknownCollection(_) => {
                 "The project's schema is fixed: its admin makes collections with rakam.create_collection."
+            }
+            Self::AttachedTable(_) => {
+                "Choose another name for the collection, or take the table away with rakam.detach."
             }
             Self::TooManyCollections(_) => {
                 "Send to a collection that exists, or let an administrator raise the quota with rakam.set_quota."

@@ -39,6 +39,40 @@ pub enum FilesError {
     Path { path: String, reason: &'static str },
     #[error("could not convert the rows of a file: {0}")]
     Arrow(String),
+    #[error("file \"{name}\", line {line}: {reason}")]
+    BadRow {
+        name: String,
+        line: u64,
+        reason: String,
+    },
+    #[error("value of column \"{column}\" does not fit: {reason} (file \"{name}\", line {line})")]
+    BadValue {
+        name: String,
+        line: u64,
+        column: String,
+        reason: String,
+    },
+    #[error("value of column \"{column}\" in the folders of file \"{name}\" does not fit: {reason}")]
+    BadFolder {
+        name: String,
+        column: String,
+        reason: String,
+    },
+    #[error("column \"{column}\" is of type {first} in file \"{first_name}\", of type {ty} in file \"{name}\"")]
+    OtherType {
+        column: String,
+        first: String,
+        first_name: String,
+        ty: String,
+        name: String,
+    },
+    #[error("file \"{name}\" has two columns \"{column}\"")]
+    SameColumn { name: String, column: String },
+    #[error("the files have no columns")]
+    NoColumns,
+    /// Nobody waits for the files any more.
+    #[error("reading files was cancelled")]
+    Cancelled,
 }
 
 impl FilesError {
@@ -77,6 +111,12 @@ impl FilesError {
             Self::ReceivedAt => "42501",
             Self::NoFile(_) => "58P01",
             Self::Arrow(_) => "XX000",
+            Self::BadRow { .. } => "22P04",
+            Self::BadValue { .. } | Self::BadFolder { .. } => "22P02",
+            Self::OtherType { .. } => "42804",
+            Self::SameColumn { .. } => "42701",
+            Self::NoColumns => "42P16",
+            Self::Cancelled => "57014",
         }
     }
 
@@ -86,6 +126,14 @@ impl FilesError {
             Self::Option { hint, .. } | Self::Unsupported { hint, .. } => hint.clone(),
             Self::RecordTooLarge { .. } => {
                 "A quote that is never closed makes one record of all lines after it.".to_owned()
+            }
+            Self::BadValue { .. } | Self::BadFolder { .. } => {
+                "The columns are those of the files when they were attached: rakam.detach, and rakam.attach \
+                 again, take them from the files of now."
+                    .to_owned()
+            }
+            Self::OtherType { .. } => {
+                "Attach the files of each type apart, by a narrower pattern.".to_owned()
             }
             Self::ReservedColumn(_) => {
                 "Rename the column: _project, _collection and $server_time cannot be loaded."
@@ -98,9 +146,14 @@ impl FilesError {
                 "The path is one on the server; *, ? and [] match within a name, ** matches folders."
                     .to_owned()
             }
-            Self::Io { .. } | Self::Malformed { .. } | Self::Path { .. } | Self::Arrow(_) => {
-                return None;
-            }
+            Self::Io { .. }
+            | Self::Malformed { .. }
+            | Self::Path { .. }
+            | Self::Arrow(_)
+            | Self::BadRow { .. }
+            | Self::SameColumn { .. }
+            | Self::NoColumns
+            | Self::Cancelled => return None,
         })
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Pure code: no server. [`format`](mod@format) says what a file is, [`locate`] which files a URL means, [`source`] reads
 //! one piece by piece (columns, or events as JSON text), [`convert`] makes a piece the stored layout of a collection by
-//! the same rules by which events are typed, and [`sink`] writes the rows of a query.
+//! the same rules by which events are typed, and [`sink`] writes the rows of a query. [`table`] reads files as they are, as
+//! the rows of a table.
 #![forbid(unsafe_code)]
 
 mod avro;
@@ -19,5 +20,6 @@ mod log;
 mod parquet_file;
 pub mod sink;
 pub mod source;
+pub mod table;
 
 pub use error::FilesError;

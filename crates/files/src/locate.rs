@@ -1,12 +1,14 @@
 //! Which files a path or pattern means.
 
 use std::fs;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use glob::MatchOptions;
 
 use crate::error::FilesError;
+use crate::format::Format;
 
 /// Most files that one pattern may match.
 const MAX_FILES: usize = 100_000;
@@ -92,6 +94,102 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
     Ok(found)
 }
 
+/// The files of a prefix: a file, what a pattern matches, or everything below a folder, in the order of their names. None of
+/// them is outside of the folder that the prefix names, not even through a symbolic link. `go_on` is asked now and then.
+///
+/// Below a folder names that begin with a dot or an underscore are no data (`.crc`, `_SUCCESS`), unless they are
+/// `key=value`; nor are files whose suffix is that of another format, or without a format of none.
+///
+/// Error: 58P01 if the file, or the folder, is not there; a folder without files is none.
+pub fn below(
+    root: &Path,
+    prefix: &str,
+    confined: bool,
+    format: Option<Format>,
+    go_on: &dyn Fn() -> bool,
+) -> Result<Vec<Found>, FilesError> {
+    let prefix = relative(prefix)?;
+    let gone = || FilesError::NoFile(prefix.to_owned());
+    let root = match fs::canonicalize(root) {
+        Ok(root) => root,
+        Err(_) if confined => return Err(gone()),
+        Err(e) => return Err(FilesError::io("open", &root.display().to_string(), &e)),
+    };
+    let is_pattern = |name: &str| name.contains(['*', '?', '[']);
+    let whole = root.join(prefix);
+    let plain = if !is_pattern(prefix) || whole.exists() {
+        whole.as_path()
+    } else {
+        let fixed = prefix.split('/').take_while(|name| !is_pattern(name));
+        &root.join(fixed.collect::<PathBuf>())
+    };
+    let base = fs::canonicalize(plain).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => gone(),
+        _ if confined => gone(),
+        _ => FilesError::io("open", prefix, &e),
+    })?;
+    if confined && !base.starts_with(&root) {
+        return Err(gone());
+    }
+    if plain != whole {
+        return match find(&root, prefix, confined) {
+            Ok(mut found) => {
+                found.retain(|file| file.path.starts_with(&base));
+                Ok(found)
+            }
+            Err(FilesError::NoFile(_)) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
+    }
+    if base.is_file() {
+        return Ok(file(&root, &whole, confined)?.into_iter().collect());
+    }
+    let mut found = Vec::new();
+    let mut folders = vec![whole];
+    while let Some(folder) = folders.pop() {
+        let name = folder.strip_prefix(&root).unwrap_or(&folder).display();
+        let failed = |e: io::Error| FilesError::io("open", &name.to_string(), &e);
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if !go_on() {
+                return Err(FilesError::Cancelled);
+            }
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with('.') || name.starts_with('_') && !name.contains('=') {
+                continue;
+            }
+            let kind = entry.file_type().map_err(failed)?;
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if is_data(&name, format)
+                && let Some(file) = file(&root, &entry.path(), true)?
+                && file.path.starts_with(&base)
+            {
+                found.push(file);
+            }
+            if found.len() > MAX_FILES {
+                return Err(FilesError::Path {
+                    path: prefix.to_owned(),
+                    reason: "there are more than 100,000 files below it",
+                });
+            }
+        }
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// Whether a file below a folder is one of its data, by its suffix.
+fn is_data(name: &str, format: Option<Format>) -> bool {
+    let is_json = |format| matches!(format, Format::Json | Format::Ndjson);
+    match (Format::of_name(name), format) {
+        (Ok(_), None) => true,
+        (Ok(own), Some(format)) => own == format || is_json(own) && is_json(format),
+        (Err(_), format) => format.is_some(),
+    }
+}
+
 /// The file at this path; None if there is no file that may be read.
 fn file(root: &Path, path: &Path, confined: bool) -> Result<Option<Found>, FilesError> {
     let Ok(real) = fs::canonicalize(path) else {
@@ -175,5 +273,70 @@ mod tests {
         assert_eq!(found[0].bytes, 5);
         assert!(found[0].modified_ns > 0);
         assert!(find(&folder.path().join("away"), "*.csv", true).is_err());
+    }
+
+    #[test]
+    fn a_prefix_is_a_file_a_pattern_or_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        fs::create_dir_all(root.join("data/_year=1/sub")).unwrap();
+        fs::create_dir_all(root.join("data/_temporary")).unwrap();
+        fs::create_dir_all(root.join("empty")).unwrap();
+        fs::create_dir_all(root.join("other")).unwrap();
+        for name in [
+            "data/a.csv",
+            "data/b.json",
+            "data/plain",
+            "data/_SUCCESS",
+            "data/.a.csv.crc",
+            "data/_temporary/x.csv",
+            "data/_year=1/sub/c.csv.gz",
+            "other/o.csv",
+        ] {
+            fs::write(root.join(name), name).unwrap();
+        }
+        fs::write(folder.path().join("secret.csv"), "secret").unwrap();
+        let link = |from: &Path, to: &str| std::os::unix::fs::symlink(from, root.join(to)).unwrap();
+        link(&folder.path().join("secret.csv"), "data/out.csv");
+        link(&root.join("other/o.csv"), "data/beside.csv");
+        link(&root.join("data/a.csv"), "data/own.csv");
+        link(&root.join("data"), "data/circle");
+        link(folder.path(), "away");
+
+        let names = |prefix: &str, confined, format: Option<Format>| {
+            below(&root, prefix, confined, format, &|| true)
+                .map(|found| found.into_iter().map(|f| f.name).collect::<Vec<String>>())
+                .map_err(|e| e.sqlstate())
+        };
+        let owned = |names: &[&str]| Ok(names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>());
+        for confined in [true, false] {
+            assert_eq!(
+                names("data", confined, None),
+                owned(&[
+                    "data/_year=1/sub/c.csv.gz",
+                    "data/a.csv",
+                    "data/b.json",
+                    "data/own.csv"
+                ])
+            );
+            assert_eq!(
+                names("data/", confined, Some(Format::Ndjson)),
+                owned(&["data/b.json", "data/plain"])
+            );
+            assert_eq!(names("data/a.csv", confined, None), owned(&["data/a.csv"]));
+            assert_eq!(
+                names("data/*.csv", confined, None),
+                owned(&["data/a.csv", "data/own.csv"])
+            );
+            assert_eq!(names("data/*.avro", confined, None), owned(&[]));
+            assert_eq!(names("empty", confined, None), owned(&[]));
+            assert_eq!(names("none", confined, None), Err("58P01"));
+            assert_eq!(names("none/*.csv", confined, None), Err("58P01"));
+            assert_eq!(names("../root/data", confined, None), Err("22023"));
+        }
+        assert_eq!(names("away", true, None), Err("58P01"));
+        assert_eq!(names("away/*.csv", true, None), Err("58P01"));
+        let stopped = below(&root, "data", true, None, &|| false);
+        assert_eq!(stopped.map_err(|e| e.sqlstate()), Err("57014"));
     }
 }

@@ -76,7 +76,15 @@ impl ParquetSource {
     }
 }
 
-fn failed(name: &str, error: ParquetError) -> FilesError {
+/// Why Parquet inside of another compression is not read.
+pub fn compressed(name: &str) -> FilesError {
+    FilesError::Unsupported {
+        message: format!("file \"{name}\" is Parquet inside of another compression"),
+        hint: "Parquet compresses its columns itself: decompress the file first.".to_owned(),
+    }
+}
+
+pub fn failed(name: &str, error: ParquetError) -> FilesError {
     match error {
         ParquetError::NYI(message) => FilesError::Unsupported {
             message: format!("could not read file \"{name}\": {message}"),

@@ -129,11 +129,7 @@ pub fn open(
     let compression = Compression::of_name(name);
     Ok(match format {
         Format::Parquet if compression != Compression::None => {
-            return Err(FilesError::Unsupported {
-                message: format!("file \"{name}\" is Parquet inside of another compression"),
-                hint: "Parquet compresses its columns itself: decompress the file first."
-                    .to_owned(),
-            });
+            return Err(parquet_file::compressed(name));
         }
         Format::Parquet => Box::new(parquet_file::ParquetSource::open(path, name, from, meter)?),
         Format::Csv => Box::new(csv::CsvSource::open(path, name, spec, from, meter)?),

@@ -306,21 +306,34 @@ pub struct StatsBuilder {
 impl StatsBuilder {
     /// For batches that follow `schema.arrow()`.
     pub fn new(schema: &Schema) -> Self {
-        let columns = schema
+        let columns: Vec<(i32, FieldType)> = schema
             .fields
             .iter()
             .map(|field| (field.id, field.ty))
             .chain([(XID_FIELD_ID, FieldType::Int8)])
-            .map(|(id, ty)| (ColumnStat::all_null(id, 0), Range::new(ty)))
+            .collect();
+        Self::of(&columns)
+    }
+
+    /// For columns of these ids and types.
+    pub fn of(columns: &[(i32, FieldType)]) -> Self {
+        let columns = columns
+            .iter()
+            .map(|&(id, ty)| (ColumnStat::all_null(id, 0), Range::new(ty)))
             .collect();
         Self { columns }
     }
 
     pub fn update(&mut self, batch: &RecordBatch) -> Result<(), LakeError> {
-        if batch.num_columns() != self.columns.len() {
+        self.update_columns(batch.columns())
+    }
+
+    /// As [`Self::update`], with the columns of a batch.
+    pub fn update_columns(&mut self, columns: &[ArrayRef]) -> Result<(), LakeError> {
+        if columns.len() != self.columns.len() {
             return Err(LakeError::encode(WHAT, "the batch has another schema"));
         }
-        for ((stat, range), column) in self.columns.iter_mut().zip(batch.columns()) {
+        for ((stat, range), column) in self.columns.iter_mut().zip(columns) {
             stat.null_count += column.null_count() as i64;
             if column.null_count() < column.len() {
                 stat.nan_count += range.update(column).ok_or_else(|| {
