@@ -72,6 +72,18 @@ pub fn finish(key: &[u8]) -> Result<bool> {
     Ok(deleted == 1)
 }
 
+/// How long an interrupted load may be taken up again; then its call begins anew. An interval.
+const KEPT: &str = "30 days";
+
+/// Forgets the loads that nobody has taken up again.
+pub fn tidy() -> Result<()> {
+    spi::execute(
+        "DELETE FROM rakam_internal.file_load WHERE updated_at < pg_catalog.clock_timestamp() - $1::interval",
+        &[arg(KEPT)],
+    )?;
+    Ok(())
+}
+
 /// How long an interrupted load counts as under way, as an interval: its caller may take it up again.
 const PAUSE: &str = "10 minutes";
 

@@ -12,8 +12,8 @@ use pgrx::pg_sys;
 use rakam_engine::context::BATCH_ROWS;
 use rakam_engine::rows::ROW_FIELD_ID;
 use rakam_engine::{
-    Broker, EngineContext, EngineError, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all, execute,
-    execute_all,
+    Broker, EngineContext, EngineError, Part, ScanInput, ScanMetrics, ScanPlan, ScanStream, all,
+    execute, execute_all,
 };
 use rakam_event::entry::Limits;
 use tokio::sync::Semaphore;

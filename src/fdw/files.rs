@@ -255,7 +255,7 @@ impl Job {
         let parts = blocking(move || job.parts()).await?.map_err(failed)?;
         let readers = self.readers.clamp(1, parts.len().max(1));
         let parts = Arc::new(Mutex::new(parts));
-        let (sender, batches) = mpsc::channel(readers);
+        let (sender, batches) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         for _ in 0..readers {
             let (job, parts, sender) = (Arc::clone(&self), Arc::clone(&parts), sender.clone());

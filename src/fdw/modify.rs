@@ -54,7 +54,10 @@ pub unsafe extern "C-unwind" fn refuse_change(
     // SAFETY: the planner's own structures.
     let (command, name) = unsafe { ((*(*root).parse).commandType, relation_name(relation)) };
     // SAFETY: an open relation.
-    if options::of_table(unsafe { (*relation).rd_id }).attached.is_some() {
+    if options::of_table(unsafe { (*relation).rd_id })
+        .attached
+        .is_some()
+    {
         refuse_attached(&name).raise();
     }
     let verb = match command {

@@ -47,11 +47,7 @@ pub fn resolve(project: &Project, url: &str, access: Access) -> Result<Place> {
 }
 
 /// As [`resolve`], with the storage server whose use permits it, where that is the reason.
-pub fn permitted(
-    project: &Project,
-    url: &str,
-    access: Access,
-) -> Result<(Place, Option<String>)> {
+pub fn permitted(project: &Project, url: &str, access: Access) -> Result<(Place, Option<String>)> {
     if url.contains('\0') {
         return Err(PgError::new(
             "22023",

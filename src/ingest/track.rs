@@ -1,7 +1,8 @@
 //! Tracked tables: each changed row of a local table is an event, in the transaction that changes it.
 //!
 //! Statement triggers with transition tables, so that a statement's rows go to the inbox together. What is wrong with
-//! an event, and a quota that is used up, must not stop whoever writes the table: events become dead letters.
+//! an event, a field that a fixed schema has not, and a quota that is used up must not stop whoever writes the table: events
+//! become dead letters.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,9 +10,11 @@ use std::rc::Rc;
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::trigger_support::PgTrigger;
 use pgrx::{AllocatedByPostgres, pg_extern, pg_trigger};
+use rakam_event::error::EventError;
 use rakam_event::names::{self, CollectionName};
 use rakam_event::{entry, json, schema};
 
+use super::admission::Admission;
 use super::collect::limits;
 use super::mapper::{self, Shape};
 use super::quota;
@@ -76,6 +79,9 @@ fn admin_project(project: Option<&str>) -> pg::Result<Rc<Project>> {
 
 fn start(project: &Project, collection: &str, source: Oid) -> pg::Result<()> {
     let collection = CollectionName::parse(collection)?;
+    if project.attached.contains(collection.as_str()) {
+        return Err(EventError::AttachedTable(collection.into_string()).into());
+    }
     let caller = security::current_user();
     // Checked first, so that nobody can lock a table that is not theirs; and again below, once it cannot change.
     ensure_trackable(source, caller)?;
@@ -231,7 +237,12 @@ struct Events<'a> {
 
 impl Events<'_> {
     fn add(&mut self, event: &str) -> pg::Result<()> {
-        let event = match entry::check_event(event, &limits()) {
+        let checked = entry::check_event(event, &limits());
+        let refused = match &checked {
+            Ok(event) => Admission::new(&self.project).refusal(self.collection, event)?,
+            Err(_) => None,
+        };
+        let event = match refused.map_or(checked, Err) {
             Ok(event) => event,
             Err(error) => {
                 return mapper::set_aside(

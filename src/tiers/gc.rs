@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::catalog::{manifest, mapper, session};
+use crate::catalog::{load, manifest, mapper, session};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -21,6 +21,7 @@ pub fn run() -> std::result::Result<u64, Failure> {
     };
     xact::worker(|| {
         mapper::fold_dropped()?;
+        load::tidy()?;
         session::tidy((2 * guc::session_gap() + LATE_VISITS).as_secs_f64())
     })?;
     let mut deleted = 0;

@@ -237,12 +237,10 @@ fn take_away(request: &Detach) -> Result<()> {
     let tables = attached::tables(&project.name, name)?;
     if !attached::delete(id, name)? {
         let error = PgError::new("42704", format!("attached table \"{name}\" does not exist"));
-        return Err(
-            match registry::collection_named(View::Current, id, name)? {
-                Some(_) => error.hint("It is a collection: rakam.drop_collection drops it."),
-                None => error.hint("The view rakam.attached lists a project's attached tables."),
-            },
-        );
+        return Err(match registry::collection_named(View::Current, id, name)? {
+            Some(_) => error.hint("It is a collection: rakam.drop_collection drops it."),
+            None => error.hint("The view rakam.attached lists a project's attached tables."),
+        });
     }
     for table in tables {
         ddl::drop_foreign_table(Some(table))?;

@@ -18,7 +18,7 @@ use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, not_null, security, types, wait};
+use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
 use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{ddl, erase, flush, gc, ids, merge, rewrite, rotate, upkeep};
 
@@ -122,7 +122,7 @@ fn create_collection(
 /// Declares a field ahead of use; nothing happens if it exists with this type.
 /// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
 /// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
-/// 22023 no such type for a field.
+/// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota.
 #[pg_extern(volatile, parallel_unsafe)]
 fn add_field(
     project: Option<&str>,
@@ -299,6 +299,18 @@ fn perform_add_field(
                 .hint("rakam.create_collection makes it ahead of its first event.")
             },
         )?;
+        let known = registry::schema(View::Current, &found)?;
+        let fields = known.fields.iter().filter(|field| field.is_user()).count();
+        if known.field(field).is_none() && fields >= guc::max_fields() {
+            return Err(PgError::new(
+                "53400",
+                format!(
+                    "collection \"{collection}\" has as many fields as rakam.max_fields allows"
+                ),
+            )
+            .detail(format!("It has {fields} fields."))
+            .hint("Raise rakam.max_fields, or drop a field with rakam.drop_field."));
+        }
         registry::add_fields(found.id, &[(field.to_owned(), parsed)], true)?;
         let schema = registry::schema(View::Current, &found)?;
         match schema.field(field) {

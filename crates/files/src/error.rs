@@ -52,13 +52,17 @@ pub enum FilesError {
         column: String,
         reason: String,
     },
-    #[error("value of column \"{column}\" in the folders of file \"{name}\" does not fit: {reason}")]
+    #[error(
+        "value of column \"{column}\" in the folders of file \"{name}\" does not fit: {reason}"
+    )]
     BadFolder {
         name: String,
         column: String,
         reason: String,
     },
-    #[error("column \"{column}\" is of type {first} in file \"{first_name}\", of type {ty} in file \"{name}\"")]
+    #[error(
+        "column \"{column}\" is of type {first} in file \"{first_name}\", of type {ty} in file \"{name}\""
+    )]
     OtherType {
         column: String,
         first: String,

@@ -17,12 +17,7 @@ pub fn values(name: &str) -> Vec<(String, Option<String>)> {
         .split('/')
         .filter_map(|folder| folder.split_once('='))
         .filter(|(key, _)| !key.is_empty())
-        .map(|(key, value)| {
-            (
-                unescape(key),
-                (value != NULL).then(|| unescape(value)),
-            )
-        })
+        .map(|(key, value)| (unescape(key), (value != NULL).then(|| unescape(value))))
         .collect()
 }
 

@@ -25,10 +25,10 @@ use crate::locate::Found;
 use crate::parquet_file;
 use crate::source::{self, Position, Rows, Source, Spec, TextEvent};
 
-/// Rows of a batch, at most.
+/// Rows of a batch of a Parquet file, at most; of text see [`source::PIECE_ROWS`].
 const BATCH_ROWS: usize = 8192;
 /// Fewer of long rows: so many bytes, as a Parquet file counts its columns before compression.
-const BATCH_BYTES: u64 = 8 << 20;
+const BATCH_BYTES: u64 = 2 << 20;
 /// What is worth a part of its own when a Parquet file is shared among readers.
 const PART_BYTES: u64 = 16 << 20;
 
@@ -110,8 +110,6 @@ pub struct Reader {
     folders: HashMap<usize, Option<String>>,
     schema: SchemaRef,
     input: Input,
-    /// What is left of a piece.
-    rest: Option<RecordBatch>,
     pub read: Read,
 }
 
@@ -139,7 +137,6 @@ impl Reader {
             folders,
             schema: Arc::new(Schema::new(fields)),
             input: Input::Nothing,
-            rest: None,
             read: Read::default(),
         };
         if !reader.folders_match(pruner)? {
@@ -273,7 +270,7 @@ impl Reader {
         let reader = builder
             .with_projection(mask)
             .with_row_groups(kept)
-            .with_batch_size(batch_rows.clamp(64, BATCH_ROWS))
+            .with_batch_size(batch_rows.clamp(1, BATCH_ROWS))
             .build()
             .map_err(|e| parquet_file::failed(&self.name, e))?;
         Ok(Input::Parquet {
@@ -316,26 +313,8 @@ impl Reader {
         Ok(true)
     }
 
-    /// The next rows, as columns in the order of the wanted ones; None at the end.
+    /// The next rows, perhaps none, as columns in the order of the wanted ones; None at the end.
     pub fn next(&mut self) -> Result<Option<RecordBatch>, FilesError> {
-        loop {
-            if let Some(rest) = self.rest.take() {
-                if rest.num_rows() > BATCH_ROWS {
-                    self.rest = Some(rest.slice(BATCH_ROWS, rest.num_rows() - BATCH_ROWS));
-                    return Ok(Some(rest.slice(0, BATCH_ROWS)));
-                }
-                if rest.num_rows() > 0 {
-                    return Ok(Some(rest));
-                }
-            }
-            let Some(batch) = self.piece()? else {
-                return Ok(None);
-            };
-            self.rest = Some(batch);
-        }
-    }
-
-    fn piece(&mut self) -> Result<Option<RecordBatch>, FilesError> {
         match &mut self.input {
             Input::Nothing => Ok(None),
             Input::Parquet {
@@ -346,8 +325,7 @@ impl Reader {
                 let Some(batch) = reader.next() else {
                     return Ok(None);
                 };
-                let batch =
-                    batch.map_err(|e| FilesError::malformed(&self.name, "parquet", e))?;
+                let batch = batch.map_err(|e| FilesError::malformed(&self.name, "parquet", e))?;
                 let rows = batch.num_rows();
                 let lines: Vec<u64> = numbers.take(rows).collect();
                 let found = places
@@ -376,7 +354,10 @@ impl Reader {
                     } => {
                         let schema = batch.schema();
                         for (i, field) in schema.fields().iter().enumerate() {
-                            if schema.fields()[..i].iter().any(|f| f.name() == field.name()) {
+                            if schema.fields()[..i]
+                                .iter()
+                                .any(|f| f.name() == field.name())
+                            {
                                 return Err(FilesError::SameColumn {
                                     name: self.name.clone(),
                                     column: field.name().clone(),
@@ -498,7 +479,9 @@ fn known(
     let converter = StatisticsConverter::try_new(field.name(), arrow, parquet)
         .ok()?
         .with_missing_null_counts_as_zero(false);
-    let statistics = group.column(converter.parquet_column_index()?).statistics()?;
+    let statistics = group
+        .column(converter.parquet_column_index()?)
+        .statistics()?;
     let nulls = converter.row_group_null_counts([group]).ok()?;
     let nulls = nulls.is_valid(0).then(|| nulls.value(0));
     let (mut min, mut max) = (None, None);

@@ -108,8 +108,7 @@ fn field(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<ArrayRef, Unf
     if let Some(exact) = exact(array, ty, untyped)? {
         return Ok(exact);
     }
-    let cast =
-        cast::cast(array, ty, untyped, usize::MAX).map_err(|e| Unfit::new(0, e))?;
+    let cast = cast::cast(array, ty, untyped, usize::MAX).map_err(|e| Unfit::new(0, e))?;
     if let Some((row, error)) = cast.refused.first() {
         return Err(Unfit::new(*row, error));
     }
@@ -128,9 +127,9 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
         }
         (DataType::Float32, FieldType::Float8) => {
             let values = array.as_primitive::<Float32Type>();
-            Some(Arc::new(values.unary::<_, arrow::datatypes::Float64Type>(
-                f64::from,
-            )))
+            Some(Arc::new(
+                values.unary::<_, arrow::datatypes::Float64Type>(f64::from),
+            ))
         }
         (DataType::Date32, FieldType::Date) => {
             let days = array.as_primitive::<Date32Type>();
@@ -143,7 +142,10 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
             }
         }
         (DataType::Date32, FieldType::Timestamptz) => {
-            let days = array.as_primitive::<Date32Type>().iter().collect::<Vec<_>>();
+            let days = array
+                .as_primitive::<Date32Type>()
+                .iter()
+                .collect::<Vec<_>>();
             let micros = |row: usize| {
                 let day: Option<i32> = days[row];
                 day.map(|day| i64::from(day).checked_mul(MICROS_PER_DAY))
@@ -151,8 +153,7 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
             Some(timestamps(array.len(), micros)?)
         }
         (DataType::Timestamp(..), FieldType::Timestamptz) => {
-            let micros =
-                |row: usize| array.is_valid(row).then(|| cell::micros(array, row));
+            let micros = |row: usize| array.is_valid(row).then(|| cell::micros(array, row));
             Some(timestamps(array.len(), micros)?)
         }
         (DataType::Utf8, FieldType::Text) => {
@@ -418,7 +419,11 @@ mod tests {
         let kept = convert(&floats, Form::Field(FieldType::Float8), false).unwrap();
         let bits = |a: &ArrayRef| {
             let values = a.as_primitive::<arrow::datatypes::Float64Type>();
-            values.values().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            values
+                .values()
+                .iter()
+                .map(|v| v.to_bits())
+                .collect::<Vec<_>>()
         };
         assert_eq!(bits(&kept), bits(&floats));
         let dates: ArrayRef = Arc::new(Date32Array::from(vec![Some(-1_000_000), None]));

@@ -6,8 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, FixedSizeBinaryArray, Float64Array, Int16Array, Int64Array, RecordBatch,
-    StringArray,
+    ArrayRef, FixedSizeBinaryArray, Float64Array, Int16Array, Int64Array, RecordBatch, StringArray,
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use parquet::arrow::ArrowWriter;
@@ -72,8 +71,10 @@ fn rows(root: &Path, wanted: &[(&str, Form)], from: i64) -> Result<Vec<String>, 
                     .map(|c| ArrayFormatter::try_new(c.as_ref(), &options).unwrap())
                     .collect();
                 for row in 0..batch.num_rows() {
-                    let cells: Vec<String> =
-                        formatters.iter().map(|f| f.value(row).to_string()).collect();
+                    let cells: Vec<String> = formatters
+                        .iter()
+                        .map(|f| f.value(row).to_string())
+                        .collect();
                     shown.push(cells.join("|"));
                 }
             }
@@ -160,7 +161,10 @@ fn parquet_files_have_a_schema_together() {
     let error = rows(root, &[("n", Form::SmallInt)], i64::MIN).unwrap_err();
     assert_eq!(error.sqlstate(), "22P02");
     let message = error.to_string();
-    assert!(message.contains("b.parquet") && message.contains("line 3"), "{message}");
+    assert!(
+        message.contains("b.parquet") && message.contains("line 3"),
+        "{message}"
+    );
 
     let float: ArrayRef = Arc::new(Float64Array::from(vec![0.5]));
     write_parquet(&root.join("data/c.parquet"), vec![("User Name", float)]);
@@ -175,14 +179,20 @@ fn other_files_show_their_schema() {
     let root = folder.path();
     fs::create_dir_all(root.join("data")).unwrap();
     let write = |name: &str, text: &str| fs::write(root.join("data").join(name), text).unwrap();
-    write("a.csv", "id,Name,at,empty\n1,ann,2024-01-02,\n2,,2024-01-02 03:04:05Z,\n");
+    write(
+        "a.csv",
+        "id,Name,at,empty\n1,ann,2024-01-02,\n2,,2024-01-02 03:04:05Z,\n",
+    );
     write("b.csv", "id,more\n9007199254740993,true\n0.5,\n");
     write(
         "c.ndjson",
         "{\"id\": 7, \"tags\": [\"a\", null], \"o\": {\"x\": 1}, \"Name\": 5}\n\n{\"id\": 1e3, \"o\": {}, \"big\": 1e40, \"no\": null}\n",
     );
     let shown = columns(root).unwrap();
-    let shown: Vec<(&str, &str)> = shown.iter().map(|(n, t)| (n.as_str(), t.as_str())).collect();
+    let shown: Vec<(&str, &str)> = shown
+        .iter()
+        .map(|(n, t)| (n.as_str(), t.as_str()))
+        .collect();
     assert_eq!(
         shown,
         [
@@ -216,7 +226,10 @@ fn other_files_show_their_schema() {
         ]
     );
     let error = rows(root, &[("at", INT8)], 0).unwrap_err().to_string();
-    assert!(error.contains("a.csv") && error.contains("line 2"), "{error}");
+    assert!(
+        error.contains("a.csv") && error.contains("line 2"),
+        "{error}"
+    );
     write("d.ndjson", "{\"id\": 1}\nnot json\n");
     let error = rows(root, &[("id", float)], 0).unwrap_err();
     assert_eq!(error.sqlstate(), "22P04");
@@ -239,6 +252,9 @@ fn a_sample_is_spread() {
     let all: Vec<&Found> = files.iter().collect();
     let some = sample(&all);
     assert_eq!(some.len(), SAMPLE_FILES);
-    assert_eq!((&*some[0].name, &*some[SAMPLE_FILES - 1].name), ("0", "999"));
+    assert_eq!(
+        (&*some[0].name, &*some[SAMPLE_FILES - 1].name),
+        ("0", "999")
+    );
     assert_eq!(sample(&all[..3]).len(), 3);
 }
