@@ -307,7 +307,7 @@ impl Job {
             loop {
                 let batch;
                 (reader, batch) = blocking(move || {
-                    let batch = reader.next();
+                    let batch = reader.next_batch();
                     (reader, batch)
                 })
                 .await?;

@@ -314,7 +314,7 @@ impl Reader {
     }
 
     /// The next rows, perhaps none, as columns in the order of the wanted ones; None at the end.
-    pub fn next(&mut self) -> Result<Option<RecordBatch>, FilesError> {
+    pub fn next_batch(&mut self) -> Result<Option<RecordBatch>, FilesError> {
         match &mut self.input {
             Input::Nothing => Ok(None),
             Input::Parquet {

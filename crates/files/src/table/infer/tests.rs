@@ -63,7 +63,7 @@ fn rows(root: &Path, wanted: &[(&str, Form)], from: i64) -> Result<Vec<String>, 
     for file in locate::below(root, "data", true, None, &|| true)? {
         for part in parts(&file, &spec(), 2)? {
             let mut reader = Reader::open(&part, &spec(), &wanted, &From(from))?;
-            while let Some(batch) = reader.next()? {
+            while let Some(batch) = reader.next_batch()? {
                 let options = FormatOptions::new().with_null("NULL");
                 let formatters: Vec<_> = batch
                     .columns()
