@@ -14,8 +14,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("projects", &["catalog", "pg"]),
     ("ingest", &["views", "catalog", "pg"]),
     ("tiers", &["ingest", "catalog", "pg"]),
-    ("fdw", &["ingest", "catalog", "pg"]),
     ("files", &["ingest", "catalog", "pg"]),
+    ("fdw", &["files", "ingest", "catalog", "pg"]),
     ("query", &["catalog", "pg"]),
     (
         "product",

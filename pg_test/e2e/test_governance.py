@@ -415,6 +415,12 @@ def test_fields_beyond_the_limit_stay_in_extra(db, fresh):
         count = "SELECT count(*) FROM rakam.fields WHERE project = %s AND collection = %s"
         assert one(db.admin, count, fresh, "wide") == 500
         assert one(db.admin, count, fresh, "narrow") == 10
+        # Nor is one declared; what is declared already is no error.
+        with refused("53400", message="narrow", hint="rakam.max_fields"):
+            db.admin.execute("SELECT rakam.add_field(%s, 'narrow', 'declared', 'text')", (fresh,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'narrow', 'n0', 'float8')", (fresh,))
+        db.admin.execute("SELECT rakam.drop_field(%s, 'narrow', 'n0')", (fresh,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'narrow', 'declared', 'text')", (fresh,))
     finally:
         db.configure(max_fields=None)
 

@@ -382,6 +382,27 @@ def test_two_projects_track_one_table(db, owner, table):
     assert events(db, table, "id") == [("insert", "1"), ("insert", "2")]
 
 
+def test_a_fixed_schema_sets_new_fields_aside(db, owner, clerk, table):
+    create(owner, table)
+    track(owner, table)
+    clerk.execute(f"INSERT INTO shop.{table} VALUES (1, 'pen', 2)")
+    db.tick()
+    owner.execute("SELECT rakam.set_schema_mode('acme', 'fixed')")
+    try:
+        owner.execute(f"ALTER TABLE shop.{table} ADD COLUMN more text")
+        # The write goes on; what has a field that the schema has not waits among the dead letters.
+        clerk.execute(f"INSERT INTO shop.{table} VALUES (2, 'ink', 3, NULL), (3, 'cap', 4, 'new')")
+        assert events(db, table, "id") == [("insert", "1"), ("insert", "2")]
+        ((payload, error),) = db.all("SELECT convert_from(payload, 'UTF8'), error FROM rakam.dead_letter")
+        assert json.loads(payload)["more"] == "new"
+        assert 'field "more"' in error
+        owner.execute("SELECT rakam.add_field('acme', %s, 'more', 'text')", (table,))
+        assert one(owner, "SELECT rakam.replay_dead_letters('acme')") == 1
+        assert events(db, table, "id", "more")[-1] == ("insert", "3", "new")
+    finally:
+        owner.execute("SELECT rakam.set_schema_mode('acme', 'open')")
+
+
 def test_a_trigger_of_a_project_that_is_gone_only_warns(db, owner, table):
     """Nothing makes such a trigger but a restore of a table without its project."""
     create(owner, table)
