@@ -7,17 +7,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use pgrx::{default, pg_extern};
-use rakam_event::types::FieldType;
 use rakam_files::FilesError;
 use rakam_files::format::Format;
 use rakam_files::locate;
-use rakam_files::sink::{self, RowForm, Sink};
+use rakam_files::sink::{self, Cell, ColumnType, RowForm, Sink};
 use uuid::Uuid;
 
 use super::place::{self, Access, Place};
 use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
-use crate::pg::cursor::{self, Cursor};
+use crate::pg::cursor::{self, Column, Cursor, Integers};
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait};
 
 /// Rows fetched at a time.
@@ -77,10 +76,10 @@ fn export(
 
 fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u64> {
     let mut cursor = Cursor::open(query, schema)?;
-    let columns: Vec<(String, FieldType)> = cursor
+    let columns: Vec<(String, ColumnType)> = cursor
         .columns()
         .iter()
-        .map(|column| (column.name.clone(), column.field_type()))
+        .map(|column| (column.name.clone(), column_type(column)))
         .collect();
     let form = sink::row_form(format)?;
     let mut sink = Sink::new(target.create()?, &target.name, format, &columns)?;
@@ -90,8 +89,13 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
         let n = cursor.fetch(FETCH_ROWS, |row| {
             match form {
                 RowForm::Values => {
-                    let values = (0..columns.len())
-                        .map(|column| row.value(column))
+                    let values = columns
+                        .iter()
+                        .enumerate()
+                        .map(|(column, (_, ty))| match ty {
+                            ColumnType::Field(_) => Ok(row.value(column)?.map(Cell::Value)),
+                            _ => Ok(row.integers(column)?.map(Cell::Integers)),
+                        })
                         .collect::<Result<Vec<_>>>()?;
                     sink.values(values.into_iter())?;
                 }
@@ -111,6 +115,15 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
     }
     sink.finish()?;
     Ok(total)
+}
+
+/// The type under which a column's values are written.
+fn column_type(column: &Column) -> ColumnType {
+    match column.integers() {
+        Some(Integers::Bits64) => ColumnType::Int8Array,
+        Some(_) => ColumnType::Int4Array,
+        None => ColumnType::Field(column.field_type()),
+    }
 }
 
 thread_local! {

@@ -4,7 +4,8 @@
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
 
-use pgrx::pg_sys;
+use pgrx::datum::UnboxDatum;
+use pgrx::{FromDatum, pg_sys};
 use rakam_event::coerce::Value;
 use rakam_event::number::Number;
 use rakam_event::time;
@@ -98,8 +99,53 @@ impl Column {
                 Some((precision, scale)) => FieldType::Numeric { precision, scale },
                 None => FieldType::Text,
             },
+            pg_sys::UUIDOID => FieldType::Uuid,
+            pg_sys::BOOLARRAYOID => FieldType::BoolArray,
+            pg_sys::FLOAT4ARRAYOID | pg_sys::FLOAT8ARRAYOID => FieldType::Float8Array,
+            pg_sys::TEXTARRAYOID => FieldType::TextArray,
             _ => FieldType::Text,
         }
+    }
+
+    /// What its values are arrays of, if they are arrays of whole numbers: [`Row::integers`] reads them.
+    pub fn integers(&self) -> Option<Integers> {
+        match self.type_oid {
+            pg_sys::INT2ARRAYOID => Some(Integers::Bits16),
+            pg_sys::INT4ARRAYOID => Some(Integers::Bits32),
+            pg_sys::INT8ARRAYOID => Some(Integers::Bits64),
+            _ => None,
+        }
+    }
+}
+
+/// Sizes of whole numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Integers {
+    Bits16,
+    Bits32,
+    Bits64,
+}
+
+/// The elements of an array of one dimension, or of none.
+///
+/// # Safety
+/// The datum is a live array, not NULL, whose elements are of the type `T`.
+unsafe fn elements<T>(datum: pg_sys::Datum, column: &str) -> Result<Vec<Option<T>>>
+where
+    for<'a> T: UnboxDatum<As<'a> = T> + 'a,
+{
+    // SAFETY: as promised; an array that was stored compressed is copied, into the fetch's own memory.
+    unsafe {
+        let array = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::ArrayType>();
+        if (*array).ndim > 1 {
+            return Err(PgError::new(
+                "0A000",
+                format!("a value of column \"{column}\" has several dimensions, a list of a file has one"),
+            )
+            .hint("Cast the column to text, or make it JSON with to_jsonb."));
+        }
+        let items = Vec::<Option<T>>::from_datum(pg_sys::Datum::from(array), false);
+        Ok(items.unwrap_or_default())
     }
 }
 
@@ -275,6 +321,38 @@ impl Row<'_> {
         }
     }
 
+    /// A column of arrays of whole numbers; None for NULL, and for any other column.
+    pub fn integers(&self, column: usize) -> Result<Option<Vec<Option<i64>>>> {
+        let Some((about, kind)) = self
+            .columns
+            .get(column)
+            .and_then(|about| Some((about, about.integers()?)))
+        else {
+            return Ok(None);
+        };
+        let mut is_null = false;
+        // SAFETY: tuple and descriptor are live, and the column is of the array's type.
+        unsafe {
+            let datum =
+                pg_sys::SPI_getbinval(self.tuple, self.desc, column as i32 + 1, &mut is_null);
+            if is_null {
+                return Ok(None);
+            }
+            let name = &about.name;
+            Ok(Some(match kind {
+                Integers::Bits16 => elements::<i16>(datum, name)?
+                    .into_iter()
+                    .map(|v| v.map(i64::from))
+                    .collect(),
+                Integers::Bits32 => elements::<i32>(datum, name)?
+                    .into_iter()
+                    .map(|v| v.map(i64::from))
+                    .collect(),
+                Integers::Bits64 => elements::<i64>(datum, name)?,
+            }))
+        }
+    }
+
     /// A column as a value of its [`Column::field_type`].
     pub fn value(&self, column: usize) -> Result<Option<Value<'static>>> {
         let Some(about) = self.columns.get(column) else {
@@ -322,6 +400,29 @@ impl Row<'_> {
                     us.filter(|us| range.contains(us))
                         .ok_or_else(out_of_range)?,
                 )
+            }
+            (_, FieldType::Uuid) => {
+                // SAFETY: a uuid is a pointer to its 16 bytes.
+                let uuid = unsafe { pgrx::Uuid::from_datum(datum, false) };
+                Value::Uuid(uuid.map_or([0; 16], |uuid| *uuid.as_bytes()))
+            }
+            (_, FieldType::BoolArray) => {
+                // SAFETY: the datum is an array of the column's type.
+                Value::BoolArray(unsafe { elements::<bool>(datum, &about.name)? })
+            }
+            (pg_sys::FLOAT4ARRAYOID, _) => {
+                // SAFETY: as above.
+                let items = unsafe { elements::<f32>(datum, &about.name)? };
+                Value::Float8Array(items.into_iter().map(|v| v.map(f64::from)).collect())
+            }
+            (_, FieldType::Float8Array) => {
+                // SAFETY: as above.
+                Value::Float8Array(unsafe { elements::<f64>(datum, &about.name)? })
+            }
+            (_, FieldType::TextArray) => {
+                // SAFETY: as above.
+                let items = unsafe { elements::<String>(datum, &about.name)? };
+                Value::TextArray(items.into_iter().map(|v| v.map(Cow::Owned)).collect())
             }
             (_, FieldType::Numeric { scale, .. }) => {
                 let text = self.text(column).unwrap_or_default();

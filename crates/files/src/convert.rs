@@ -17,7 +17,7 @@ use rakam_event::error::EventError;
 use rakam_event::json::{self, Cutter, ObjectWriter};
 use rakam_event::names;
 use rakam_event::schema::{EXTRA, ID, RECEIVED_AT, Schema, TIME, XID};
-use rakam_event::time::{MAX_TIME_US, MIN_TIME_US};
+use rakam_event::time::{self, MAX_TIME_US, MIN_TIME_US};
 use rakam_event::types::FieldType;
 
 use crate::cast::{self, Note};
@@ -169,8 +169,30 @@ impl Converter {
             BatchBuilder::new(&self.schema, Layout::Stored, &self.limits).map_err(failed)?;
         let mut bad = Vec::new();
         for event in events {
-            let pushed = entry::check_event(&event.json, &self.limits)
-                .and_then(|json| builder.push(&json, stamp));
+            let taken = (self.may_set_received_at)
+                .then(|| take_received_at(&event.json))
+                .flatten();
+            let mut stamp = *stamp;
+            let json = match &taken {
+                Some((rest, raw)) => {
+                    match time::event_time(raw) {
+                        Some(received_at_us) => stamp.received_at_us = received_at_us,
+                        None if raw == "null" => {}
+                        None => self.log.add(&Entry {
+                            field: RECEIVED_AT,
+                            ty: &FieldType::Timestamptz.to_string(),
+                            raw,
+                            error: &format!("it is no time (line {})", event.line),
+                            event_id: None,
+                            received_at_us: stamp.received_at_us,
+                        }),
+                    }
+                    rest
+                }
+                None => &event.json,
+            };
+            let pushed =
+                entry::check_event(json, &self.limits).and_then(|json| builder.push(&json, &stamp));
             if let Err(error) = pushed {
                 bad.push(BadRow::new(event.line, event.json.as_bytes(), error));
             }
@@ -354,6 +376,26 @@ impl Converter {
             });
         }
     }
+}
+
+/// An event without its `_received_at`, and that; None if it has none, or is no event.
+fn take_received_at(event: &str) -> Option<(String, String)> {
+    // Any spelling of the name has this.
+    if !event.contains("eceived") && !event.contains("ECEIVED") && !event.contains('\\') {
+        return None;
+    }
+    let mut received = None;
+    let mut rest = ObjectWriter::default();
+    json::object_entries(event, |key, raw| {
+        if names::server_field(key) == Some(RECEIVED_AT) {
+            received = Some(raw.to_owned());
+        } else {
+            rest.key(key).push_str(raw);
+        }
+    })
+    .ok()?;
+    let rest = rest.finish().unwrap_or("{}").to_owned();
+    received.map(|received| (rest, received))
 }
 
 fn failed(error: EventError) -> FilesError {

@@ -4,13 +4,19 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::sync::Arc;
 
+use arrow::array::builder::{Int64Builder, ListBuilder};
 use arrow::array::{ArrayRef, RecordBatch};
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use flate2::write::GzEncoder;
-use parquet::arrow::ArrowWriter;
-use parquet::basic::{Compression as ParquetCompression, ZstdLevel};
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::arrow::{ArrowSchemaConverter, ArrowWriter};
+use parquet::basic::{
+    Compression as ParquetCompression, LogicalType, Repetition, Type as PhysicalType, ZstdLevel,
+};
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
+use parquet::schema::types::{SchemaDescriptor, Type};
 use rakam_event::coerce::Value;
 use rakam_event::column::Column;
 use rakam_event::types::FieldType;
@@ -46,6 +52,100 @@ pub fn row_form(format: Format) -> Result<RowForm, FilesError> {
             hint: "Formats of copy_to are parquet, csv and ndjson.".to_owned(),
         }),
     }
+}
+
+/// The type under which a column is written to a typed file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColumnType {
+    Field(FieldType),
+    /// Lists of whole numbers.
+    Int4Array,
+    Int8Array,
+}
+
+impl ColumnType {
+    fn arrow(self) -> DataType {
+        let list = |item| DataType::List(Arc::new(Field::new("element", item, true)));
+        match self {
+            Self::Field(ty) => ty.arrow(),
+            Self::Int4Array => list(DataType::Int32),
+            Self::Int8Array => list(DataType::Int64),
+        }
+    }
+}
+
+/// A value of a column; of lists of whole numbers the list.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cell<'a> {
+    Value(Value<'a>),
+    Integers(Vec<Option<i64>>),
+}
+
+/// A column in the making.
+enum Making {
+    Field(Column),
+    Integers(ListBuilder<Int64Builder>, DataType),
+}
+
+impl Making {
+    fn new(ty: ColumnType) -> Result<Self, FilesError> {
+        let arrow = ty.arrow();
+        Ok(match ty {
+            ColumnType::Field(_) => {
+                Self::Field(Column::new(&arrow).map_err(|e| FilesError::Arrow(e.to_string()))?)
+            }
+            _ => Self::Integers(ListBuilder::new(Int64Builder::new()), arrow),
+        })
+    }
+
+    fn append(&mut self, row: usize, cell: Option<Cell<'_>>) {
+        match (self, cell) {
+            (Self::Field(column), Some(Cell::Value(value))) => {
+                column.append(row, value);
+            }
+            (Self::Field(_), _) => {}
+            (Self::Integers(lists, _), Some(Cell::Integers(items))) => lists.append_value(items),
+            (Self::Integers(lists, _), _) => lists.append_null(),
+        }
+    }
+
+    fn finish(self, rows: usize) -> Result<ArrayRef, FilesError> {
+        match self {
+            Self::Field(column) => Ok(column.finish(rows)),
+            Self::Integers(mut lists, ty) => {
+                cast(&lists.finish(), &ty).map_err(|e| FilesError::Arrow(e.to_string()))
+            }
+        }
+    }
+}
+
+/// The Parquet schema that Arrow's conversion gives, with uuids marked as such.
+fn parquet_schema(
+    arrow: &Schema,
+    columns: &[(String, ColumnType)],
+) -> Result<SchemaDescriptor, ParquetError> {
+    let converted = ArrowSchemaConverter::new().convert(arrow)?;
+    let root = converted.root_schema();
+    let fields = root
+        .get_fields()
+        .iter()
+        .zip(columns)
+        .map(|(field, (name, ty))| {
+            if *ty != ColumnType::Field(FieldType::Uuid) {
+                return Ok(Arc::clone(field));
+            }
+            Type::primitive_type_builder(name, PhysicalType::FIXED_LEN_BYTE_ARRAY)
+                .with_length(16)
+                .with_repetition(Repetition::OPTIONAL)
+                .with_logical_type(Some(LogicalType::Uuid))
+                .build()
+                .map(Arc::new)
+        })
+        .collect::<Result<Vec<_>, ParquetError>>()?;
+    let root = Type::group_type_builder(root.name())
+        .with_fields(fields)
+        .build()?;
+    Ok(SchemaDescriptor::new(Arc::new(root)))
 }
 
 /// The file, compressed on the way.
@@ -87,23 +187,23 @@ impl Output {
 /// Columns in the making.
 struct Rows {
     schema: SchemaRef,
-    columns: Vec<Column>,
+    types: Vec<ColumnType>,
+    columns: Vec<Making>,
     rows: usize,
 }
 
 impl Rows {
-    fn columns(schema: &SchemaRef) -> Result<Vec<Column>, FilesError> {
-        schema
-            .fields()
-            .iter()
-            .map(|f| Column::new(f.data_type()).map_err(|e| FilesError::Arrow(e.to_string())))
-            .collect()
+    fn columns(types: &[ColumnType]) -> Result<Vec<Making>, FilesError> {
+        types.iter().map(|&ty| Making::new(ty)).collect()
     }
 
     fn take(&mut self) -> Result<RecordBatch, FilesError> {
-        let done = std::mem::replace(&mut self.columns, Self::columns(&self.schema)?);
+        let done = std::mem::replace(&mut self.columns, Self::columns(&self.types)?);
         let rows = std::mem::take(&mut self.rows);
-        let arrays: Vec<ArrayRef> = done.into_iter().map(|c| c.finish(rows)).collect();
+        let arrays = done
+            .into_iter()
+            .map(|c| c.finish(rows))
+            .collect::<Result<Vec<ArrayRef>, _>>()?;
         RecordBatch::try_new(self.schema.clone(), arrays)
             .map_err(|e| FilesError::Arrow(e.to_string()))
     }
@@ -130,7 +230,7 @@ impl Sink {
         file: File,
         name: &str,
         format: Format,
-        columns: &[(String, FieldType)],
+        columns: &[(String, ColumnType)],
     ) -> Result<Self, FilesError> {
         let form = row_form(format)?;
         let failed = |e| FilesError::io("write", name, &e);
@@ -155,16 +255,23 @@ impl Sink {
                 .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
                 .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
                 .build();
-            let writer = ArrowWriter::try_new(
-                BufWriter::with_capacity(1 << 18, file),
-                schema.clone(),
-                Some(properties),
-            )
-            .map_err(|e| parquet_failed(name, e))?;
+            let options = parquet_schema(&schema, columns).map(|parquet| {
+                ArrowWriterOptions::new()
+                    .with_properties(properties)
+                    .with_parquet_schema(parquet)
+            });
+            let file = BufWriter::with_capacity(1 << 18, file);
+            let writer = options
+                .and_then(|options| {
+                    ArrowWriter::try_new_with_options(file, schema.clone(), options)
+                })
+                .map_err(|e| parquet_failed(name, e))?;
+            let types: Vec<ColumnType> = columns.iter().map(|(_, ty)| *ty).collect();
             Kind::Parquet {
                 writer: Box::new(writer),
                 rows: Rows {
-                    columns: Rows::columns(&schema)?,
+                    columns: Rows::columns(&types)?,
+                    types,
                     schema,
                     rows: 0,
                 },
@@ -187,15 +294,13 @@ impl Sink {
     /// Appends a row of typed values.
     pub fn values<'a>(
         &mut self,
-        values: impl Iterator<Item = Option<Value<'a>>>,
+        values: impl Iterator<Item = Option<Cell<'a>>>,
     ) -> Result<(), FilesError> {
         let Kind::Parquet { writer, rows } = &mut self.kind else {
             return Err(FilesError::Arrow("rows of another form".to_owned()));
         };
         for (column, value) in rows.columns.iter_mut().zip(values) {
-            if let Some(value) = value {
-                column.append(rows.rows, value);
-            }
+            column.append(rows.rows, value);
         }
         rows.rows += 1;
         if rows.rows == BATCH_ROWS {
@@ -305,8 +410,8 @@ mod tests {
     fn what_is_written_is_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let columns = [
-            ("a".to_owned(), FieldType::Text),
-            ("b,c".to_owned(), FieldType::Int8),
+            ("a".to_owned(), ColumnType::Field(FieldType::Text)),
+            ("b,c".to_owned(), ColumnType::Field(FieldType::Int8)),
         ];
         let spec = Spec {
             format: None,
@@ -326,8 +431,8 @@ mod tests {
                     _ => Some(n.to_string()),
                 };
                 if row_form(format).unwrap() == RowForm::Values {
-                    let text = text.map(|t| Value::Text(Cow::Owned(t)));
-                    sink.values([text, Some(Value::Int8(n))].into_iter())
+                    let text = text.map(|t| Cell::Value(Value::Text(Cow::Owned(t))));
+                    sink.values([text, Some(Cell::Value(Value::Int8(n)))].into_iter())
                         .unwrap();
                 } else {
                     let number = n.to_string();
