@@ -14,6 +14,9 @@ def test_a_dump_is_restored_and_goes_on(db, cluster):
         collect(db.admin, "dumped", "page", {"_id": str(n), "n": n, "later": True})
     db.tick()
     db.admin.execute("SELECT rakam.delete_events('dumped', 'page', 'n < 3')")
+    files = cluster.make_folder("dump_files")
+    (files / "a.csv").write_text("n\n1\n2\n")
+    db.admin.execute("SELECT rakam.attach('dumped', 'files', %s)", (f"file://{files}",))
     everything = "SELECT _id, n, tag, later, _extra FROM dumped.page ORDER BY n"
     before = db.all(everything)
     assert len(before) == 57
@@ -35,6 +38,10 @@ def test_a_dump_is_restored_and_goes_on(db, cluster):
         assert restored.one("SELECT count(*) FROM dumped.another") == 1
         assert restored.all(everything)[:57] == before
         assert restored.one("SELECT count(*) FROM rakam.health() WHERE status = 'error'") == 0
+        # Attached files are read from where they were.
+        assert restored.one("SELECT sum(n) FROM dumped.files") == 3
+        restored.admin.execute("SELECT rakam.detach('dumped', 'files')")
+        assert restored.one("SELECT to_regclass('dumped.files')") is None
         assert db.all(everything) == before
     finally:
         restored.drop()

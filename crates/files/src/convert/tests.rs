@@ -218,6 +218,36 @@ fn rows_that_are_no_events() {
 }
 
 #[test]
+fn the_admin_sets_when_an_event_was_received() {
+    let schema = schema(&[("a", FieldType::Text)]);
+    let texts = [
+        "{\"a\":1,\"_receivedAt\":\"2024-01-01\"}",
+        "{\"_received_at\":\"then\"}",
+        "{\"a\":2,\"_\\u0072eceived_at\":1704067200001}",
+        "{\"a\":\"received\"}",
+        "{\"_received_at\":1",
+    ];
+    let events = texts.iter().zip(1..).map(|(json, line)| TextEvent {
+        line,
+        json: (*json).to_owned(),
+    });
+    let events = Rows::Events(events.collect());
+    let mut admin = Converter::new(&schema, Limits::default(), true);
+    let (batch, bad) = admin.convert(events, "f", &stamp()).unwrap();
+    let received = batch.column_by_name(RECEIVED_AT).unwrap();
+    let received = received.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
+    let new_year = 1_704_067_200_000_000;
+    assert_eq!(received.values(), &[new_year, NOW, new_year + 1_000, NOW]);
+    assert_eq!(bad.len(), 1);
+    let (samples, _) = admin.take_log();
+    assert_eq!(samples.len(), 1);
+    assert_eq!(
+        (samples[0].field.as_str(), samples[0].value.as_str()),
+        (RECEIVED_AT, "then")
+    );
+}
+
+#[test]
 fn columns_of_the_server() {
     let schema = schema(&[]);
     let file = |name: &str| rows(&[(name, text(&[Some("2024-01-01")]))], true);

@@ -8,8 +8,8 @@ use arrow::array::types::{
     Time64MicrosecondType, Time64NanosecondType,
 };
 use arrow::array::{
-    Array, ArrayRef, AsArray, Int64Array, StringArray, StringBuilder, TimestampMicrosecondArray,
-    new_null_array,
+    Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray, StringBuilder,
+    TimestampMicrosecondArray, new_null_array,
 };
 use arrow::compute::cast as arrow_cast;
 use arrow::datatypes::{DataType, TimeUnit};
@@ -131,6 +131,14 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
                 values.unary::<_, arrow::datatypes::Float64Type>(f64::from),
             ))
         }
+        // As Postgres casts whole and decimal numbers: to the nearest.
+        (
+            DataType::Int64 | DataType::UInt64 | DataType::Decimal128(..),
+            FieldType::Float4 | FieldType::Float8,
+        ) => Some(arrow_cast(array, &ty.arrow()).map_err(|e| Unfit::new(0, e))?),
+        (DataType::Utf8, FieldType::Float4 | FieldType::Float8) => {
+            Some(floats(array.as_string(), ty, untyped)?)
+        }
         (DataType::Date32, FieldType::Date) => {
             let days = array.as_primitive::<Date32Type>();
             match days
@@ -198,6 +206,39 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
         }
         _ => None,
     })
+}
+
+/// Texts as numbers, to the nearest; also those that are none, and infinity.
+fn floats(texts: &StringArray, ty: FieldType, untyped: bool) -> Result<ArrayRef, Unfit> {
+    let values = texts
+        .iter()
+        .enumerate()
+        .map(|(row, text)| match text {
+            None => Ok(None),
+            Some("") if untyped => Ok(None),
+            Some(text) => float(text, ty)
+                .map(Some)
+                .map_err(|reason| Unfit::new(row, reason)),
+        })
+        .collect::<Result<Float64Array, Unfit>>()?;
+    arrow_cast(&values, &ty.arrow()).map_err(|e| Unfit::new(0, e))
+}
+
+fn float(text: &str, ty: FieldType) -> Result<f64, String> {
+    let value: f64 = text
+        .trim()
+        .parse()
+        .map_err(|_| format!("text is not a value of type {ty}"))?;
+    let narrow = match ty {
+        FieldType::Float4 => f64::from(value as f32),
+        _ => value,
+    };
+    // Infinity is said, not come to.
+    let is_said = || text.contains(['n', 'N']);
+    if narrow.is_infinite() && !is_said() {
+        return Err(format!("number is out of range for type {ty}"));
+    }
+    Ok(narrow)
 }
 
 fn timestamps(
@@ -376,16 +417,15 @@ pub fn of_json(raw: &str, form: Form) -> Result<Option<Value<'_>>, String> {
         form => form.carrier(),
     };
     let value = coerce(raw, ty, &mut cutter).or_else(|misfit| {
-        // What JSON has no number for is written as text.
-        let float = match raw {
-            "\"NaN\"" => f64::NAN,
-            "\"Infinity\"" => f64::INFINITY,
-            "\"-Infinity\"" => f64::NEG_INFINITY,
+        // Numbers that an event would keep as they are; what JSON has no number for is written as text.
+        let text = match json::kind(raw) {
+            Kind::Number => raw.into(),
+            Kind::String => json::string(raw).ok_or_else(|| misfit.to_string())?,
             _ => return Err(misfit.to_string()),
         };
         match ty {
-            FieldType::Float8 => Ok(Value::Float8(float)),
-            FieldType::Float4 => Ok(Value::Float4(float as f32)),
+            FieldType::Float8 => float(&text, ty).map(Value::Float8),
+            FieldType::Float4 => float(&text, ty).map(|value| Value::Float4(value as f32)),
             _ => Err(misfit.to_string()),
         }
     })?;
@@ -400,9 +440,7 @@ pub fn of_json(raw: &str, form: Form) -> Result<Option<Value<'_>>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{
-        Date32Array, Float64Array, Int64Array, ListArray, TimestampNanosecondArray, UInt64Array,
-    };
+    use arrow::array::{Date32Array, ListArray, TimestampNanosecondArray, UInt64Array};
 
     fn shown(array: ArrayRef, form: Form) -> Result<Vec<String>, Unfit> {
         let array = convert(&array, form, false)?;
@@ -431,6 +469,33 @@ mod tests {
         let dates: ArrayRef = Arc::new(Date32Array::from(vec![0, i32::MIN]));
         let error = convert(&dates, Form::Field(FieldType::Date), false).unwrap_err();
         assert_eq!(error.row, 1);
+        // Numbers to the nearest, as Postgres casts them.
+        let float8 = Form::Field(FieldType::Float8);
+        let texts: ArrayRef = Arc::new(StringArray::from(vec![
+            "9007199254740993",
+            "0.5",
+            "Infinity",
+            "",
+        ]));
+        let found = convert(&texts, float8, true).unwrap();
+        assert_eq!(
+            found
+                .as_primitive::<arrow::datatypes::Float64Type>()
+                .iter()
+                .collect::<Vec<_>>(),
+            [
+                Some(9007199254740992.0),
+                Some(0.5),
+                Some(f64::INFINITY),
+                None
+            ]
+        );
+        let huge: ArrayRef = Arc::new(StringArray::from(vec!["1", "1e999"]));
+        assert_eq!(convert(&huge, float8, true).unwrap_err().row, 1);
+        assert_eq!(
+            of_json("9007199254740993", float8),
+            Ok(Some(Value::Float8(9007199254740992.0)))
+        );
         // Down to the microsecond, also before 1970.
         let times: ArrayRef = Arc::new(TimestampNanosecondArray::from(vec![1_500, -1]));
         let times = convert(&times, Form::Timestamp, false).unwrap();
