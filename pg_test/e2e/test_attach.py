@@ -493,6 +493,26 @@ def test_who_may_attach_what(db, lake, folder, small):
     assert one(db.login(PROJECT, "read"), "SELECT count(*) FROM acme.shared") == 1
 
 
+def test_a_storage_that_is_moved_widens_nothing(db, lake, cluster):
+    """What was allowed is files below a storage: not those elsewhere, when the storage goes there."""
+    first, second = cluster.make_folder("moved-1"), cluster.make_folder("moved-2")
+    for place in (first, second):
+        (place / "x").mkdir()
+        (place / "x/a.csv").write_text("n\n1\n")
+    db.admin.execute(f"CREATE SERVER moved FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{first}')")
+    mover = db.login(PROJECT, "admin", name="mover")
+    db.admin.execute("GRANT USAGE ON FOREIGN SERVER moved TO mover")
+    attach(mover, "moved", first / "x")
+    assert one(mover, "SELECT n FROM acme.moved") == 1
+    db.admin.execute(f"ALTER SERVER moved OPTIONS (SET url 'file://{second}')")
+    with refused("58030", message='storage "moved"', hint="attach"):
+        mover.execute("SELECT n FROM acme.moved")
+    db.admin.execute("REVOKE USAGE ON FOREIGN SERVER moved FROM mover; DROP SERVER moved")
+    with refused("58030"):
+        mover.execute("SELECT n FROM acme.moved")
+    mover.execute("SELECT rakam.detach('acme', 'moved')")
+
+
 # -- names --------------------------------------------------------------------------------------------------------
 
 

@@ -685,6 +685,18 @@ def test_a_load_that_fails_keeps_nothing_it_did_not_commit(db, lake, folder):
     assert load(db.admin, "short", path) == 50_000
 
 
+def test_a_load_that_nobody_takes_up_is_forgotten(db, lake):
+    db.admin.execute("SELECT rakam.create_collection('acme', 'left')")
+    db.admin.execute(
+        "INSERT INTO rakam_internal.file_load (load_key, project_id, collection_id, updated_at)"
+        " SELECT convert_to(age::text, 'UTF8'), project_id, collection_id, now() - age FROM rakam_internal.collection,"
+        " unnest('{29 days,31 days}'::interval[]) age WHERE name = 'left'"
+    )
+    db.tick()
+    assert db.all("SELECT convert_from(load_key, 'UTF8') FROM rakam_internal.file_load") == [("29 days",)]
+    db.admin.execute("DELETE FROM rakam_internal.file_load")
+
+
 def test_a_load_sees_the_collection_vanish_with_its_project(db, folder):
     """Dropping the project ends its loads; nothing of them stays."""
     db.project("brief")
