@@ -253,6 +253,8 @@ CREATE TABLE rakam_internal.data_file (
   flush_id       uuid NOT NULL
 );
 CREATE INDEX data_file_collection ON rakam_internal.data_file (collection_id, max_time, min_time);
+-- How a query finds the files of a range of time: three equal periods, each with a short range of first days.
+CREATE INDEX data_file_period ON rakam_internal.data_file (collection_id, period, first_day);
 
 CREATE TABLE rakam_internal.data_file_stat (
   file_id    bigint PRIMARY KEY REFERENCES rakam_internal.data_file ON DELETE CASCADE,

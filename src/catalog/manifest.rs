@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
+use rakam_lake::period::{Period, day_of};
 
 use super::deletion;
 use crate::pg::spi::{self, View, arg, xid8};
@@ -204,19 +205,52 @@ pub fn files(
             &[arg(collection_id)],
             file_row,
         ),
-        Some((from, to)) => spi::query(
-            view,
-            "SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
-             FROM rakam_internal.data_file WHERE collection_id = $1 AND max_time >= $2 AND min_time <= $3
-             ORDER BY min_time, file_id",
-            &[
-                arg(collection_id),
-                spi::timestamptz_saturating(from),
-                spi::timestamptz_saturating(to),
-            ],
-            file_row,
-        ),
+        Some((from, to)) => {
+            let (first, last) = (day_within_dates(from), day_within_dates(to));
+            spi::query(
+                view,
+                // A file's events are all of its period, so three places in the index hold all files of a range,
+                // wherever it lies: by the times alone half of all entries would be looked at.
+                "SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
+                 FROM rakam_internal.data_file
+                 WHERE collection_id = $1 AND period = 'day'
+                   AND first_day BETWEEN date '1970-01-01' + $4 AND date '1970-01-01' + $7
+                   AND max_time >= $2 AND min_time <= $3
+                 UNION ALL
+                 SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
+                 FROM rakam_internal.data_file
+                 WHERE collection_id = $1 AND period = 'month'
+                   AND first_day BETWEEN date '1970-01-01' + $5 AND date '1970-01-01' + $7
+                   AND max_time >= $2 AND min_time <= $3
+                 UNION ALL
+                 SELECT file_id, storage_id, path, schema_version, n, bytes, footer_bytes, has_extra, min_time, max_time
+                 FROM rakam_internal.data_file
+                 WHERE collection_id = $1 AND period = 'year'
+                   AND first_day BETWEEN date '1970-01-01' + $6 AND date '1970-01-01' + $7
+                   AND max_time >= $2 AND min_time <= $3
+                 ORDER BY min_time, file_id",
+                &[
+                    arg(collection_id),
+                    spi::timestamptz_saturating(from),
+                    spi::timestamptz_saturating(to),
+                    arg(first),
+                    arg(Period::Month.around(first).0.max(FIRST_DATE)),
+                    arg(Period::Year.around(first).0.max(FIRST_DATE)),
+                    arg(last),
+                ],
+                file_row,
+            )
+        }
     }
+}
+
+/// The days since 1970-01-01 of the first date there is, 4714-11-24 BC, and of one after the last timestamp.
+const FIRST_DATE: i32 = -2_440_588;
+const LAST_DATE: i32 = 106_751_992;
+
+/// The UTC day of a time, as days since 1970-01-01 that a date can have.
+fn day_within_dates(time_us: i64) -> i32 {
+    day_of(time_us).clamp(FIRST_DATE, LAST_DATE)
 }
 
 /// The number of all files of a collection, for EXPLAIN's "skipped".

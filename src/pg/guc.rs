@@ -23,6 +23,9 @@ static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static ROTATION_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
 static STORAGE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30_000);
+static CACHE_DIR: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"rakam_cache"));
+static CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static DEDUPE_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 3600);
 static DEDUPE_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64);
 static MAX_EVENT_BYTES: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
@@ -173,6 +176,23 @@ pub fn init() {
         i32::MAX,
         GucContext::Sighup,
         GucFlags::UNIT_MIN,
+    );
+    GucRegistry::define_string_guc(
+        c"rakam.cache_dir",
+        c"Directory in which blocks of objects in buckets are kept, within the data directory unless absolute; empty keeps none.",
+        c"",
+        &CACHE_DIR,
+        GucContext::Suset,
+        GucFlags::SUPERUSER_ONLY,
+    );
+    int(
+        c"rakam.cache_size",
+        c"Size that the blocks in rakam.cache_dir may take; 0 keeps none.",
+        &CACHE_SIZE,
+        0,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_MB,
     );
     int(
         c"rakam.storage_timeout",
@@ -408,6 +428,18 @@ pub fn storage_timeout() -> Duration {
 
 pub fn file_retention() -> Duration {
     Duration::from_secs(FILE_RETENTION.get() as u64 * 60)
+}
+
+/// The directory of the block cache, relative to the data directory; None: no cache.
+pub fn cache_dir() -> Option<PathBuf> {
+    CACHE_DIR
+        .get()
+        .filter(|path| !path.is_empty())
+        .map(|path| PathBuf::from(OsStr::from_bytes(path.to_bytes())))
+}
+
+pub fn cache_bytes() -> u64 {
+    (CACHE_SIZE.get() as u64) << 20
 }
 
 /// The window in microseconds; None: every event counts.

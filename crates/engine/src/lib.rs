@@ -26,6 +26,6 @@ pub use all::{Part, execute_all};
 pub use context::EngineContext;
 pub use error::EngineError;
 pub use ir::{CmpOp, Expr, ScanPlan};
-pub use memory::{Budget, BudgetPool, Reserved};
+pub use memory::{Budget, BudgetPool, RequestMemory, Reserved};
 pub use metrics::ScanMetrics;
 pub use scan::{Broker, ChunkRef, FileRef, ScanInput, ScanStream, execute};

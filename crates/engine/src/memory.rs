@@ -167,5 +167,25 @@ impl Reserved {
     }
 }
 
+/// Memory of a pool for the requests to buckets.
+#[derive(Debug)]
+pub struct RequestMemory(MemoryReservation);
+
+impl RequestMemory {
+    pub fn new(pool: &Arc<BudgetPool>) -> Self {
+        Self(pool.reserve("requests to storages").0)
+    }
+}
+
+impl rakam_lake::cache::Memory for RequestMemory {
+    fn try_take(&self, bytes: usize) -> bool {
+        self.0.try_grow(bytes).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.0.shrink(bytes);
+    }
+}
+
 #[cfg(test)]
 mod tests;

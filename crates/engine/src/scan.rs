@@ -20,7 +20,7 @@ use datafusion::datasource::physical_plan::{
     FileGroup, FileGroupPartitioner, FileScanConfigBuilder, ParquetSource,
 };
 use datafusion::datasource::source::DataSourceExec;
-use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
+use datafusion::execution::memory_pool::{MemoryConsumer, MemoryLimit, MemoryReservation};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_plan::coalesce_partitions::CoalescePartitionsExec;
 use datafusion::physical_plan::filter::FilterExecBuilder;
@@ -51,6 +51,13 @@ const EXPANSION: u64 = 8;
 const TIME_FIELD_ID: i32 = 1;
 /// What a run of deleted rows takes in a Parquet selection: what is skipped and what is read after it.
 const SELECTION_BYTES: usize = 2 * size_of::<RowSelector>();
+/// Row groups that a thread has under way when they come from afar: it decodes one while the others are fetched.
+const REMOTE_GROUPS_PER_THREAD: usize = 4;
+/// A row group of our files has at most so many rows (`rakam_lake::write`).
+const ROW_GROUP_ROWS: u64 = 1_000_000;
+/// What row groups under way may take of the memory that there is: a query is not the only one.
+const READAHEAD_SHARE: u64 = 8;
+const READAHEAD_BYTES_MAX: u64 = 512 << 20;
 
 /// Everything a scan of one collection reads. The caller has pruned files and chunks by their statistics.
 #[derive(Debug)]
@@ -80,6 +87,8 @@ pub struct FileRef {
     pub deleted: Option<Arc<RowSet>>,
     /// What [`ROW_FIELD_ID`] calls the file.
     pub number: u32,
+    /// Its store is far away: while one part is decoded, others should be on their way.
+    pub remote: bool,
 }
 
 /// A chunk of the hot tier.
@@ -343,8 +352,31 @@ impl TierScan<'_> {
         Ok(DataSourceExec::from_data_source(config))
     }
 
+    /// How many partitions read files at a time. A partition fetches a row group, decodes it, and fetches the next; so of
+    /// files that are far away more are read than there are threads. Not where a limit may be reached by the first.
+    fn partitions(&self, files: &[FileRef]) -> usize {
+        let threads = self.ctx.threads;
+        if self.limit.is_some() || !files.iter().any(|file| file.remote) {
+            return threads;
+        }
+        let group_bytes = files
+            .iter()
+            .map(|file| file.bytes / file.n.div_ceil(ROW_GROUP_ROWS).max(1))
+            .max()
+            .unwrap_or(0);
+        let memory = match self.ctx.task.memory_pool().memory_limit() {
+            MemoryLimit::Finite(limit) => limit as u64 / READAHEAD_SHARE,
+            _ => READAHEAD_BYTES_MAX,
+        };
+        let fitting = memory.min(READAHEAD_BYTES_MAX) / group_bytes.max(1);
+        usize::try_from(fitting)
+            .unwrap_or(usize::MAX)
+            .clamp(threads, threads * REMOTE_GROUPS_PER_THREAD)
+    }
+
     /// Files over the partitions: by byte ranges when there is enough to share, else whole files.
     fn file_groups(&self, files: Vec<FileRef>) -> Result<Vec<FileGroup>, EngineError> {
+        let partitions = self.partitions(&files);
         let files = files
             .into_iter()
             .enumerate()
@@ -352,9 +384,9 @@ impl TierScan<'_> {
             .collect::<Result<Vec<_>, _>>()?;
         let group = FileGroup::new(files);
         let shared = FileGroupPartitioner::new()
-            .with_target_partitions(self.ctx.threads)
+            .with_target_partitions(partitions)
             .repartition_file_groups(std::slice::from_ref(&group));
-        Ok(shared.unwrap_or_else(|| group.split_files(self.ctx.threads)))
+        Ok(shared.unwrap_or_else(|| group.split_files(partitions)))
     }
 
     /// Filters, joins the partitions, and gives the columns at `wanted` under the names of `schema`.

@@ -2,10 +2,11 @@
 //!
 //! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`backlog`], [`period`], [`sort`]
 //! and [`mod@write`] (the road of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files),
-//! [`storage`] (where files lie), [`id_run`] (what de-duplication remembers).
+//! [`storage`] (where files lie), [`cache`] (how buckets are read), [`id_run`] (what de-duplication remembers).
 #![forbid(unsafe_code)]
 
 pub mod backlog;
+pub mod cache;
 pub mod chunk;
 pub mod describe;
 pub mod encoding;

@@ -235,6 +235,7 @@ async fn a_file_of_the_lake_is_read_from_its_directory() {
         footer: Some(written.footer),
         deleted: None,
         number: 0,
+        remote: false,
     });
     let ids: Vec<i32> = schema.fields.iter().map(|f| f.id).collect();
     let (mut found, _) = tiers
