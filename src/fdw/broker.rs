@@ -271,12 +271,12 @@ impl Broker for CollectionBroker {
 /// The objects of the default storage, read through the backend's thread.
 pub struct ObjectSource {
     sender: Sender<Message>,
-    sizes: HashMap<String, u64>,
+    sizes: Arc<HashMap<String, u64>>,
 }
 
 impl ObjectSource {
     /// `sizes` are those of the manifest, by path.
-    pub fn new(sender: Sender<Message>, sizes: HashMap<String, u64>) -> Arc<Self> {
+    pub fn new(sender: Sender<Message>, sizes: Arc<HashMap<String, u64>>) -> Arc<Self> {
         Arc::new(Self { sender, sizes })
     }
 }

@@ -5,6 +5,7 @@ use std::ffi::CString;
 
 use pgrx::{pg_guard, pg_sys};
 use rakam_engine::ScanMetrics;
+use rakam_lake::cache::Counts;
 
 use super::node;
 use super::plan::ScanSpec;
@@ -80,7 +81,7 @@ unsafe fn conditions(
 
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
     let done = &state.done;
-    let (skipped, metrics) = (&done.skipped, &done.metrics);
+    let (skipped, metrics, counts) = (&done.skipped, &done.metrics, state.counts());
     if state.reads_files() {
         return files(metrics, es);
     }
@@ -108,6 +109,15 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
             text(c"Row Groups", &row_groups, es);
             integer(c"Bytes Read", metrics.bytes_read as i64, es);
         }
+        if counts != Counts::default() {
+            let cache = format!(
+                "{} blocks hit, {} bytes; {} blocks missed",
+                counts.hits, counts.hit_bytes, counts.misses
+            );
+            text(c"Cache", &cache, es);
+            let requests = format!("{}, {} bytes", counts.requests, counts.fetched_bytes);
+            text(c"Storage Requests", &requests, es);
+        }
         text(c"Chunks", &format!("{} read", metrics.chunks_read), es);
         text(c"Inbox", &inbox, es);
         if skipped.deleted_events > 0 {
@@ -131,6 +141,11 @@ fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
         ),
         (c"Pages Skipped", metrics.pages_pruned as i64),
         (c"Bytes Read", metrics.bytes_read as i64),
+        (c"Cache Blocks Hit", counts.hits as i64),
+        (c"Cache Bytes Hit", counts.hit_bytes as i64),
+        (c"Cache Blocks Missed", counts.misses as i64),
+        (c"Storage Requests", counts.requests as i64),
+        (c"Storage Bytes Fetched", counts.fetched_bytes as i64),
         (c"Chunks Read", metrics.chunks_read as i64),
         (c"Inbox Entries Read", done.inbox_rows as i64),
         (c"Inbox Events Read", metrics.tail_rows as i64),

@@ -13,6 +13,7 @@ use pgrx::{PgMemoryContexts, pg_guard, pg_sys};
 use rakam_engine::rows::ROW_FIELD_ID;
 use rakam_engine::{Expr, ScanPlan};
 use rakam_event::types::FieldType;
+use rakam_lake::cache::Counts;
 
 use super::columns::Column;
 use super::execution::{self, Done, Running};
@@ -30,7 +31,7 @@ use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::View;
-use crate::pg::{PgError, Result};
+use crate::pg::{PgError, Result, cache};
 
 pub struct ForeignScan {
     spec: ScanSpec,
@@ -350,9 +351,15 @@ impl ForeignScan {
         self.options.attached.is_some()
     }
 
+    /// What was read from buckets, by all executions.
+    pub fn counts(&self) -> Counts {
+        self.stores.counts()
+    }
+
     fn finish(&mut self) {
         if let Some(running) = self.running.take() {
             self.done.add(&running.metrics());
+            cache::report();
         }
     }
 

@@ -12,6 +12,7 @@ use rakam_engine::all::{COLLECTION_FIELD_ID, PROPERTIES_FIELD_ID};
 use rakam_engine::{ChunkRef, CmpOp, Expr, FileRef};
 use rakam_event::schema::{SYSTEM_FIELDS, Schema};
 use rakam_event::types::FieldType;
+use rakam_lake::cache::{CachedStore, Counters, Counts};
 use rakam_lake::parts::PartStore;
 use rakam_lake::prune::{self, Predicate};
 use rakam_lake::rows::RowSet;
@@ -29,7 +30,7 @@ use crate::catalog::registry::{self, Collection};
 use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::security::ActAs;
 use crate::pg::spi::View;
-use crate::pg::{Oid, PgError, Result};
+use crate::pg::{Oid, PgError, Result, cache};
 
 /// The field `_time`, by which files and chunks are skipped first.
 const TIME_FIELD_ID: i32 = 1;
@@ -267,20 +268,33 @@ impl Stored {
         stores: &mut Stores,
         sender: &Sender<Message>,
     ) -> Result<Vec<FileRef>> {
-        let sizes = self
+        let sizes: HashMap<String, u64> = self
             .files
             .iter()
             .map(|(file, _)| (file.path.clone(), file.bytes as u64))
             .collect();
-        let local = ObjectSource::new(sender.clone(), sizes);
+        let sizes = Arc::new(sizes);
+        let local = ObjectSource::new(sender.clone(), Arc::clone(&sizes));
         let local: Arc<dyn ObjectStore> = Arc::new(PartStore::new(local));
+        let mut buckets: HashMap<i32, Arc<dyn ObjectStore>> = HashMap::new();
         std::mem::take(&mut self.files)
             .into_iter()
             .map(|(file, number)| {
+                let (store, remote) = match stores.get(view, file.storage_id)? {
+                    Place::Table => (Arc::clone(&local), false),
+                    Place::Directory(store) => (store, false),
+                    Place::Bucket(store) => {
+                        let bucket = match buckets.get(&file.storage_id) {
+                            Some(bucket) => Arc::clone(bucket),
+                            None => stores.bucket(store, file.storage_id, &sizes)?,
+                        };
+                        buckets.insert(file.storage_id, Arc::clone(&bucket));
+                        (bucket, true)
+                    }
+                };
                 Ok(FileRef {
-                    store: stores
-                        .get(view, file.storage_id)?
-                        .unwrap_or_else(|| Arc::clone(&local)),
+                    store,
+                    remote,
                     path: file.path,
                     bytes: file.bytes as u64,
                     n: file.n as u64,
@@ -294,15 +308,48 @@ impl Stored {
     }
 }
 
-/// The storages outside Postgres that a scan has met; None is the default storage.
+/// The storages that a scan has met.
 #[derive(Default)]
 pub struct Stores {
-    opened: HashMap<i32, Option<Arc<dyn ObjectStore>>>,
+    opened: HashMap<i32, Place>,
     runtime: u64,
+    /// What was read from buckets, and how.
+    counters: Arc<Counters>,
+}
+
+/// A storage for reading.
+#[derive(Clone)]
+enum Place {
+    /// The default one.
+    Table,
+    Directory(Arc<dyn ObjectStore>),
+    Bucket(Arc<dyn ObjectStore>),
 }
 
 impl Stores {
-    fn get(&mut self, view: View, storage_id: i32) -> Result<Option<Arc<dyn ObjectStore>>> {
+    /// What was read from buckets so far.
+    pub fn counts(&self) -> Counts {
+        self.counters.get()
+    }
+
+    /// A bucket with the requests of this process and the blocks that are kept, for objects of these sizes.
+    fn bucket(
+        &self,
+        store: Arc<dyn ObjectStore>,
+        storage_id: i32,
+        sizes: &Arc<HashMap<String, u64>>,
+    ) -> Result<Arc<dyn ObjectStore>> {
+        Ok(Arc::new(CachedStore::new(
+            store,
+            cache::storage_key(storage_id),
+            Arc::clone(sizes),
+            cache::fetcher()?,
+            cache::directory(),
+            Arc::clone(&self.counters),
+        )))
+    }
+
+    fn get(&mut self, view: View, storage_id: i32) -> Result<Place> {
         // Connections end with the engine threads that made them.
         let runtime = Runtime::current()?.number();
         if self.runtime != runtime {
@@ -321,8 +368,9 @@ impl Stores {
         };
         let storage = manifest::storage(view, storage_id)?.ok_or_else(missing)?;
         let opened = storage.open().and_then(|opened| match opened {
-            Some(opened) => Ok(Some(opened.object_store()?)),
-            None => Ok(None),
+            Some(opened) if opened.is_remote() => Ok(Place::Bucket(opened.object_store()?)),
+            Some(opened) => Ok(Place::Directory(opened.object_store()?)),
+            None => Ok(Place::Table),
         });
         let store = opened.map_err(|_| {
             // The cause names a directory or options, which a tenant need not know.

@@ -4,6 +4,7 @@
 pub mod activity;
 pub mod bgworker;
 pub mod bytea;
+pub mod cache;
 pub mod condition;
 pub mod cursor;
 pub mod dsm;

@@ -8,7 +8,7 @@ use crate::catalog::{load, manifest, mapper, session};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{failpoint, guc, relation, wait};
+use crate::pg::{cache, failpoint, guc, relation, wait};
 use crate::tiers::object::Remote;
 
 /// How much later than its gap allows a session may still get events with times of then.
@@ -57,7 +57,11 @@ pub fn run() -> std::result::Result<u64, Failure> {
 
 fn delete_object(storage_id: i32, path: &str) -> std::result::Result<(), Failure> {
     match Remote::open(storage_id)? {
-        Some(remote) => remote.delete(path).map_err(|e| Failure::Error(e.into())),
+        Some(remote) => {
+            let deleted = remote.delete(path).map_err(|e| Failure::Error(e.into()));
+            cache::forget(storage_id, path);
+            deleted
+        }
         None => xact::worker(|| manifest::delete_object(path)).map(drop),
     }
 }

@@ -14,7 +14,7 @@ use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::Slot;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{bgworker, guc, notes};
+use crate::pg::{bgworker, cache, guc, notes};
 use crate::tiers::erase::Eraser;
 use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{ddl, flush, gc, ids, merge, rewrite, rotate, upkeep};
@@ -33,6 +33,8 @@ const IDS_INTERVAL: Duration = Duration::from_secs(5);
 const IDS_BUDGET: Duration = Duration::from_millis(300);
 /// Between two steps of the eraser.
 const ERASE_PAUSE: Duration = Duration::from_millis(100);
+/// What the cache of blocks gets of each cycle, while there is room to be made.
+const CACHE_BUDGET: Duration = Duration::from_millis(20);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
 /// What a step is called in [`crate::pg::shared::STATES`] and in the job table.
@@ -90,6 +92,7 @@ pub struct Cycle<'a> {
     eraser: Eraser,
     /// The eraser has more to do: a step in every cycle.
     erasing: bool,
+    cache: cache::Upkeep,
 }
 
 impl<'a> Cycle<'a> {
@@ -115,6 +118,7 @@ impl<'a> Cycle<'a> {
             rewrites: Vec::new(),
             eraser: Eraser::default(),
             erasing: false,
+            cache: cache::Upkeep::default(),
         }
     }
 
@@ -157,7 +161,9 @@ impl<'a> Cycle<'a> {
         if self.last_upkeep.elapsed() >= UPKEEP_INTERVAL {
             self.last_upkeep = Instant::now();
             self.upkeep()?;
+            self.cache.look();
         }
+        let evicting = self.cache.step(CACHE_BUDGET);
         if self.erasing && self.may(Step::Erase, 0) {
             self.erase()?;
         }
@@ -166,7 +172,7 @@ impl<'a> Cycle<'a> {
             Duration::ZERO
         } else if self.ids_pending {
             Duration::from_millis(10)
-        } else if self.erasing {
+        } else if self.erasing || evicting {
             ERASE_PAUSE
         } else if self.ddl_pending {
             Duration::from_millis(200)

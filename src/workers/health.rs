@@ -4,7 +4,7 @@ use crate::catalog::{deletion, inbox, manifest, mapper};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
-use crate::pg::{Result, guc, memory, runtime, shared};
+use crate::pg::{Result, cache, guc, memory, runtime, shared};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,11 +179,16 @@ pub fn of_server() -> Result<Vec<Finding>> {
         &[],
         |row| row.must::<i32>(1),
     )?;
+    let mut bucket = false;
     for id in storages {
         let Some(storage) = manifest::storage(view, id)? else {
             continue;
         };
+        bucket |= storage.is_bucket();
         findings.push(storage_finding(&storage));
+    }
+    if bucket {
+        findings.push(cache_finding());
     }
     findings.push(deletion_finding(view)?);
     findings.push(horizon_finding(view)?);
@@ -231,6 +236,27 @@ fn storage_finding(storage: &manifest::StorageRow) -> Finding {
             hint: e.hint.clone(),
             ..Finding::error("storage", e.message)
         },
+    }
+}
+
+/// The blocks of buckets' objects on this machine.
+fn cache_finding() -> Finding {
+    let Some(directory) = cache::directory() else {
+        return Finding::info("cache", "no blocks of buckets are kept on this machine").hint(
+            "Queries fetch from the bucket each time; see rakam.cache_dir and rakam.cache_size.",
+        );
+    };
+    match directory.prove().and_then(|()| directory.usage()) {
+        Ok(usage) => Finding::ok(
+            "cache",
+            format!(
+                "{} of {} MB in rakam.cache_dir",
+                usage.bytes.div_ceil(1 << 20),
+                usage.limit >> 20
+            ),
+        ),
+        Err(e) => Finding::warning("cache", format!("rakam.cache_dir cannot be used: {e}"))
+            .hint("Queries fetch from the bucket each time; the directory must belong to the server's user, and to nobody else."),
     }
 }
 

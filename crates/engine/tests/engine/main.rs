@@ -7,4 +7,5 @@ mod filters;
 mod fixture;
 mod limits;
 mod naive;
+mod remote;
 mod tiers;

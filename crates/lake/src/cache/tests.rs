@@ -492,7 +492,7 @@ async fn bad_answers_are_errors_and_are_not_kept() {
     let directory = Arc::new(Directory::new(home.path(), 1 << 30));
     for directory in [None, Some(&directory)] {
         let reader = reader(&bucket, &fetcher, directory);
-        let state = |e: Error| LakeError::from_store("x", e).sqlstate();
+        let state = |e: Error| LakeError::of_store("read", "x", e).sqlstate();
         let missing = reader
             .get("missing", &[0..9, MIB..MIB + 1])
             .await
