@@ -1,7 +1,7 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
 benches/sql/run.sh                 everything
-benches/sql/run.sh collect idle    some of: collect batch files size scan floor idle
+benches/sql/run.sh collect idle    some of: collect batch files size scan bucket manifest floor idle
 
 RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads.
 """
@@ -22,13 +22,14 @@ sys.path[:0] = [str(ROOT / "pg_test"), str(ROOT / "demo"), str(Path(__file__).pa
 
 import clickstream  # noqa: E402
 import duckdb  # noqa: E402
+import lake  # noqa: E402
 import pyarrow  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, thread_cpu_s, wakeups, wall_s  # noqa: E402
 
-CHAPTERS = ["collect", "batch", "files", "size", "scan", "floor", "idle"]
+CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "manifest", "floor", "idle"]
 CLICKS = 120_000
 HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "10000000"))
 BATCH = 500
@@ -413,6 +414,12 @@ class Bench:
                 self.table.add(
                     f"time, {name}", shown, f"{label} {taken[other] * 1000:.1f} ms", taken["ours"] / taken[other], goal
                 )
+
+    def bucket(self) -> None:
+        lake.bucket(self)
+
+    def manifest(self) -> None:
+        lake.many_files(self)
 
     def floor(self) -> None:
         """The least that a query costs: one event, warm."""

@@ -1,0 +1,65 @@
+"""The services of pg_test/services for one test module: started apart from all others, stopped at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import urllib.request
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "services"
+
+
+class Services:
+    """A set of services. `env` holds what the started ones say a client needs."""
+
+    def __init__(self) -> None:
+        self.env: dict[str, str] = {}
+        self._started: list[tuple[str, dict[str, str]]] = []
+        self._run = Path(tempfile.mkdtemp(prefix="rakam-services-"))
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, settings in reversed(self._started):
+            self._script(name, "stop", settings)
+        shutil.rmtree(self._run, ignore_errors=True)
+
+    def start(self, name: str, **settings: str) -> dict[str, str]:
+        """Starts `name`.sh with these variables; what it prints is added to `env`."""
+        printed = self._script(name, "start", settings)
+        self._started.append((name, settings))
+        for line in printed.splitlines():
+            variable, _, value = line.removeprefix("export ").partition("=")
+            if variable:
+                self.env[variable] = shlex.split(value)[0] if value else ""
+        return self.env
+
+    def faults(self, rules: list[dict]) -> None:
+        """Replaces the rules of the proxy."""
+        request = urllib.request.Request(
+            f"{self.env['FAULTPROXY_URL']}/__faults/rules", json.dumps(rules).encode(), method="POST"
+        )
+        urllib.request.urlopen(request).close()
+
+    def requests(self) -> int:
+        """How many requests the proxy has seen."""
+        with urllib.request.urlopen(f"{self.env['FAULTPROXY_URL']}/__faults") as found:
+            return json.load(found)["requests"]
+
+    def _script(self, name: str, verb: str, settings: dict[str, str]) -> str:
+        done = subprocess.run(
+            [SCRIPTS / f"{name}.sh", verb],
+            env={**os.environ, **settings, "RAKAM_SERVICES_RUN": str(self._run)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name}.sh {verb}: {done.stdout}{done.stderr}")
+        return done.stdout
