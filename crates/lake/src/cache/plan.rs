@@ -76,6 +76,7 @@ pub(super) fn runs(numbers: &[u64]) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // one range is what is meant
 mod tests {
     use super::*;
 
