@@ -14,7 +14,7 @@ logs=$RAKAM_CACHE/test-logs
 mkdir -p "$logs"
 crates=(-p rakam-event -p rakam-lake -p rakam-engine -p rakam-files -p rakam-mappers)
 
-phase_fmt() { cargo fmt --all --check && echo "formatting is as rustfmt has it"; }
+phase_fmt() { cargo fmt --all --check && cargo fmt --manifest-path fuzz/Cargo.toml --check && echo "formatting is as rustfmt has it"; }
 
 phase_clippy() {
   cargo clippy --workspace --all-targets --no-default-features --features "pg$(pg_major) pg_test" -- -D warnings

@@ -45,7 +45,7 @@ const CRATE_ARROWS: [(&str, &[&str]); 7] = [
     ("lake", &["event"]),
     ("engine", &["event", "lake"]),
     ("mappers", &["event"]),
-    ("files", &["event"]),
+    ("files", &["event", "lake"]),
     ("sources", &["event"]),
     ("iceberg", &["event", "lake"]),
 ];
@@ -230,6 +230,31 @@ fn crates_depend_as_in_the_table() {
         }
     }
     assert_none("the crates' dependencies are those of the table", &broken);
+}
+
+/// The packages of a lock file: name and version, one a line in the order of the file.
+fn locked(path: &str) -> Vec<String> {
+    let text = fs::read_to_string(root().join(path)).expect("a lock file is readable");
+    let value = |line: &str| line.split('"').nth(1).unwrap_or_default().to_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .windows(2)
+        .filter(|pair| pair[0].starts_with("name = ") && pair[1].starts_with("version = "))
+        .map(|pair| format!("{} {}", value(pair[0]), value(pair[1])))
+        .collect()
+}
+
+#[test]
+fn fuzz_targets_are_built_of_the_same_versions() {
+    // What only the targets need.
+    const OWN: [&str; 3] = ["arbitrary ", "libfuzzer-sys ", "rakam-fuzz "];
+    let ours = locked("Cargo.lock");
+    let broken: Vec<String> = locked("fuzz/Cargo.lock")
+        .into_iter()
+        .filter(|package| !OWN.iter().any(|own| package.starts_with(own)))
+        .filter(|package| !ours.contains(package))
+        .collect();
+    assert_none("fuzz/Cargo.lock has the versions of Cargo.lock", &broken);
 }
 
 #[test]

@@ -119,7 +119,7 @@ pub fn new_names(properties: &str, known: impl Fn(&str) -> bool) -> Result<NewNa
 
 // -- the usual road: one pass -------------------------------------------------------------------------------------
 
-fn scan_event(scanner: &mut Scanner<'_>) -> Scanned<()> {
+pub(crate) fn scan_event(scanner: &mut Scanner<'_>) -> Scanned<()> {
     scan_properties(scanner)?;
     scanner.end()
 }
@@ -146,7 +146,7 @@ fn scan_properties(scanner: &mut Scanner<'_>) -> Scanned<()> {
     }
 }
 
-fn scan_batch<'a>(text: &'a str, limits: &Limits) -> Scanned<Batch<'a>> {
+pub(crate) fn scan_batch<'a>(text: &'a str, limits: &Limits) -> Scanned<Batch<'a>> {
     let mut batch = Builder::default();
     let mut scanner = Scanner::new(text);
     let mut more = scanner.open(b'[', b']')?;
@@ -252,13 +252,13 @@ impl<'a> Builder<'a> {
 
 // -- the careful way: what exactly is wrong, if anything ----------------------------------------------------------
 
-fn explain_event(properties: &str) -> Result<Cow<'_, str>, EventError> {
+pub(crate) fn explain_event(properties: &str) -> Result<Cow<'_, str>, EventError> {
     json::check(properties, MAX_DEPTH)?;
     check_fields(properties)?;
     Ok(one_line(properties))
 }
 
-fn explain_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, EventError> {
+pub(crate) fn explain_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, EventError> {
     let mut batch = Builder::default();
     // The parser skips values without recursion, so the depth of an item is its own matter.
     json::array_elements(text, |item| batch.explain(item, limits))?;

@@ -31,8 +31,17 @@ const VARLENA_HEADER: usize = 4;
 const SHORT: u16 = 0x8000;
 const SPECIAL: u16 = 0xC000;
 
+/// The longest text that the server can make. Twelve bytes of jsonb may be a number of 131,072 digits: what would be longer
+/// is left to the server, whose error it is.
+const MAX_TEXT_BYTES: usize = 0x3FFF_FFFF;
+
 /// The text of a jsonb value; `bytes` are those of its root container, without the length word.
 pub fn to_text(bytes: &[u8]) -> Option<String> {
+    to_text_within(bytes, MAX_TEXT_BYTES)
+}
+
+/// [`to_text`], of at most so many bytes.
+fn to_text_within(bytes: &[u8], most: usize) -> Option<String> {
     // The text of short keys and numbers is about as long as their entries and data.
     let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 8);
     let mut open = vec![Container::new(bytes)?];
@@ -64,6 +73,9 @@ pub fn to_text(bytes: &[u8]) -> Option<String> {
                 open.push(inner);
             }
             _ => return None,
+        }
+        if out.len() > most {
+            return None;
         }
     }
     String::from_utf8(out).ok()

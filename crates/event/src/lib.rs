@@ -21,9 +21,11 @@ pub mod names;
 pub mod net;
 pub mod number;
 pub mod print;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod roads;
 mod scan;
 pub mod schema;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod testing;
 pub mod time;
 pub mod types;

@@ -1,21 +1,23 @@
-//! Random events for the tests of this crate.
+//! Random events for the tests of this crate, and as a beginning for the fuzz targets.
 
 /// A small generator of random numbers (splitmix64), so that a failing seed can be run again.
-pub(crate) struct Random(pub(crate) u64);
+pub struct Random(pub u64);
 
 impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
+    // Endless and of one type: nothing is gained by an iterator.
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
 
-    pub(crate) fn pick<'a>(&mut self, items: &[&'a str]) -> &'a str {
+    pub fn pick<'a>(&mut self, items: &[&'a str]) -> &'a str {
         items[(self.next() % items.len() as u64) as usize]
     }
 
-    pub(crate) fn value(&mut self, depth: usize) -> String {
+    pub fn value(&mut self, depth: usize) -> String {
         match self.next() % if depth < 3 { 12 } else { 9 } {
             0 => "null".to_owned(),
             1 => self.pick(&["true", "false", "\"true\""]).to_owned(),
@@ -69,7 +71,7 @@ impl Random {
         }
     }
 
-    pub(crate) fn object(&mut self, depth: usize, keys: u64) -> String {
+    pub fn object(&mut self, depth: usize, keys: u64) -> String {
         let entries: Vec<_> = (0..self.next() % (keys + 1))
             .map(|_| {
                 let key = self.pick(&[
@@ -98,7 +100,7 @@ impl Random {
         format!("{{{}}}", entries.join(self.pick(&[",", ", "])))
     }
     /// The text with a few bytes changed, taken out or put in, still UTF-8: most often no JSON any more.
-    pub(crate) fn mangled(&mut self, text: &str) -> String {
+    pub fn mangled(&mut self, text: &str) -> String {
         const BYTES: &[u8] = b"{}[]\"\\:,. \n\t-+0123456789eEtfnu_$ad\x00\x01\x7f";
         let mut bytes = text.as_bytes().to_vec();
         for _ in 0..=self.next() % 3 {

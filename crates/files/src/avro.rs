@@ -23,6 +23,10 @@ const MAGIC: &[u8; 4] = b"Obj\x01";
 const MICROS_PER_DAY: i64 = 86_400_000_000;
 /// Most bytes of the file's head, and of a block before and after decompression.
 const MAX_BYTES: u64 = 256 << 20;
+/// Snappy makes at most 64 bytes of three.
+const SNAPPY_EXPANSION: usize = 22;
+/// Records without any bytes, as those are that have only nulls: more of them in one block are a file that never ends.
+const MAX_EMPTY_RECORDS: u64 = 1 << 15;
 /// Most bytes of JSON that a record becomes.
 const MAX_RECORD_BYTES: usize = 64 << 20;
 /// Nesting of values; the schema of a record may contain itself.
@@ -217,6 +221,12 @@ impl AvroSource {
             return Ok(true);
         }
         self.block = decompress(self.codec, data)?;
+        if count > (self.block.len() as u64).max(MAX_EMPTY_RECORDS) {
+            return Err(wrong(format!(
+                "a block of {} bytes cannot hold {count} records",
+                self.block.len()
+            )));
+        }
         self.at = 0;
         self.left = count;
         Ok(true)
@@ -278,6 +288,9 @@ fn decompress(codec: Codec, data: Vec<u8>) -> Result<Vec<u8>, Fault> {
             let length = snap::raw::decompress_len(data).map_err(wrong)?;
             if length as u64 > MAX_BYTES {
                 return Err(wrong(format!("a block is larger than {MAX_BYTES} bytes")));
+            }
+            if length / SNAPPY_EXPANSION > data.len() {
+                return Err(wrong("a block does not have its length"));
             }
             let bytes = snap::raw::Decoder::new()
                 .decompress_vec(data)

@@ -1,14 +1,18 @@
 //! Parquet: columns as they are.
+//!
+//! The file is anybody's: see [`rakam_lake::untrusted`].
 
 use std::fs::File;
 use std::path::Path;
 
+use arrow::array::RecordBatch;
 use arrow::datatypes::DataType;
 use parquet::arrow::arrow_reader::{
     ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
 use parquet::errors::ParquetError;
 use rakam_event::types::FieldType;
+use rakam_lake::untrusted::{self, Checked};
 
 use crate::cell;
 use crate::error::FilesError;
@@ -17,6 +21,9 @@ use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
 /// A piece of long rows has fewer of them: so many bytes, as the file counts its columns before compression.
 const PIECE_BYTES_MAX: u64 = 64 << 20;
+
+/// Of a reader of such a file.
+pub type Builder = ParquetRecordBatchReaderBuilder<Checked<File>>;
 
 pub struct ParquetSource {
     reader: ParquetRecordBatchReader,
@@ -40,9 +47,7 @@ impl ParquetSource {
             .metadata()
             .map_err(|e| FilesError::io("open", name, &e))?
             .len();
-        let builder =
-            ParquetRecordBatchReaderBuilder::try_new_with_options(file, ArrowReaderOptions::new())
-                .map_err(|e| failed(name, e))?;
+        let builder = self::open(file, name)?;
         let declared = builder
             .schema()
             .fields()
@@ -57,13 +62,12 @@ impl ParquetSource {
             .row_groups()
             .iter()
             .map(|g| g.total_byte_size())
-            .sum();
+            .fold(0, i64::saturating_add);
         let row_bytes = (plain.max(0) as u64 / rows.max(1)).max(1);
-        let reader = builder
+        let builder = builder
             .with_batch_size(((PIECE_BYTES_MAX / row_bytes) as usize).clamp(64, PIECE_ROWS))
-            .with_offset(skip)
-            .build()
-            .map_err(|e| failed(name, e))?;
+            .with_offset(skip);
+        let reader = build(builder, name)?;
         Ok(Self {
             reader,
             name: name.to_owned(),
@@ -74,6 +78,34 @@ impl ParquetSource {
             meter: meter.clone(),
         })
     }
+}
+
+/// A file that is anybody's, its metadata read.
+pub fn open(file: File, name: &str) -> Result<Builder, FilesError> {
+    contained(name, || {
+        let file = Checked::new(file)?;
+        Builder::try_new_with_options(file, ArrowReaderOptions::new())
+    })?
+    .map_err(|e| failed(name, e))
+}
+
+pub fn build(builder: Builder, name: &str) -> Result<ParquetRecordBatchReader, FilesError> {
+    contained(name, || builder.build())?.map_err(|e| failed(name, e))
+}
+
+/// The next rows.
+pub fn next(
+    reader: &mut ParquetRecordBatchReader,
+    name: &str,
+) -> Result<Option<RecordBatch>, FilesError> {
+    contained(name, || reader.next())?
+        .transpose()
+        .map_err(|e| FilesError::malformed(name, "parquet", e))
+}
+
+/// Runs code of the library; its panic says that the file is none.
+fn contained<T>(name: &str, decode: impl FnOnce() -> T) -> Result<T, FilesError> {
+    untrusted::contained(decode).map_err(|e| FilesError::malformed(name, "parquet", e))
 }
 
 /// Why Parquet inside of another compression is not read.
@@ -96,10 +128,9 @@ pub fn failed(name: &str, error: ParquetError) -> FilesError {
 
 impl Source for ParquetSource {
     fn next(&mut self) -> Result<Option<Piece>, FilesError> {
-        let Some(batch) = self.reader.next() else {
+        let Some(batch) = next(&mut self.reader, &self.name)? else {
             return Ok(None);
         };
-        let batch = batch.map_err(|e| FilesError::malformed(&self.name, "parquet", e))?;
         let first = self.row + 1;
         self.row += batch.num_rows() as u64;
         let part = self.row as f64 / self.rows.max(1) as f64;

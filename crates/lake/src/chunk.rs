@@ -206,10 +206,13 @@ fn decode_stream(stream: Buffer, field_ids: Option<&[i32]>) -> Result<RecordBatc
         .filter(|&end| end <= stream.len())
         .map(|end| stream.slice_with_length(position, end - position))
         .ok_or_else(|| LakeError::corrupt(WHAT, "truncated body"))?;
-    if i32::try_from(batch.length()).is_err() {
+    let bytes = check_buffers(batch, &body)?;
+    // Every event has a time, of eight bytes: without buffers for them there cannot be as many rows, which Arrow believes
+    // of a schema without columns, and for which columns of NULLs would be made.
+    let rows = u64::try_from(batch.length()).ok();
+    if rows.is_none_or(|rows| rows > bytes / 8 || rows > i32::MAX as u64) {
         return Err(LakeError::corrupt(WHAT, "impossible number of rows"));
     }
-    check_buffers(batch, &body)?;
 
     let projection = match field_ids {
         Some(ids) => Some(projection(&schema, ids)?),
@@ -254,16 +257,23 @@ fn message(metadata: &Buffer) -> Result<Message<'_>, LakeError> {
     root_as_message(metadata).map_err(|e| LakeError::corrupt(WHAT, e))
 }
 
-/// Arrow allocates what a buffer's own prefix claims: refuse claims that LZ4 cannot keep, and ranges outside the body.
-fn check_buffers(batch: ipc::RecordBatch<'_>, body: &Buffer) -> Result<(), LakeError> {
+/// Arrow allocates what a buffer's own prefix claims: refuse claims that LZ4 cannot keep, ranges outside the body, and
+/// bytes that are claimed more than once. Answers how many bytes the buffers have together, decompressed.
+fn check_buffers(batch: ipc::RecordBatch<'_>, body: &Buffer) -> Result<u64, LakeError> {
     let compressed = batch.compression().is_some();
+    let (mut stored, mut plain) = (0, 0);
     for buffer in batch.buffers().into_iter().flatten() {
         let range = usize::try_from(buffer.offset())
             .ok()
             .zip(usize::try_from(buffer.length()).ok())
             .and_then(|(start, length)| body.get(start..start.checked_add(length)?))
             .ok_or_else(|| LakeError::corrupt(WHAT, "buffer outside the body"))?;
+        stored += range.len();
+        if stored > body.len() {
+            return Err(LakeError::corrupt(WHAT, "buffers above each other"));
+        }
         if !compressed || range.is_empty() {
+            plain += range.len() as u64;
             continue;
         }
         let claim = range
@@ -273,8 +283,10 @@ fn check_buffers(batch: ipc::RecordBatch<'_>, body: &Buffer) -> Result<(), LakeE
         if claim > 0 && claim as u64 > MAX_EXPANSION * range.len() as u64 + EXPANSION_SLACK {
             return Err(LakeError::corrupt(WHAT, "impossible buffer size"));
         }
+        // A negative claim says that the buffer is not compressed.
+        plain += u64::try_from(claim).unwrap_or(range.len() as u64);
     }
-    Ok(())
+    Ok(plain)
 }
 
 /// The id in a field's metadata.

@@ -10,6 +10,7 @@ use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataR
 
 use crate::error::LakeError;
 use crate::seal;
+use crate::untrusted::{check_metadata, check_page_indexes};
 
 const MAGIC: [u8; 4] = *b"RKF1";
 const WHAT: &str = "file footer";
@@ -49,14 +50,20 @@ fn parse_tail(
     file_size: u64,
     with_index: bool,
 ) -> Result<Arc<ParquetMetaData>, LakeError> {
-    let policy = if with_index {
-        PageIndexPolicy::Optional
-    } else {
-        PageIndexPolicy::Skip
-    };
     let failed = |e| LakeError::corrupt(WHAT, e);
-    let mut reader = ParquetMetaDataReader::new().with_page_index_policy(policy);
-    reader.try_parse_sized(tail, file_size).map_err(failed)?;
+    let end = tail.len() - TAIL;
+    let metadata = tail.slice(tail.len() - metadata_length(tail)?..end);
+    check_metadata(&metadata).map_err(failed)?;
+    let metadata = ParquetMetaDataReader::decode_metadata(&metadata).map_err(failed)?;
+    if !with_index {
+        return Ok(Arc::new(metadata));
+    }
+    check_page_indexes(&metadata, tail, file_size).map_err(failed)?;
+    let mut reader = ParquetMetaDataReader::new_with_metadata(metadata)
+        .with_page_index_policy(PageIndexPolicy::Optional);
+    reader
+        .read_page_indexes_sized(tail, file_size)
+        .map_err(failed)?;
     reader.finish().map(Arc::new).map_err(failed)
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`backlog`], [`period`], [`sort`]
 //! and [`mod@write`] (the road of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files),
-//! [`storage`] (where files lie), [`cache`] (how buckets are read), [`id_run`] (what de-duplication remembers).
+//! [`storage`] (where files lie), [`cache`] (how buckets are read), [`untrusted`] (files that others may have written),
+//! [`id_run`] (what de-duplication remembers).
 #![forbid(unsafe_code)]
 
 pub mod backlog;
@@ -26,11 +27,13 @@ pub mod scalar;
 pub mod sort;
 pub mod stats;
 pub mod storage;
+pub mod untrusted;
 pub mod write;
 
 mod seal;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod testing;
+mod thrift;
 mod varint;
 
 pub use error::LakeError;

@@ -9,6 +9,7 @@ use rakam_event::schema::Schema;
 use crate::chunk::{conform, field_id};
 use crate::error::LakeError;
 use crate::seal;
+use crate::untrusted::Checked;
 
 const WHAT: &str = "data file";
 
@@ -30,6 +31,7 @@ impl FileReader {
     ) -> Result<Self, LakeError> {
         let failed = |e| LakeError::corrupt(WHAT, e);
         seal::guarded(WHAT, || {
+            let file = Checked::new(file).map_err(failed)?;
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(failed)?;
             let known = |id: i32| {
                 let mut fields = builder.schema().fields().iter();

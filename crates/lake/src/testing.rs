@@ -1,4 +1,4 @@
-//! Seeded rows of every type for the tests of this crate.
+//! Seeded rows of every type for the tests of this crate, and as a beginning for the fuzz targets.
 
 use std::sync::Arc;
 
@@ -10,18 +10,23 @@ use arrow::array::{
 use arrow::datatypes::{DataType, Field as ArrowField};
 use rakam_event::schema::{FIRST_USER_FIELD_ID, Field, Schema, XID_FIELD_ID};
 use rakam_event::types::FieldType;
+use uuid::Uuid;
 
-use crate::period::MICROS_PER_DAY;
+use crate::period::{MICROS_PER_DAY, Period};
+use crate::sort;
+use crate::write::{FileOptions, FileWriter, WrittenFile};
 
 /// SplitMix64: the same rows for the same seed, for ever.
-pub(crate) struct Rng(u64);
+pub struct Rng(u64);
 
 impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub(crate) fn next(&mut self) -> u64 {
+    // Endless and of one type: nothing is gained by an iterator.
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -29,22 +34,22 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
     /// Both ends inclusive.
-    pub(crate) fn between(&mut self, low: i64, high: i64) -> i64 {
+    pub fn between(&mut self, low: i64, high: i64) -> i64 {
         low + self.below((high - low + 1) as u64) as i64
     }
 
-    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len() as u64) as usize]
     }
 }
 
 /// A schema with a field of each type (and three of numeric, by physical type).
-pub(crate) fn all_types() -> Schema {
+pub fn all_types() -> Schema {
     let numeric = |precision, scale| FieldType::Numeric { precision, scale };
     let types = [
         FieldType::Bool,
@@ -75,8 +80,31 @@ pub(crate) fn all_types() -> Schema {
     Schema::new(1, fields.collect())
 }
 
+pub fn file_options() -> FileOptions {
+    FileOptions {
+        project: "acme".into(),
+        project_id: 3,
+        collection: "pageview".into(),
+        collection_id: 7,
+        flush_id: Uuid::nil(),
+        period: Period::Month,
+        first_day: 19_844,
+        replaces: None,
+    }
+}
+
+/// A data file of `n` random rows of every type.
+pub fn file(n: usize, seed: u64) -> WrittenFile<Vec<u8>> {
+    let schema = all_types();
+    let rows = sort::by_time(&batch(&schema, n, &mut Rng::new(seed))).expect("sorted rows");
+    let options = file_options();
+    let mut writer = FileWriter::new(&schema, &options, Vec::new());
+    writer.write(&rows).expect("rows of the schema");
+    writer.finish().expect("a file")
+}
+
 /// Random rows with NULLs and extremes; times within two years, `_xid` counting up.
-pub(crate) fn batch(schema: &Schema, n: usize, rng: &mut Rng) -> RecordBatch {
+pub fn batch(schema: &Schema, n: usize, rng: &mut Rng) -> RecordBatch {
     let mut columns: Vec<ArrayRef> = schema
         .fields
         .iter()
@@ -102,7 +130,7 @@ pub(crate) fn batch(schema: &Schema, n: usize, rng: &mut Rng) -> RecordBatch {
             })
             .collect::<Int64Array>(),
     ));
-    RecordBatch::try_new(schema.arrow(), columns).unwrap()
+    RecordBatch::try_new(schema.arrow(), columns).expect("columns of the schema")
 }
 
 fn text(rng: &mut Rng) -> String {
@@ -129,7 +157,7 @@ fn text(rng: &mut Rng) -> String {
 }
 
 /// A column in which some values are NULL, now and then all or none.
-pub(crate) fn column(ty: FieldType, n: usize, rng: &mut Rng) -> ArrayRef {
+pub fn column(ty: FieldType, n: usize, rng: &mut Rng) -> ArrayRef {
     let nulls = rng.pick(&[0, 1, 5, 10]);
     let some = |rng: &mut Rng| rng.below(10) >= nulls;
     macro_rules! primitive {
@@ -165,7 +193,7 @@ pub(crate) fn column(ty: FieldType, n: usize, rng: &mut Rng) -> ArrayRef {
             Arc::new(
                 primitive!(Decimal128Array, r => r.pick(&[0, 1, -1, 127, 128, -128, -129, top, -top]))
                     .with_precision_and_scale(precision, scale as i8)
-                    .unwrap(),
+                    .expect("a precision of numeric"),
             )
         }
         FieldType::Text => Arc::new(primitive!(StringArray, r => text(r))),
@@ -182,7 +210,7 @@ pub(crate) fn column(ty: FieldType, n: usize, rng: &mut Rng) -> ArrayRef {
                 if some(rng) {
                     let high = rng.pick(&[0, u64::MAX, 1 << 40]);
                     let value = (u128::from(high) << 64) | u128::from(rng.next());
-                    builder.append_value(value.to_be_bytes()).unwrap();
+                    builder.append_value(value.to_be_bytes()).expect("16 bytes");
                 } else {
                     builder.append_null();
                 }

@@ -288,3 +288,26 @@ fn what_is_no_jsonb_is_refused() {
     assert_eq!(to_text(&[]), None);
     assert_eq!(to_text(&[0; 8]), None);
 }
+
+#[test]
+fn few_bytes_do_not_become_any_length_of_text() {
+    // A digit of base 10,000 at the largest weight, with no digits behind it.
+    let large: Vec<u8> = [0_u16, 0x7FFF, 1]
+        .iter()
+        .flat_map(|half| half.to_ne_bytes())
+        .collect();
+    let count = 100;
+    let mut bytes = (ARRAY | count).to_ne_bytes().to_vec();
+    for _ in 0..count {
+        bytes.extend((NUMERIC | 12).to_ne_bytes());
+    }
+    for _ in 0..count {
+        bytes.extend((10_u32 << 2).to_ne_bytes());
+        bytes.extend(&large);
+        bytes.extend([0; 2]);
+    }
+    let digits = 4 * 0x7FFF + 1;
+    assert_eq!(to_text_within(&bytes, 1 << 20), None);
+    let whole = to_text(&bytes).unwrap_or_default();
+    assert_eq!(whole.len(), count as usize * (digits + 2));
+}

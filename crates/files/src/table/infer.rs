@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 
 use arrow::array::AsArray;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::LogicalType;
 use rakam_event::infer::{Inferred as Shown, infer as infer_value};
 use rakam_event::json::{self, MAX_DEPTH};
@@ -150,8 +149,7 @@ fn parquet(file: &Found, union: &mut Union) -> Result<u64, FilesError> {
         return Err(parquet_file::compressed(name));
     }
     let open = std::fs::File::open(&file.path).map_err(|e| FilesError::io("open", name, &e))?;
-    let builder = ParquetRecordBatchReaderBuilder::try_new(open)
-        .map_err(|e| parquet_file::failed(name, e))?;
+    let builder = parquet_file::open(open, name)?;
     let roots = builder.parquet_schema().root_schema().get_fields();
     let mut seen = std::collections::HashSet::new();
     for (field, root) in builder.schema().fields().iter().zip(roots) {

@@ -10,8 +10,8 @@ use arrow::array::{
 use arrow::compute::take;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 use parquet::arrow::arrow_reader::statistics::StatisticsConverter;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::metadata::RowGroupMetaData;
 use rakam_event::column::Column;
 use rakam_event::json::{self, MAX_DEPTH};
@@ -221,8 +221,7 @@ impl Reader {
             return Err(parquet_file::compressed(name));
         }
         let file = File::open(&part.file.path).map_err(|e| FilesError::io("open", name, &e))?;
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file)
-            .map_err(|e| parquet_file::failed(name, e))?;
+        let builder = parquet_file::open(file, name)?;
         let arrow = Arc::clone(builder.schema());
         let mut roots = HashMap::new();
         for (root, field) in arrow.fields().iter().enumerate() {
@@ -250,7 +249,7 @@ impl Reader {
         let (mut rows, mut plain, mut next) = (0, 0, 1);
         for (index, group) in groups.iter().enumerate() {
             let first = next;
-            next += group.num_rows().max(0) as u64;
+            next = group.num_rows().max(0).unsigned_abs().saturating_add(next);
             if index as u64 % part.parts != part.part {
                 continue;
             }
@@ -258,7 +257,11 @@ impl Reader {
                 kept.push(index);
                 numbers.push(first..next);
                 rows += next - first;
-                plain += group.total_byte_size().max(0) as u64;
+                plain = group
+                    .total_byte_size()
+                    .max(0)
+                    .unsigned_abs()
+                    .saturating_add(plain);
             } else {
                 self.read.row_groups_skipped += 1;
             }
@@ -267,12 +270,11 @@ impl Reader {
         let row_bytes = (plain / rows.max(1)).max(1);
         let batch_rows = usize::try_from(BATCH_BYTES / row_bytes).unwrap_or(BATCH_ROWS);
         let mask = ProjectionMask::roots(builder.parquet_schema(), read);
-        let reader = builder
+        let builder = builder
             .with_projection(mask)
             .with_row_groups(kept)
-            .with_batch_size(batch_rows.clamp(1, BATCH_ROWS))
-            .build()
-            .map_err(|e| parquet_file::failed(&self.name, e))?;
+            .with_batch_size(batch_rows.clamp(1, BATCH_ROWS));
+        let reader = parquet_file::build(builder, &self.name)?;
         Ok(Input::Parquet {
             reader,
             places,
@@ -322,10 +324,9 @@ impl Reader {
                 places,
                 rows: numbers,
             } => {
-                let Some(batch) = reader.next() else {
+                let Some(batch) = parquet_file::next(reader, &self.name)? else {
                     return Ok(None);
                 };
-                let batch = batch.map_err(|e| FilesError::malformed(&self.name, "parquet", e))?;
                 let rows = batch.num_rows();
                 let lines: Vec<u64> = numbers.take(rows).collect();
                 let found = places

@@ -1,27 +1,14 @@
 use super::*;
 use crate::sort;
-use crate::testing::{Rng, all_types, batch};
+use crate::testing::{self, Rng, all_types, batch, file_options};
 use arrow::compute::concat_batches;
 use arrow::datatypes::DataType;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Encoding;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-fn options() -> FileOptions {
-    FileOptions {
-        project: "acme".into(),
-        project_id: 3,
-        collection: "pageview".into(),
-        collection_id: 7,
-        flush_id: Uuid::nil(),
-        period: Period::Month,
-        first_day: 19_844,
-        replaces: None,
-    }
-}
-
 fn write(schema: &Schema, batches: &[RecordBatch]) -> WrittenFile<Vec<u8>> {
-    let mut writer = FileWriter::new(schema, &options(), Vec::new());
+    let mut writer = FileWriter::new(schema, &file_options(), Vec::new());
     for batch in batches {
         writer.write(batch).unwrap();
     }
@@ -30,9 +17,7 @@ fn write(schema: &Schema, batches: &[RecordBatch]) -> WrittenFile<Vec<u8>> {
 
 /// A file of `n` random rows of every type.
 pub(crate) fn written(n: usize, seed: u64) -> (WrittenFile<Vec<u8>>, Bytes) {
-    let schema = all_types();
-    let rows = sort::by_time(&batch(&schema, n, &mut Rng::new(seed))).unwrap();
-    let mut file = write(&schema, &[rows]);
+    let mut file = testing::file(n, seed);
     let data = Bytes::from(std::mem::take(&mut file.sink));
     (file, data)
 }
@@ -133,7 +118,7 @@ fn bloom_filters_are_as_large_as_their_values_need() {
 fn row_groups_are_bounded() {
     let schema = Schema::new(1, Vec::new());
     let rows = sort::by_time(&batch(&schema, 2500, &mut Rng::new(6))).unwrap();
-    let mut writer = FileWriter::new(&schema, &options(), Vec::new());
+    let mut writer = FileWriter::new(&schema, &file_options(), Vec::new());
     assert_eq!(writer.row_group_rows, 1_000_000);
     writer.row_group_rows = 1000;
     writer.write(&rows).unwrap();
@@ -148,7 +133,7 @@ fn a_file_goes_on_behind_its_sample() {
     let schema = Schema::new(1, Vec::new());
     let rows = batch(&schema, SAMPLE_ROWS + 5000, &mut Rng::new(14));
     let rows = sort::by_time(&rows).unwrap();
-    let mut writer = FileWriter::new(&schema, &options(), Vec::new());
+    let mut writer = FileWriter::new(&schema, &file_options(), Vec::new());
     assert_eq!(writer.estimated_bytes(), 0);
     for start in (0..rows.num_rows()).step_by(8192) {
         let n = 8192.min(rows.num_rows() - start);
@@ -164,7 +149,7 @@ fn a_file_goes_on_behind_its_sample() {
 #[test]
 fn misuse_is_an_error() {
     let schema = all_types();
-    let writer = || FileWriter::new(&schema, &options(), Vec::new());
+    let writer = || FileWriter::new(&schema, &file_options(), Vec::new());
     assert!(writer().finish().is_err());
     let rows = sort::by_time(&batch(&schema, 100, &mut Rng::new(8))).unwrap();
     let mut backwards = writer();
@@ -198,7 +183,7 @@ fn a_full_disk_is_told_as_such() {
     }
     let schema = all_types();
     let rows = sort::by_time(&batch(&schema, 2000, &mut Rng::new(10))).unwrap();
-    let mut writer = FileWriter::new(&schema, &options(), Full);
+    let mut writer = FileWriter::new(&schema, &file_options(), Full);
     let error = writer
         .write(&rows)
         .and_then(|()| writer.finish().map(|_| ()));
