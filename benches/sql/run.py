@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -167,6 +168,52 @@ class Bench:
         for what, cpu in (("digest and merge", digest), ("flush", flush)):
             self.table.add(f"{what}, worker CPU per event", f"{cpu / events * 1e6:.1f} µs", "", None, "")
         self.bulk(names, part)
+        self.costs(part[:20_000])
+
+    def costs(self, events: list[dict]) -> None:
+        """What an `_id`, a mapper and a hundred fields add to collect_batch: CPU of the backend, and of digest and merge."""
+        self.db.project("costs")
+        self.db.admin.execute(
+            "CREATE FUNCTION costs.noted(event jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE"
+            """ AS $$ SELECT event || '{"noted": true}' $$"""
+        )
+        self.db.admin.execute("SELECT rakam.set_mapper('costs', 'mapped', 'costs.noted(jsonb)')")
+        session = self.db.connect()
+        pid = session.info.backend_pid
+        hundred = {f"field_{n}": n for n in range(100)}
+        kinds = {
+            "plain": lambda n, event: event,
+            "identified": lambda n, event: {**event, "_id": f"{self.rounds}-{n:032}"},
+            "mapped": lambda n, event: event,
+            "wide": lambda n, event: {**event, **hundred},
+        }
+        digests: dict[str, list[float]] = {kind: [] for kind in kinds}
+        self.rounds = 0
+
+        def send(kind: str) -> float:
+            self.rounds += 1
+            items = [{"collection": kind, "properties": kinds[kind](n, event)} for n, event in enumerate(events)]
+            texts = [json.dumps(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+            self.db.tick()
+            workers, before = self.workers_cpu(), thread_cpu_s(pid)
+            for text in texts:
+                session.execute("SELECT rakam.collect_batch('costs', %s::text)", (text,))
+            taken = thread_cpu_s(pid) - before
+            self.db.tick()
+            digests[kind].append((self.workers_cpu() - workers) / len(events) * 1e6)
+            return taken / len(events) * 1e6
+
+        for kind in kinds:
+            send(kind)
+            digests[kind].clear()
+        cost = interleaved(self.repetitions, **{kind: lambda kind=kind: send(kind) for kind in kinds})
+        digest = {kind: statistics.median(values) for kind, values in digests.items()}
+        for kind, what in (("identified", "with an `_id`"), ("mapped", "through a mapper in SQL"), ("wide", "with 100 more fields")):
+            for who, taken in (("backend", cost), ("digest and merge, worker", digest)):
+                self.table.add(
+                    f"collect_batch text, {what}: {who} CPU per event (cost ratio)",
+                    f"{taken[kind]:.1f} µs", f"without {taken['plain']:.1f} µs", taken[kind] / taken["plain"], "",
+                )  # fmt: skip
 
     def bulk(self, names: list[str], events: list[dict]) -> None:
         """COPY and INSERT … SELECT of the same rows into a collection and into a heap table of the same types."""
@@ -240,7 +287,7 @@ class Bench:
         shift = "to_years((k % 3)::int - 1) + to_minutes((k * 7)::int)"
         self.duck.execute(
             f"""COPY (SELECT _time::timestamptz + {shift} AS _time, {columns}, time_hour::timestamptz + {shift} AS time_hour
-                     FROM flown, range({HISTORY} // {len(self.events)} + 1) t(k) ORDER BY hash(k, flight, _time, tailnum)
+                     FROM flown, range({HISTORY} // {len(self.events)} + 1) t(k) ORDER BY hash(k, flight, _time, _user)
                      LIMIT {HISTORY}) TO '{folder}/history.parquet' (FORMAT parquet, COMPRESSION zstd)"""
         )
         self.duck.unregister("flown")
