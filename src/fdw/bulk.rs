@@ -15,7 +15,7 @@ use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
 use rakam_event::entry::{self, Limits};
 use rakam_event::schema::Schema;
 
-use super::row::{Row, Target};
+use super::row::{self, Datums, Filler, Row, Target};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
@@ -66,6 +66,7 @@ struct Chunk {
     schema: Schema,
     /// Of the targets' fields in the schema.
     positions: Vec<usize>,
+    filler: Filler,
     /// None: no row has come since the last chunk was written.
     builder: Option<BatchBuilder>,
 }
@@ -106,8 +107,17 @@ impl Buffer {
     }
 
     /// Takes a row in; answers its `_time`, which is the time of receipt where its own is missing or out of bounds.
-    fn add(&mut self, row: Row<'_>, targets: &[Target], received_at_us: i64) -> Result<i64> {
+    fn add(&mut self, datums: &Datums, targets: &mut [Target], received_at_us: i64) -> Result<i64> {
         let stamp = self.stamp(received_at_us);
+        if let Road::Chunks(chunk) = &mut self.road
+            && let Some(time_us) = chunk.fill(targets, datums, &stamp, &self.limits)?
+        {
+            if chunk.is_full() {
+                self.write_chunk()?;
+            }
+            return Ok(time_us);
+        }
+        let row = row::read(targets, datums, self.limits.max_string_bytes)?;
         let time_us = row
             .time_us
             .filter(|&micros| stamp.takes(micros))
@@ -166,6 +176,7 @@ impl Buffer {
             None => Road::Inbox,
             Some(positions) => Road::Chunks(Box::new(Chunk {
                 schema,
+                filler: Filler::new(targets, &positions),
                 positions,
                 builder: None,
             })),
@@ -286,11 +297,19 @@ impl Buffer {
 }
 
 impl Chunk {
+    fn fill(
+        &mut self,
+        targets: &mut [Target],
+        datums: &Datums,
+        stamp: &EventStamp,
+        limits: &Limits,
+    ) -> Result<Option<i64>> {
+        let builder = begun(&mut self.builder, &self.schema, limits)?;
+        self.filler.fill(targets, datums, builder, stamp, limits)
+    }
+
     fn builder(&mut self, limits: &Limits) -> Result<&mut BatchBuilder> {
-        Ok(match &mut self.builder {
-            Some(builder) => builder,
-            empty => empty.insert(BatchBuilder::new(&self.schema, Layout::Stored, limits)?),
-        })
+        begun(&mut self.builder, &self.schema, limits)
     }
 
     fn is_full(&self) -> bool {
@@ -304,6 +323,18 @@ impl Chunk {
                 + self.schema.fields.len() * (COLUMN_BYTES + builder.rows() * NULL_BYTES)
         })
     }
+}
+
+/// The builder, made now if no row has come yet.
+fn begun<'a>(
+    builder: &'a mut Option<BatchBuilder>,
+    schema: &Schema,
+    limits: &Limits,
+) -> Result<&'a mut BatchBuilder> {
+    Ok(match builder {
+        Some(builder) => builder,
+        empty => empty.insert(BatchBuilder::new(schema, Layout::Stored, limits)?),
+    })
 }
 
 /// The fields as they are now, whoever asks.
@@ -358,13 +389,13 @@ impl Statement {
     pub fn add(
         &self,
         buffer: &RefCell<Buffer>,
-        row: Row<'_>,
-        targets: &[Target],
+        datums: &Datums,
+        targets: &mut [Target],
         received_at_us: i64,
     ) -> Result<i64> {
         let mut one = buffer.borrow_mut();
         let before = one.bytes();
-        let time_us = one.add(row, targets, received_at_us)?;
+        let time_us = one.add(datums, targets, received_at_us)?;
         self.bytes
             .set((self.bytes.get() + one.bytes()).saturating_sub(before));
         drop(one);

@@ -17,7 +17,7 @@ use rakam_event::entry::Limits;
 use super::bulk::{Buffer, Statement};
 use super::node;
 use super::options;
-use super::row::{self, Row, Target};
+use super::row::{self, Datums, Target};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
@@ -32,7 +32,8 @@ const DELETE_HINT: &str =
 struct Insert {
     is_admin: bool,
     targets: Vec<Target>,
-    max_string_bytes: usize,
+    /// The position of `_received_at` among the targets.
+    received_at: Option<usize>,
     /// The clock at the call: when all events of the statement are received.
     now_us: i64,
     statement: Rc<Statement>,
@@ -174,7 +175,7 @@ unsafe fn start(estate: *mut pg_sys::EState, target: *mut pg_sys::ResultRelInfo)
         let relation = (*target).ri_RelationDesc;
         let user = effective_user(estate, target);
         let query = (*estate).es_query_cxt;
-        let targets = node::columns((*relation).rd_att)
+        let targets: Vec<Target> = node::columns((*relation).rd_att)
             .iter()
             .map(|column| Target::of(column, query))
             .collect();
@@ -189,8 +190,8 @@ unsafe fn start(estate: *mut pg_sys::EState, target: *mut pg_sys::ResultRelInfo)
         let statement = Statement::of(estate.addr());
         let insert = Insert {
             is_admin,
+            received_at: targets.iter().position(Target::is_received_at),
             targets,
-            max_string_bytes: guc::max_string_bytes(),
             now_us: xact::now_us(),
             buffer: statement.join(buffer),
             statement,
@@ -249,15 +250,7 @@ pub unsafe extern "C-unwind" fn insert(
             pg_sys::slot_getallattrs(slot);
         }
         let (time_us, received_at_us) = PgMemoryContexts::For(state.memory)
-            .switch_to(|_| {
-                let row = row::read(
-                    &mut state.targets,
-                    (*slot).tts_values,
-                    (*slot).tts_isnull,
-                    state.max_string_bytes,
-                )?;
-                state.add(row)
-            })
+            .switch_to(|_| state.add(&Datums::new((*slot).tts_values, (*slot).tts_isnull)))
             .or_raise();
         if !(*state.memory).isReset {
             pg_sys::MemoryContextReset(state.memory);
@@ -347,8 +340,12 @@ fn writable(relation: pg_sys::Oid, user: pg_sys::Oid) -> Result<(Buffer, bool)> 
 
 impl Insert {
     /// Takes a row in; answers its `_time` and `_received_at`.
-    fn add(&self, row: Row<'_>) -> Result<(i64, i64)> {
-        let received_at_us = match row.received_at_us {
+    fn add(&mut self, datums: &Datums) -> Result<(i64, i64)> {
+        let given = match self.received_at {
+            Some(at) => row::received_at(&self.targets[at], datums)?,
+            None => None,
+        };
+        let received_at_us = match given {
             None => self.now_us,
             Some(micros) if self.is_admin => micros,
             Some(_) => {
@@ -358,9 +355,9 @@ impl Insert {
                 );
             }
         };
-        let time_us = self
-            .statement
-            .add(&self.buffer, row, &self.targets, received_at_us)?;
+        let time_us =
+            self.statement
+                .add(&self.buffer, datums, &mut self.targets, received_at_us)?;
         if self.write_through {
             self.buffer.borrow_mut().flush()?;
         }

@@ -1,13 +1,15 @@
 //! A row's datums as values of its fields, with what is wrong with one said as Postgres would.
 //!
-//! A row is read once and then written as JSON for the inbox or given to a chunk's columns: the same values either way.
+//! A row is read and then written as JSON for the inbox, or goes from its datums into a chunk's columns: the same values
+//! either way.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
 
 use pgrx::{FromDatum, pg_sys, varlena};
-use rakam_event::batch::TypedRow;
+use rakam_event::batch::{BatchBuilder, EventStamp, TypedRow};
 use rakam_event::coerce::Value;
+use rakam_event::column::Plain;
 use rakam_event::entry::{self, Limits};
 use rakam_event::json::{self, Cutter, Kind, MAX_DEPTH, ObjectWriter};
 use rakam_event::net;
@@ -51,8 +53,6 @@ pub struct Row<'a> {
     extra: Option<&'a str>,
     /// An explicit `_time`, in microseconds since 1970.
     pub time_us: Option<i64>,
-    /// An explicit `_received_at`.
-    pub received_at_us: Option<i64>,
     /// It has an `_id`, by which the digest finds its copies; or a value that the digest will cut and log.
     pub is_for_digest: bool,
     /// At least the bytes of its JSON.
@@ -90,6 +90,11 @@ impl Target {
         self.role == Role::ReceivedAt
     }
 
+    /// At most the bytes of its key, quotes, colon, comma, and of a value that is no text.
+    fn json_bytes_max(&self) -> usize {
+        6 * self.name.len() + 4 + PLAIN_JSON_BYTES
+    }
+
     fn mismatch(&self) -> PgError {
         PgError::new(
             "42804",
@@ -109,15 +114,46 @@ fn output_function(type_oid: pg_sys::Oid, memory: pg_sys::MemoryContext) -> pg_s
     function
 }
 
-/// Reads a row. Strings over `max_string_bytes` stay whole: the digest cuts them.
-///
-/// # Safety
-/// `values` and `nulls` have an entry for every attribute, of the targets' types. They, and what is allocated in the
-/// current memory context, outlive the row.
-pub unsafe fn read<'a>(
-    targets: &mut [Target],
+/// The datums of a row.
+#[derive(Clone, Copy)]
+pub struct Datums {
     values: *const pg_sys::Datum,
     nulls: *const bool,
+}
+
+impl Datums {
+    /// # Safety
+    /// Both have an entry for every attribute of the table that the targets are of, each of its type. They, and what is
+    /// allocated in the current memory context, outlive this and what is read from it.
+    pub unsafe fn new(values: *const pg_sys::Datum, nulls: *const bool) -> Self {
+        Self { values, nulls }
+    }
+
+    /// The datum of a target; None: NULL.
+    #[inline(always)]
+    fn get(&self, target: &Target) -> Option<pg_sys::Datum> {
+        // SAFETY: as promised to `new`.
+        unsafe {
+            match *self.nulls.add(target.attribute) {
+                true => None,
+                false => Some(*self.values.add(target.attribute)),
+            }
+        }
+    }
+}
+
+/// An explicit `_received_at`.
+pub fn received_at(target: &Target, datums: &Datums) -> Result<Option<i64>> {
+    datums
+        .get(target)
+        .map(|datum| timestamp(target, datum))
+        .transpose()
+}
+
+/// Reads a row. Strings over `max_string_bytes` stay whole: the digest cuts them.
+pub fn read<'a>(
+    targets: &mut [Target],
+    datums: &'a Datums,
     max_string_bytes: usize,
 ) -> Result<Row<'a>> {
     let mut row = Row {
@@ -126,27 +162,19 @@ pub unsafe fn read<'a>(
         ..Row::default()
     };
     for (position, target) in targets.iter_mut().enumerate() {
-        // SAFETY: as promised by the caller.
-        let datum = unsafe {
-            if *nulls.add(target.attribute) {
-                continue;
-            }
-            *values.add(target.attribute)
+        let Some(datum) = datums.get(target) else {
+            continue;
         };
-        // Its key, quotes, colon, comma.
-        row.json_bytes_max += 6 * target.name.len() + 4 + PLAIN_JSON_BYTES;
+        row.json_bytes_max += target.json_bytes_max();
         match target.role {
             Role::Time => row.time_us = Some(timestamp(target, datum)?),
-            Role::ReceivedAt => row.received_at_us = Some(timestamp(target, datum)?),
+            // Whoever gives the rows has asked for it.
+            Role::ReceivedAt => {}
             Role::Extra => {
                 // SAFETY: the datum is of the target's type.
-                let extra = unsafe { text_form(target, datum)? };
-                if json::kind(extra) != Kind::Object {
-                    return Err(PgError::new("22023", "\"_extra\" must be an object"));
-                }
-                json::check(extra, MAX_DEPTH - 1)?;
-                row.json_bytes_max += extra.len();
-                row.extra = Some(extra);
+                let text = unsafe { extra(target, datum)? };
+                row.json_bytes_max += text.len();
+                row.extra = Some(text);
             }
             Role::Field | Role::Id => {
                 // SAFETY: the datum is of the target's type.
@@ -161,6 +189,105 @@ pub unsafe fn read<'a>(
         }
     }
     Ok(row)
+}
+
+/// How rows go from their datums into the columns of a chunk.
+pub struct Filler {
+    /// Targets and their positions among the chunk's fields: values that are known to go into the column,
+    plain: Vec<(usize, usize)>,
+    /// and what has to be looked at first.
+    looked: Vec<(usize, usize)>,
+    /// At least the bytes of an event's JSON, without its texts.
+    json_bytes_max: usize,
+}
+
+impl Filler {
+    /// `positions` are those of the targets' fields in the chunk's schema.
+    pub fn new(targets: &[Target], positions: &[usize]) -> Self {
+        let (plain, looked) = positions
+            .iter()
+            .copied()
+            .enumerate()
+            .partition(|(index, _)| {
+                let target = &targets[*index];
+                target.role == Role::Field && target.ty.is_some_and(is_by_value)
+            });
+        Self {
+            plain,
+            looked,
+            json_bytes_max: targets
+                .iter()
+                .fold(2, |sum, target| sum + target.json_bytes_max()),
+        }
+    }
+
+    /// Appends a row; answers its `_time`. None: it may have to go another way, nothing was appended.
+    pub fn fill(
+        &self,
+        targets: &mut [Target],
+        datums: &Datums,
+        builder: &mut BatchBuilder,
+        stamp: &EventStamp,
+        limits: &Limits,
+    ) -> Result<Option<i64>> {
+        let mut values = Vec::with_capacity(self.looked.len());
+        let mut bytes = self.json_bytes_max;
+        let (mut time_us, mut object) = (stamp.received_at_us, None);
+        for &(index, position) in &self.looked {
+            let target = &mut targets[index];
+            let Some(datum) = datums.get(target) else {
+                continue;
+            };
+            match target.role {
+                Role::Time => {
+                    time_us = timestamp(target, datum)?;
+                    if !stamp.takes(time_us) {
+                        return Ok(None);
+                    }
+                }
+                Role::ReceivedAt => {}
+                Role::Extra => {
+                    // SAFETY: the datum is of the target's type.
+                    let text = unsafe { extra(target, datum)? };
+                    bytes += text.len();
+                    object = Some(text);
+                }
+                Role::Id => return Ok(None),
+                Role::Field => {
+                    // SAFETY: the datum is of the target's type.
+                    let Some(value) = (unsafe { value(target, datum)? }) else {
+                        continue;
+                    };
+                    if !is_plain(&value, target.ty, limits.max_string_bytes) {
+                        return Ok(None);
+                    }
+                    bytes += text_bytes_max(&value);
+                    values.push((position, value));
+                }
+            }
+        }
+        if bytes > limits.max_event_bytes || !builder.has_room(bytes) {
+            return Ok(None);
+        }
+        for &(index, position) in &self.plain {
+            let target = &targets[index];
+            if let Some(datum) = datums.get(target)
+                && let Some(ty) = target.ty
+            {
+                // SAFETY: the datum is of the target's type.
+                let value = unsafe { by_value(target, ty, datum)? };
+                builder.put(position, value);
+            }
+        }
+        for (position, value) in values {
+            match value {
+                Value::Text(text) => builder.put_text(position, &text),
+                other => builder.put_value(position, other),
+            }
+        }
+        builder.end_row(object, time_us, stamp);
+        Ok(Some(time_us))
+    }
 }
 
 impl<'a> Row<'a> {
@@ -248,29 +375,14 @@ unsafe fn value<'a>(target: &mut Target, datum: pg_sys::Datum) -> Result<Option<
     // SAFETY: the datum is of the target's type.
     let value = unsafe {
         match ty {
-            FieldType::Int4 => Value::Int4(datum.value() as i32),
-            FieldType::Int8 => Value::Int8(datum.value() as i64),
-            FieldType::Float4 => {
-                let value = f32::from_bits(datum.value() as u32);
-                finite(target, value.is_finite())?;
-                // Adding 0 makes -0 to 0, here and below.
-                Value::Float4(value + 0.0)
-            }
-            FieldType::Bool | FieldType::Float8 | FieldType::Text => scalar(target, ty, datum)?,
+            _ if is_by_value(ty) => by_value(target, ty, datum)?.into(),
+            FieldType::Text => Value::Text(Cow::Borrowed(text(datum))),
             FieldType::Numeric { scale, .. } => {
                 let text = text_form(target, datum)?;
                 finite(target, text.ends_with(|c: char| c.is_ascii_digit()))?;
                 let unscaled = Number::parse(text).and_then(|number| number.scaled(scale));
                 Value::Numeric(unscaled.ok_or_else(|| target.mismatch())?)
             }
-            FieldType::Date => {
-                let days = i64::from(datum.value() as i32) + i64::from(PG_EPOCH_DAYS);
-                let micros = days.saturating_mul(time::MICROS_PER_DAY);
-                in_range(target, (MIN_TIME_US..=MAX_TIME_US).contains(&micros))?;
-                Value::Date(days as i32)
-            }
-            FieldType::Timestamptz => Value::Timestamptz(timestamp(target, datum)?),
-            FieldType::Uuid => Value::Uuid(*datum.cast_mut_ptr::<[u8; 16]>()),
             FieldType::Inet => Value::Text(Cow::Borrowed(text_form(target, datum)?)),
             FieldType::Jsonb => {
                 let text = text_form(target, datum)?;
@@ -280,26 +392,72 @@ unsafe fn value<'a>(target: &mut Target, datum: pg_sys::Datum) -> Result<Option<
                 json::check(text, MAX_DEPTH - 1)?;
                 Value::Json(json::compact(text, &mut Cutter::off()))
             }
-            FieldType::BoolArray | FieldType::Float8Array | FieldType::TextArray => {
-                array(target, ty, datum)?
-            }
+            _ => array(target, ty, datum)?,
         }
     };
     Ok(Some(value))
 }
 
-/// The types that arrays are made of.
-unsafe fn scalar<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Result<Value<'a>> {
+/// Whether [`by_value`] reads the type.
+fn is_by_value(ty: FieldType) -> bool {
+    use FieldType as F;
+    matches!(
+        ty,
+        F::Bool | F::Int4 | F::Int8 | F::Float4 | F::Float8 | F::Date | F::Timestamptz | F::Uuid
+    )
+}
+
+/// A value that owns no memory. Inlined, as [`BatchBuilder::put`] is, for the sake of rows of many columns.
+#[inline(always)]
+unsafe fn by_value(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Result<Plain> {
     Ok(match ty {
-        FieldType::Bool => Value::Bool(datum.value() != 0),
+        FieldType::Bool => Plain::Bool(datum.value() != 0),
+        FieldType::Int4 => Plain::Int4(datum.value() as i32),
+        FieldType::Int8 => Plain::Int8(datum.value() as i64),
+        FieldType::Float4 => {
+            let value = f32::from_bits(datum.value() as u32);
+            finite(target, value.is_finite())?;
+            // Adding 0 makes -0 to 0, here and below.
+            Plain::Float4(value + 0.0)
+        }
         FieldType::Float8 => {
             let value = f64::from_bits(datum.value() as u64);
             finite(target, value.is_finite())?;
-            Value::Float8(value + 0.0)
+            Plain::Float8(value + 0.0)
         }
-        // SAFETY: a text datum that is not NULL.
-        _ => Value::Text(Cow::Borrowed(unsafe { text(datum) })),
+        FieldType::Date => {
+            let days = i64::from(datum.value() as i32) + i64::from(PG_EPOCH_DAYS);
+            let micros = days.saturating_mul(time::MICROS_PER_DAY);
+            in_range(target, (MIN_TIME_US..=MAX_TIME_US).contains(&micros))?;
+            Plain::Date(days as i32)
+        }
+        FieldType::Timestamptz => Plain::Timestamptz(timestamp(target, datum)?),
+        // SAFETY: a uuid datum that is not NULL points to its 16 bytes.
+        FieldType::Uuid => Plain::Uuid(unsafe { *datum.cast_mut_ptr::<[u8; 16]>() }),
+        _ => return Err(target.mismatch()),
     })
+}
+
+/// An explicit `_extra`: the text of an object, in the current memory context.
+unsafe fn extra<'a>(target: &mut Target, datum: pg_sys::Datum) -> Result<&'a str> {
+    // SAFETY: as promised by the callers.
+    let extra = unsafe { text_form(target, datum)? };
+    if json::kind(extra) != Kind::Object {
+        return Err(PgError::new("22023", "\"_extra\" must be an object"));
+    }
+    json::check(extra, MAX_DEPTH - 1)?;
+    Ok(extra)
+}
+
+/// The types that arrays are made of.
+unsafe fn element<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Result<Value<'a>> {
+    // SAFETY: the datum is of this type, and not NULL.
+    unsafe {
+        Ok(match ty {
+            FieldType::Text => Value::Text(Cow::Borrowed(text(datum))),
+            _ => by_value(target, ty, datum)?.into(),
+        })
+    }
 }
 
 /// The text of a datum; a copy of one that is compressed or stored apart is in the current memory context.
@@ -319,7 +477,7 @@ unsafe fn text<'a>(datum: pg_sys::Datum) -> &'a str {
 }
 
 unsafe fn array<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Result<Value<'a>> {
-    let (element, element_type, len, by_value, align) = match ty {
+    let (type_oid, element_type, len, is_by_value, align) = match ty {
         FieldType::BoolArray => (pg_sys::BOOLOID, FieldType::Bool, 1, true, b'c'),
         FieldType::Float8Array => (pg_sys::FLOAT8OID, FieldType::Float8, 8, true, b'd'),
         _ => (pg_sys::TEXTOID, FieldType::Text, -1, false, b'i'),
@@ -341,9 +499,9 @@ unsafe fn array<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Res
         }
         pg_sys::deconstruct_array(
             array,
-            element,
+            type_oid,
             len,
-            by_value,
+            is_by_value,
             align as std::ffi::c_char,
             &mut datums,
             &mut nulls,
@@ -355,7 +513,7 @@ unsafe fn array<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> Res
         unsafe {
             match *nulls.add(i) {
                 true => Ok(None),
-                false => scalar(target, element_type, *datums.add(i)).map(Some),
+                false => element(target, element_type, *datums.add(i)).map(Some),
             }
         }
     });
@@ -397,6 +555,7 @@ unsafe fn text_form<'a>(target: &mut Target, datum: pg_sys::Datum) -> Result<&'a
 }
 
 /// A timestamptz in microseconds since 1970, within the years 0001 to 9999.
+#[inline]
 fn timestamp(target: &Target, datum: pg_sys::Datum) -> Result<i64> {
     if target.ty != Some(FieldType::Timestamptz) {
         return Err(target.mismatch());
@@ -406,6 +565,7 @@ fn timestamp(target: &Target, datum: pg_sys::Datum) -> Result<i64> {
     Ok(micros)
 }
 
+#[inline]
 fn finite(target: &Target, is_finite: bool) -> Result<()> {
     if is_finite {
         return Ok(());
@@ -416,6 +576,7 @@ fn finite(target: &Target, is_finite: bool) -> Result<()> {
     ))
 }
 
+#[inline]
 fn in_range(target: &Target, is_in_range: bool) -> Result<()> {
     if is_in_range {
         return Ok(());

@@ -11,7 +11,7 @@ use arrow::array::{RecordBatch, RecordBatchOptions};
 use arrow::datatypes::{FieldRef, Schema as ArrowSchema};
 
 use crate::coerce::{self, Value, coerce};
-use crate::column::Column;
+use crate::column::{Column, Plain};
 use crate::discovery;
 use crate::entry::Limits;
 use crate::error::EventError;
@@ -307,12 +307,17 @@ impl BatchBuilder {
 
     /// What the server adds to a row, and what has gathered for its `_extra`.
     fn finish_row(&mut self, time_us: i64, stamp: &EventStamp) {
-        self.append(self.time, Value::Timestamptz(time_us));
-        self.append(self.received_at, Value::Timestamptz(stamp.received_at_us));
-        self.append(self.xid, Value::Int8(stamp.xid));
+        for (column, value) in [
+            (self.time, Plain::Timestamptz(time_us)),
+            (self.received_at, Plain::Timestamptz(stamp.received_at_us)),
+            (self.xid, Plain::Int8(stamp.xid)),
+        ] {
+            if let Some(column) = column {
+                self.bytes += self.columns[column].put(self.rows, value);
+            }
+        }
         if let (Some(column), Some(text)) = (self.extra, self.extra_text.finish()) {
-            let value = Value::Json(Cow::Borrowed(text));
-            self.bytes += self.columns[column].append(self.rows, value);
+            self.bytes += self.columns[column].put_text(self.rows, text);
         }
         self.rows += 1;
     }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use crate::column::Plain;
 use crate::json::{self, Cutter, Kind};
 use crate::net;
 use crate::number::{Number, short_whole};
@@ -29,6 +30,22 @@ pub enum Value<'a> {
     BoolArray(Vec<Option<bool>>),
     Float8Array(Vec<Option<f64>>),
     TextArray(Vec<Option<Cow<'a, str>>>),
+}
+
+impl From<Plain> for Value<'_> {
+    fn from(value: Plain) -> Self {
+        match value {
+            Plain::Bool(v) => Self::Bool(v),
+            Plain::Int4(v) => Self::Int4(v),
+            Plain::Int8(v) => Self::Int8(v),
+            Plain::Float4(v) => Self::Float4(v),
+            Plain::Float8(v) => Self::Float8(v),
+            Plain::Numeric(v) => Self::Numeric(v),
+            Plain::Date(v) => Self::Date(v),
+            Plain::Timestamptz(v) => Self::Timestamptz(v),
+            Plain::Uuid(v) => Self::Uuid(v),
+        }
+    }
 }
 
 /// Why a value does not fit its field.

@@ -53,6 +53,23 @@ macro_rules! each {
 
 pub struct Column(Builder);
 
+/// A value that owns no memory.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Plain {
+    Bool(bool),
+    Int4(i32),
+    Int8(i64),
+    Float4(f32),
+    Float8(f64),
+    /// Unscaled.
+    Numeric(i128),
+    /// Days since 1970.
+    Date(i32),
+    /// Microseconds since 1970.
+    Timestamptz(i64),
+    Uuid([u8; 16]),
+}
+
 impl Column {
     /// A column of exactly this Arrow type, which is one that [`crate::types::FieldType::arrow`] gives (an
     /// element may have metadata).
@@ -81,71 +98,170 @@ impl Column {
     /// Appends NULLs up to `row`, then the value; answers about how many bytes that took. A value of another
     /// type than the column's is NULL.
     pub fn append(&mut self, row: usize, value: Value<'_>) -> usize {
-        self.pad(row);
+        match value {
+            Value::Bool(v) => self.put(row, Plain::Bool(v)),
+            Value::Int4(v) => self.put(row, Plain::Int4(v)),
+            Value::Int8(v) => self.put(row, Plain::Int8(v)),
+            Value::Float4(v) => self.put(row, Plain::Float4(v)),
+            Value::Float8(v) => self.put(row, Plain::Float8(v)),
+            Value::Numeric(v) => self.put(row, Plain::Numeric(v)),
+            Value::Date(v) => self.put(row, Plain::Date(v)),
+            Value::Timestamptz(v) => self.put(row, Plain::Timestamptz(v)),
+            Value::Uuid(v) => self.put(row, Plain::Uuid(v)),
+            Value::Text(v) | Value::Json(v) => self.put_text(row, &v),
+            Value::BoolArray(v) => {
+                let Builder::BoolArray(b) = &mut self.0 else {
+                    return self.misfit(row);
+                };
+                let bytes = v.len() + 4;
+                pad(b, row);
+                b.append_value(v);
+                bytes
+            }
+            Value::Float8Array(v) => {
+                let Builder::Float8Array(b) = &mut self.0 else {
+                    return self.misfit(row);
+                };
+                let bytes = v.len() * 8 + 4;
+                pad(b, row);
+                b.append_value(v);
+                bytes
+            }
+            Value::TextArray(v) => {
+                let Builder::TextArray(b) = &mut self.0 else {
+                    return self.misfit(row);
+                };
+                let bytes = v.iter().flatten().map(|t| t.len()).sum::<usize>() + v.len() * 4 + 4;
+                pad(b, row);
+                b.append_value(v);
+                bytes
+            }
+        }
+    }
+
+    /// As [`Self::append`]. Inlined, so that nothing is left of the match where the caller knows the variant.
+    #[inline(always)]
+    pub fn put(&mut self, row: usize, value: Plain) -> usize {
         match (&mut self.0, value) {
-            (Builder::Bool(b), Value::Bool(v)) => b.append_value(v),
-            (Builder::Int4(b), Value::Int4(v)) => b.append_value(v),
-            (Builder::Int8(b), Value::Int8(v)) => b.append_value(v),
-            (Builder::Float4(b), Value::Float4(v)) => b.append_value(v),
-            (Builder::Float8(b), Value::Float8(v)) => b.append_value(v),
-            (Builder::Numeric(b), Value::Numeric(v)) => {
+            (Builder::Bool(b), Plain::Bool(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Int4(b), Plain::Int4(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Int8(b), Plain::Int8(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Float4(b), Plain::Float4(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Float8(b), Plain::Float8(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Numeric(b), Plain::Numeric(v)) => {
+                pad(b, row);
                 b.append_value(v);
                 return 16;
             }
-            (Builder::Text(b), Value::Text(v) | Value::Json(v)) => {
-                b.append_value(&v);
-                return v.len() + 4;
+            (Builder::Date(b), Plain::Date(v)) => {
+                pad(b, row);
+                b.append_value(v);
             }
-            (Builder::Date(b), Value::Date(v)) => b.append_value(v),
-            (Builder::Timestamptz(b), Value::Timestamptz(v)) => b.append_value(v),
-            (Builder::Uuid(b), Value::Uuid(v)) => {
+            (Builder::Timestamptz(b), Plain::Timestamptz(v)) => {
+                pad(b, row);
+                b.append_value(v);
+            }
+            (Builder::Uuid(b), Plain::Uuid(v)) => {
+                pad(b, row);
                 // 16 bytes into a column of 16 bytes: the only error of this call cannot be.
                 if b.append_value(v).is_err() {
                     b.append_null();
                 }
                 return 16;
             }
-            (Builder::BoolArray(b), Value::BoolArray(v)) => {
-                let bytes = v.len() + 4;
-                b.append_value(v);
-                return bytes;
-            }
-            (Builder::Float8Array(b), Value::Float8Array(v)) => {
-                let bytes = v.len() * 8 + 4;
-                b.append_value(v);
-                return bytes;
-            }
-            (Builder::TextArray(b), Value::TextArray(v)) => {
-                let bytes = v.iter().flatten().map(|t| t.len()).sum::<usize>() + v.len() * 4 + 4;
-                b.append_value(v);
-                return bytes;
-            }
-            (builder, _) => {
-                debug_assert!(false, "coercion gives values of the column's type");
-                each!(builder, b => b.append_nulls(1));
-            }
+            _ => return self.misfit(row),
         }
         8
     }
 
-    fn pad(&mut self, rows: usize) {
-        each!(&mut self.0, b => {
-            let missing = rows.saturating_sub(b.len());
-            if missing > 0 {
-                b.append_nulls(missing);
-            }
-        });
+    /// As [`Self::append`], a text or JSON.
+    #[inline]
+    pub fn put_text(&mut self, row: usize, text: &str) -> usize {
+        let Builder::Text(b) = &mut self.0 else {
+            return self.misfit(row);
+        };
+        pad(b, row);
+        b.append_value(text);
+        text.len() + 4
+    }
+
+    #[cold]
+    fn misfit(&mut self, row: usize) -> usize {
+        debug_assert!(false, "coercion gives values of the column's type");
+        each!(&mut self.0, b => pad(b, row + 1));
+        8
     }
 
     /// The array of so many rows.
-    pub fn finish(mut self, rows: usize) -> ArrayRef {
-        self.pad(rows);
+    pub fn finish(self, rows: usize) -> ArrayRef {
         each!(self.0, b => {
             let mut b = b;
+            pad(&mut b, rows);
             Arc::new(b.finish())
         })
     }
 }
+
+/// Appends NULLs up to `row`.
+#[inline(always)]
+fn pad<B: Nulls>(builder: &mut B, row: usize) {
+    let length = builder.rows();
+    if length < row {
+        builder.nulls(row - length);
+    }
+}
+
+/// What all builders have, under no common name.
+trait Nulls {
+    fn rows(&self) -> usize;
+    fn nulls(&mut self, n: usize);
+}
+
+macro_rules! nulls {
+    ($($builder:ty),*) => {
+        $(impl Nulls for $builder {
+            #[inline(always)]
+            fn rows(&self) -> usize {
+                self.len()
+            }
+
+            fn nulls(&mut self, n: usize) {
+                self.append_nulls(n);
+            }
+        })*
+    };
+}
+
+nulls!(
+    BooleanBuilder,
+    Int32Builder,
+    Int64Builder,
+    Float32Builder,
+    Float64Builder,
+    Decimal128Builder,
+    StringBuilder,
+    Date32Builder,
+    TimestampMicrosecondBuilder,
+    FixedSizeBinaryBuilder,
+    ListBuilder<BooleanBuilder>,
+    ListBuilder<Float64Builder>,
+    ListBuilder<StringBuilder>
+);
 
 fn list(element: &FieldRef) -> Option<Builder> {
     let field = Arc::clone(element);

@@ -223,7 +223,7 @@ impl<'a> Number<'a> {
 }
 
 /// A whole number that is written with at most `digits` (18) digits and nothing else but its sign.
-pub(crate) fn short_whole(raw: &str, digits: usize) -> Option<i64> {
+pub fn short_whole(raw: &str, digits: usize) -> Option<i64> {
     let (negative, written) = match raw.as_bytes() {
         [b'-', rest @ ..] => (true, rest),
         rest => (false, rest),

@@ -1,6 +1,7 @@
 //! Rows that are typed already, as INSERT and COPY have them: their values go into columns without JSON in between.
 
 use crate::coerce::Value;
+use crate::column::Plain;
 use crate::error::EventError;
 use crate::time;
 
@@ -19,6 +20,7 @@ pub struct TypedRow<'a> {
 
 impl EventStamp {
     /// Whether a `_time`, in microseconds since 1970, is within the project's bounds.
+    #[inline]
     pub fn takes(&self, micros: i64) -> bool {
         let bounds =
             self.time_min_us.max(time::MIN_TIME_US)..=self.time_max_us.min(time::MAX_TIME_US);
@@ -26,27 +28,59 @@ impl EventStamp {
     }
 }
 
+/// A row value by value, for [`super::Layout::Stored`]: after [`BatchBuilder::has_room`] any number of `put`s, at most one
+/// for a column, then [`BatchBuilder::end_row`]. A builder that was left within a row is of no more use.
 impl BatchBuilder {
+    /// Whether a row whose values take so many bytes, at most, fits into this batch.
+    #[inline]
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.bytes.saturating_add(bytes) <= MAX_BATCH_BYTES
+    }
+
+    /// The value of a field, by its position in [`crate::schema::Schema::fields`]. Not for `_time`, `_received_at` and
+    /// `_extra`.
+    #[inline(always)]
+    pub fn put(&mut self, position: usize, value: Plain) {
+        self.bytes += self.columns[position].put(self.rows, value);
+    }
+
+    /// As [`Self::put`].
+    #[inline]
+    pub fn put_text(&mut self, position: usize, text: &str) {
+        self.bytes += self.columns[position].put_text(self.rows, text);
+    }
+
+    /// As [`Self::put`].
+    pub fn put_value(&mut self, position: usize, value: Value<'_>) {
+        self.append(Some(position), value);
+    }
+
+    /// Ends the row: with the members of a JSON object for its `_extra`, and a time that [`EventStamp::takes`].
+    pub fn end_row(&mut self, extra: Option<&str>, time_us: i64, stamp: &EventStamp) {
+        self.extra_text.clear();
+        if let Some(extra) = extra {
+            self.members(extra, stamp);
+        }
+        self.finish_row(time_us, stamp);
+    }
+
     /// Appends a row to a batch of [`super::Layout::Stored`]: the same columns as [`Self::push`] makes of the row's
     /// JSON. On an error nothing was appended; [`EventError::BatchFull`] says that it fits into another batch.
     pub fn push_values(&mut self, row: TypedRow<'_>, stamp: &EventStamp) -> Result<(), EventError> {
         let values: usize = row.values.iter().map(|(_, value)| bytes(value)).sum();
         let most = values + row.extra.map_or(0, str::len) + 64;
-        if self.bytes.saturating_add(most) > MAX_BATCH_BYTES {
+        if !self.has_room(most) {
             return Err(EventError::BatchFull);
         }
         if let Some((position, _)) = row.values.iter().find(|(at, _)| *at >= self.columns.len()) {
             return Err(EventError::Arrow(format!("there is no column {position}")));
         }
         // From here on nothing fails.
-        self.extra_text.clear();
-        if let Some(extra) = row.extra {
-            self.members(extra, stamp);
-        }
         for (position, value) in row.values {
-            self.append(Some(position), value);
+            self.put_value(position, value);
         }
-        self.finish_row(row.time_us.unwrap_or(stamp.received_at_us), stamp);
+        let time_us = row.time_us.unwrap_or(stamp.received_at_us);
+        self.end_row(row.extra, time_us, stamp);
         Ok(())
     }
 }
