@@ -198,18 +198,47 @@ pub fn split_by_month<E: From<LakeError>>(
     batch_rows: usize,
     mut each: impl FnMut(RecordBatch) -> Result<(), E>,
 ) -> Result<(), E> {
-    for batch in SortedRows::all(batches, batch_rows)? {
-        let batch = batch?;
-        let times = crate::sort::times(&batch)?;
-        let mut start = 0;
-        while let Some(&first) = times.get(start) {
-            let end_us = month_end_us(first);
-            let length = times[start..].partition_point(|&time| time < end_us);
-            each(batch.slice(start, length))?;
-            start += length;
-        }
+    Months::new(batches, batch_rows)?.try_for_each(|part| each(part?))
+}
+
+/// As [`split_by_month`], one after the other.
+pub struct Months<'a> {
+    rows: SortedRows<'a>,
+    /// What is left of a batch of several months.
+    rest: Option<RecordBatch>,
+}
+
+impl<'a> Months<'a> {
+    pub fn new(batches: &'a [RecordBatch], batch_rows: usize) -> Result<Self, LakeError> {
+        Ok(Self {
+            rows: SortedRows::all(batches, batch_rows)?,
+            rest: None,
+        })
     }
-    Ok(())
+
+    /// Takes the first month off a batch.
+    fn first_of(&mut self, batch: &RecordBatch) -> Result<RecordBatch, LakeError> {
+        let times = crate::sort::times(batch)?;
+        let length = times.first().map_or(0, |&first| {
+            let end_us = month_end_us(first);
+            times.partition_point(|&time| time < end_us)
+        });
+        let rest = batch.num_rows() - length;
+        self.rest = (rest > 0).then(|| batch.slice(length, rest));
+        Ok(batch.slice(0, length))
+    }
+}
+
+impl Iterator for Months<'_> {
+    type Item = Result<RecordBatch, LakeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch = match self.rest.take() {
+            Some(rest) => Ok(rest),
+            None => self.rows.next()?,
+        };
+        Some(batch.and_then(|batch| self.first_of(&batch)))
+    }
 }
 
 /// The first microsecond after the month of a time.

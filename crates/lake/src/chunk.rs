@@ -18,7 +18,8 @@ use bytes::Bytes;
 use rakam_event::batch::Layout;
 use rakam_event::extra;
 use rakam_event::schema::{
-    EXTRA, FIELD_ID_KEY, Field as EventField, RECEIVED_AT, Schema as EventSchema, TIME, XID,
+    EXTRA, FIELD_ID_KEY, Field as EventField, RECEIVED_AT, SYSTEM_FIELDS, Schema as EventSchema,
+    TIME, XID,
 };
 
 use crate::error::LakeError;
@@ -339,6 +340,36 @@ pub fn info(batch: &RecordBatch) -> Result<ChunkInfo, LakeError> {
         max_xid: max(xid).ok_or_else(|| bad(XID))?,
         has_extra: column(EXTRA)?.null_count() < batch.num_rows(),
     })
+}
+
+/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs,
+/// but looks for a missing field in `_extra`.
+pub fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>, LakeError> {
+    let failed = |e| LakeError::encode(WHAT, e);
+    let Some(first) = batches.first() else {
+        return Ok(Vec::new());
+    };
+    let used = |position: usize| {
+        batches.iter().any(|batch| {
+            let column = batch.column(position);
+            column.null_count() < column.len()
+        })
+    };
+    let schema = first.schema();
+    let has_extra = used(schema.index_of(EXTRA).map_err(failed)?);
+    let kept: Vec<usize> = (0..schema.fields().len())
+        .filter(|&position| {
+            let name = schema.field(position).name().as_str();
+            let is_system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
+            matches!(name, TIME | RECEIVED_AT | EXTRA | XID)
+                || has_extra && !is_system
+                || used(position)
+        })
+        .collect();
+    batches
+        .iter()
+        .map(|batch| batch.project(&kept).map_err(failed))
+        .collect()
 }
 
 /// A batch with the columns of the target schema: by field id, missing ones NULL.

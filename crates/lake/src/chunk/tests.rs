@@ -1,5 +1,6 @@
 use super::*;
 use crate::testing::{Rng, all_types, batch};
+use arrow::array::StringArray;
 use rakam_event::schema::Schema;
 use rakam_event::types::FieldType;
 
@@ -157,6 +158,64 @@ fn values_of_newer_fields_leave_extra() {
     let columns = read(ChunkFormat::Arrow, &arrow, &renewed);
     assert_eq!(columns, read(ChunkFormat::Rows, &text, &renewed));
     assert_eq!(columns.column_by_name("late").unwrap().null_count(), 4);
+}
+
+#[test]
+fn columns_without_values_are_left_out() {
+    let schema = all_types();
+    let whole = batch(&schema, 50, &mut Rng::new(28));
+    let only = |keep: &[&str]| {
+        let columns = whole
+            .schema()
+            .fields()
+            .iter()
+            .zip(whole.columns())
+            .map(|(field, column)| {
+                if !keep.contains(&field.name().as_str()) {
+                    new_null_array(field.data_type(), 50)
+                } else if field.name() == EXTRA {
+                    Arc::new(StringArray::from(vec![r#"{"a":1}"#; 50])) as ArrayRef
+                } else {
+                    Arc::clone(column)
+                }
+            })
+            .collect();
+        RecordBatch::try_new(whole.schema(), columns).unwrap()
+    };
+    let names = |batches: &[RecordBatch]| -> Vec<Vec<String>> {
+        let lean = without_empty_columns(batches).unwrap();
+        let names = |batch: &RecordBatch| {
+            let schema = batch.schema();
+            schema.fields().iter().map(|f| f.name().clone()).collect()
+        };
+        lean.iter().map(names).collect()
+    };
+    let bare = only(&[TIME, RECEIVED_AT, XID]);
+    assert_eq!(
+        names(std::slice::from_ref(&bare)),
+        [[TIME, RECEIVED_AT, EXTRA, XID]]
+    );
+    // What one batch has, all have.
+    let used = only(&[TIME, RECEIVED_AT, XID, "_user"]);
+    assert_eq!(
+        names(&[bare, used.clone()]),
+        [[TIME, "_user", RECEIVED_AT, EXTRA, XID]; 2]
+    );
+    // A reader would look for a missing field in `_extra`.
+    let extra = only(&[TIME, RECEIVED_AT, XID, EXTRA]);
+    let users = schema.fields.iter().filter(|f| f.is_user()).count();
+    assert_eq!(names(std::slice::from_ref(&extra))[0].len(), 4 + users);
+    // Readers see the same events.
+    let stored = encode(
+        &without_empty_columns(std::slice::from_ref(&used)).unwrap()[0],
+        1,
+    )
+    .unwrap();
+    assert_eq!(
+        super::read(ChunkFormat::Arrow, stored.into(), &schema).unwrap(),
+        used
+    );
+    assert!(without_empty_columns(&[]).unwrap().is_empty());
 }
 
 #[test]
