@@ -1,36 +1,39 @@
 //! The load of files into a collection, in a worker.
 //!
-//! Outside of any transaction the files are read piece by piece and converted; what has been converted waits in memory until
-//! it is worth a transaction, which stores it as chunks of one month each and notes in the same breath how far the files
+//! Outside of any transaction the files are read piece by piece and converted, on other threads ([`super::reading`]); what
+//! has been converted waits in memory until it is worth a transaction, which stores it as chunks of one month each and notes in the same breath how far the files
 //! are stored. A cancel or a crash loses what waits; the same call goes on from the note. New fields are registered before
 //! the data, in short transactions of their own.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::types::TimestampMicrosecondType;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch};
 use arrow::compute::{filter_record_batch, is_not_null, is_null};
-use rakam_event::batch::EventStamp;
 use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
-use rakam_event::schema::{EXTRA, ID, RECEIVED_AT, SYSTEM_FIELDS, Schema, TIME, XID};
+use rakam_event::schema::{ID, RECEIVED_AT, Schema};
 use rakam_event::types::FieldType;
 use rakam_event::{json, print};
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
 use rakam_files::locate::{self, Found};
-use rakam_files::source::{self, Meter, Piece, Position, Spec};
-use rakam_lake::backlog;
+use rakam_files::log::Log;
+use rakam_files::source::{Position, Spec};
+use rakam_lake::chunk;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::chunks;
 use super::place::Place;
+use super::reading::{self, Converted, Told};
 use crate::catalog::inbox::Entry;
 use crate::catalog::load::{self as note, Progress};
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::catalog::{invalid, progress};
-use crate::ingest::append::{Target, append};
+use crate::ingest::append::Target;
 use crate::ingest::mapper::{self, Shape};
 use crate::ingest::quota;
 use crate::pg::locks::{LockOn, SessionLock};
@@ -44,8 +47,6 @@ const BUFFER_SIZES: usize = 4;
 const BUFFER_BYTES_MAX: usize = 256 << 20;
 /// After so long what is there is stored, however little.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
-/// Rows of a chunk.
-const CHUNK_ROWS: usize = 65_536;
 /// A transaction is repeated so often when it met another one.
 const ATTEMPTS: usize = 4;
 /// Bytes of events after which there is another inbox row.
@@ -90,10 +91,10 @@ pub fn run(
     let key = key(request, &files).map_err(Failure::Error)?;
     let [a, b, c, d, ..] = key;
     let _turn = SessionLock::take(LockOn::Load(i32::from_le_bytes([a, b, c, d])));
-    let mut load = xact::worker(|| Load::begin(request, &key))?;
+    let (mut load, converter) = xact::worker(|| Load::begin(request, &key))?;
     let total = files.iter().map(|f| f.bytes).sum();
     let outcome = progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
-        load.files(&files, &spec, shown)?;
+        load.files(files, spec, converter, shown)?;
         make_ready(load.collection.id)?;
         load.store(true)
     });
@@ -139,19 +140,21 @@ struct Load<'a> {
     project: ProjectRow,
     collection: Collection,
     fixed: bool,
-    converter: Converter,
+    /// What has been told about values since the last store.
+    log: Log,
     /// What is stored.
     stored: Progress,
     /// Up to where the buffer reaches.
     read: Progress,
     /// By the schema of the batches: a field that came later may lie in `_extra` of those before it.
-    buffer: Vec<(Schema, Vec<RecordBatch>)>,
+    buffer: Vec<(Arc<Schema>, Vec<RecordBatch>)>,
     buffer_bytes: usize,
     last_store: Instant,
 }
 
 impl<'a> Load<'a> {
-    fn begin(request: &Request, key: &'a [u8]) -> Result<Self> {
+    /// The load, and what converts the rows of its files.
+    fn begin(request: &Request, key: &'a [u8]) -> Result<(Self, Converter)> {
         let gone = || PgError::new("42704", "the project was dropped");
         let project =
             registry::project_by_id(View::Current, request.project_id)?.ok_or_else(gone)?;
@@ -177,10 +180,11 @@ impl<'a> Load<'a> {
             max_string_bytes: guc::max_string_bytes(),
             max_fields: guc::max_fields(),
         };
-        Ok(Self {
+        let converter = Converter::new(&schema, limits, request.admin);
+        let load = Self {
             key,
             fixed: request.fixed,
-            converter: Converter::new(&schema, limits, request.admin),
+            log: Log::default(),
             project,
             collection,
             stored,
@@ -188,93 +192,91 @@ impl<'a> Load<'a> {
             buffer: Vec::new(),
             buffer_bytes: 0,
             last_store: Instant::now(),
-        })
+        };
+        Ok((load, converter))
     }
 
     /// Reads what is left of the files, and stores all but the last of it.
     fn files(
         &mut self,
-        files: &[Found],
-        spec: &Spec,
+        files: Vec<Found>,
+        spec: Spec,
+        converter: Converter,
         shown: &mut progress::Progress,
     ) -> std::result::Result<(), Failure> {
         let buffer = (guc::flush_size_bytes() as usize)
             .saturating_mul(BUFFER_SIZES)
             .min(BUFFER_BYTES_MAX);
-        let mut before: u64 = files.iter().take(self.stored.file).map(|f| f.bytes).sum();
-        for (index, file) in files.iter().enumerate().skip(self.stored.file) {
-            let meter = Meter::default();
-            let from = self.read.position;
-            let mut source =
-                source::open(&file.path, &file.name, spec, from, &meter).map_err(error)?;
-            let declared = source.declared().to_vec();
-            loop {
-                wait::check_interrupts();
-                let Some(piece) = source.next().map_err(error)? else {
-                    break;
-                };
-                self.piece(piece, &declared, &file.name)?;
-                if self.buffer_bytes >= buffer || self.last_store.elapsed() >= STORE_INTERVAL {
-                    self.store(false)?;
+        let files = reading::Files {
+            files,
+            spec,
+            first: self.stored.file,
+            from: self.stored.position,
+        };
+        let conversion = reading::Conversion {
+            converter,
+            time_past_us: self.project.time_past_us,
+            time_future_us: self.project.time_future_us,
+        };
+        let mut port = reading::start(files, conversion).map_err(Failure::Error)?;
+        loop {
+            wait::check_interrupts();
+            match port.receive() {
+                Some(Told::NewFields(fields, answer)) => {
+                    // Nobody waits any more when the reading has ended by itself; the port tells why.
+                    let _unheard = answer.send(self.register(&fields)?);
                 }
-                shown.set(before + meter.bytes())?;
+                Some(Told::Rows(converted)) => {
+                    let bytes = converted.bytes;
+                    self.take(*converted);
+                    if self.buffer_bytes >= buffer || self.last_store.elapsed() >= STORE_INTERVAL {
+                        self.store(false)?;
+                    }
+                    shown.set(bytes)?;
+                }
+                Some(Told::Next(file)) => {
+                    self.read.file = file;
+                    self.read.position = Position::default();
+                }
+                Some(Told::Failed(failed)) => return Err(error(failed)),
+                Some(Told::End) => return Ok(()),
+                None => {
+                    let early = PgError::internal("the reading of files ended early");
+                    return Err(Failure::Error(early));
+                }
             }
-            before += file.bytes;
-            self.read.file = index + 1;
-            self.read.position = Position::default();
         }
-        Ok(())
     }
 
-    /// Converts a piece into the buffer.
-    fn piece(
-        &mut self,
-        piece: Piece,
-        declared: &[(String, FieldType)],
-        file: &str,
-    ) -> std::result::Result<(), Failure> {
-        let fields = self.converter.new_fields(&piece.rows, declared);
-        if let Some((field, _)) = fields.first() {
-            if self.fixed {
-                let refused = EventError::UnknownField {
-                    collection: self.collection.name.clone(),
-                    field: field.clone(),
-                };
-                return Err(Failure::Error(refused.into()));
-            }
-            let schema = xact::worker(|| {
-                registry::add_fields(self.collection.id, &fields, false)?;
-                let collection = self.registered()?;
-                registry::schema(View::Current, &collection)
-            })?;
-            self.converter.set_schema(&schema);
+    /// Makes fields of new names; the schema with them.
+    fn register(&mut self, fields: &[(String, FieldType)]) -> std::result::Result<Schema, Failure> {
+        if let (true, Some((field, _))) = (self.fixed, fields.first()) {
+            let refused = EventError::UnknownField {
+                collection: self.collection.name.clone(),
+                field: field.clone(),
+            };
+            return Err(Failure::Error(refused.into()));
         }
-        let now = xact::now_us();
-        let stamp = EventStamp {
-            received_at_us: now,
-            shift_us: 0,
-            time_min_us: now.saturating_sub(self.project.time_past_us),
-            time_max_us: now.saturating_add(self.project.time_future_us),
-            // Known when the events are stored; after whatever was dropped before.
-            xid: i64::MAX,
-        };
-        let (batch, refused) = self
-            .converter
-            .convert(piece.rows, file, &stamp)
-            .map_err(error)?;
-        for bad in piece.bad.iter().chain(&refused) {
-            self.converter.log_bad(bad, file, now);
-        }
+        xact::worker(|| {
+            registry::add_fields(self.collection.id, fields, false)?;
+            let collection = self.registered()?;
+            registry::schema(View::Current, &collection)
+        })
+    }
+
+    /// Takes a piece into the buffer.
+    fn take(&mut self, piece: Converted) {
         self.read.position = piece.after;
-        if batch.num_rows() > 0 {
-            self.buffer_bytes += value_bytes(&batch);
-            let schema = self.converter.schema();
+        self.log.extend(piece.samples, piece.counts);
+        if piece.batch.num_rows() > 0 {
+            self.buffer_bytes += value_bytes(&piece.batch);
             match self.buffer.last_mut() {
-                Some((last, batches)) if last.version == schema.version => batches.push(batch),
-                _ => self.buffer.push((schema.clone(), vec![batch])),
+                Some((last, batches)) if last.version == piece.schema.version => {
+                    batches.push(piece.batch);
+                }
+                _ => self.buffer.push((piece.schema, vec![piece.batch])),
             }
         }
-        Ok(())
     }
 
     /// The collection as it is registered now.
@@ -288,7 +290,7 @@ impl<'a> Load<'a> {
     /// Stores what is in the buffer, with the note of how far the files are stored; `last` ends the load.
     fn store(&mut self, last: bool) -> std::result::Result<(), Failure> {
         failpoint::hit("load.before_store");
-        let (samples, counts) = self.converter.take_log();
+        let (samples, counts) = self.log.take();
         let mut attempt = 1;
         loop {
             let stored = xact::worker(|| {
@@ -365,10 +367,7 @@ impl<'a> Load<'a> {
             let bytes: usize = plain.iter().map(value_bytes).sum();
             quota::charge_stored(&payer, rows as i64, bytes as i64)?;
             stored += rows as u64;
-            backlog::split_by_month(&without_empty_columns(&plain)?, CHUNK_ROWS, |part| {
-                wait::check_interrupts();
-                append(target, &stamped(&part, xid)?)
-            })?;
+            chunks::store(target, chunk::without_empty_columns(&plain)?, xid)?;
         }
         Ok(stored)
     }
@@ -456,43 +455,6 @@ fn write_row(rows: &RecordBatch, schema: &Schema, row: usize, out: &mut String) 
     }
     out.push('}');
     Ok(())
-}
-
-/// The events with the id of the transaction that stores them.
-fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
-    let mut columns = batch.columns().to_vec();
-    let position = batch.schema().index_of(XID).map_err(arrow_failed)?;
-    columns[position] = std::sync::Arc::new(Int64Array::from_value(xid, batch.num_rows()));
-    RecordBatch::try_new(batch.schema(), columns).map_err(arrow_failed)
-}
-
-/// The batches, of one schema, without the columns that no row of them has: a reader takes a missing column for NULLs,
-/// but looks for a missing field in `_extra`.
-fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>> {
-    let Some(first) = batches.first() else {
-        return Ok(Vec::new());
-    };
-    let used = |position: usize| {
-        batches
-            .iter()
-            .any(|batch| has_values(batch.column(position)))
-    };
-    let schema = first.schema();
-    let extra = schema.index_of(EXTRA).map_err(arrow_failed)?;
-    let has_extra = used(extra);
-    let kept: Vec<usize> = (0..schema.fields().len())
-        .filter(|&position| {
-            let name = schema.field(position).name().as_str();
-            let system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
-            matches!(name, TIME | RECEIVED_AT | EXTRA | XID)
-                || has_extra && !system
-                || used(position)
-        })
-        .collect();
-    batches
-        .iter()
-        .map(|batch| batch.project(&kept).map_err(arrow_failed))
-        .collect()
 }
 
 /// About the memory of the columns that have values.

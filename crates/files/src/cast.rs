@@ -14,7 +14,7 @@ use rakam_event::coerce::{Misfit, Value, coerce};
 use rakam_event::column::Column;
 use rakam_event::error::EventError;
 use rakam_event::json::{self, Cutter, Kind, MAX_DEPTH};
-use rakam_event::number::Number;
+use rakam_event::number::{Number, short_whole};
 use rakam_event::time;
 use rakam_event::types::FieldType;
 use serde_json::value::RawValue;
@@ -251,7 +251,11 @@ fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> O
     Some(match ty {
         FieldType::Text if text.len() <= max_string_bytes => Value::Text(Cow::Borrowed(text)),
         FieldType::Float8 => {
-            // Short and plain numbers need none of the checks of `Number`. Adding 0 makes -0 to 0.
+            // Short and plain numbers need none of the checks of `Number`.
+            if let Some(whole) = short_whole(text, 15) {
+                return Some(Value::Float8(whole as f64));
+            }
+            // Adding 0 makes -0 to 0.
             let plain =
                 text.len() <= 15 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
             let value: f64 = plain.then(|| text.parse().ok()).flatten()?;
@@ -274,6 +278,9 @@ fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> O
 }
 
 fn integer(text: &str) -> Option<i64> {
+    if let Some(short) = short_whole(text, 18) {
+        return Some(short);
+    }
     let plain = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'-'));
     plain.then(|| text.parse().ok()).flatten()
 }
@@ -361,31 +368,29 @@ pub fn is_literal(text: &str) -> bool {
     ) && is_json(text)
 }
 
-/// The event's times that a column means: milliseconds since 1970, or a time as text or as itself. None for no value, an
-/// error for one that is no time.
-pub fn times(array: &ArrayRef) -> Vec<Result<Option<i64>, String>> {
+/// The event's times that a column means: milliseconds since 1970, or a time as text or as itself. `each` gets the rows that
+/// have a value, with None for one that is no time.
+pub fn times(array: &ArrayRef, mut each: impl FnMut(usize, Option<i64>)) {
     let mut raw = String::new();
-    let mut time = |row: usize| {
-        if array.is_null(row) {
-            return Ok(None);
-        }
+    let texts = array.as_string_opt::<i32>();
+    for row in (0..array.len()).filter(|&row| array.is_valid(row)) {
         if let Some(micros) = cell::micros(array, row) {
-            return Ok(Some(micros));
+            each(row, Some(micros));
+            continue;
         }
-        if let Some(texts) = array.as_string_opt::<i32>() {
-            let text = texts.value(row);
+        if let Some(text) = texts.map(|texts| texts.value(row)) {
             if text.is_empty() {
-                return Ok(None);
+                continue;
             }
             if let Some(micros) = time::timestamp(text) {
-                return Ok(Some(micros));
+                each(row, Some(micros));
+                continue;
             }
         }
         raw.clear();
         cell::write_json(array, row, &mut raw);
-        time::event_time(&raw).map(Some).ok_or_else(|| raw.clone())
-    };
-    (0..array.len()).map(&mut time).collect()
+        each(row, time::event_time(&raw));
+    }
 }
 
 #[cfg(test)]

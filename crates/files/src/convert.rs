@@ -81,20 +81,21 @@ impl Converter {
         let known = self.schema.fields.iter().filter(|f| f.is_user()).count();
         let mut room = self.limits.max_fields.saturating_sub(known);
         let mut fields = BTreeMap::<String, FieldType>::new();
-        let mut add = |raw: &str, ty: FieldType, fields: &mut BTreeMap<String, FieldType>| {
+        // The type is looked for where the name is new only.
+        let mut add = |raw: &str, ty: &dyn Fn() -> Option<FieldType>| {
             let name = names::field_name(raw);
             let is_new = room > 0
                 && names::server_field(raw).is_none()
                 && names::can_be_column(&name)
                 && self.schema.field(&name).is_none()
                 && !fields.contains_key(name.as_ref());
-            if is_new {
+            if is_new && let Some(ty) = ty() {
                 room -= 1;
                 fields.insert(name.into_owned(), ty);
             }
         };
         for (name, ty) in declared {
-            add(name, *ty, &mut fields);
+            add(name, &|| Some(*ty));
         }
         match rows {
             Rows::Columns {
@@ -103,9 +104,9 @@ impl Converter {
                 ..
             } => {
                 for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
-                    if let Some(ty) = column.as_string_opt::<i32>().and_then(cast::infer) {
-                        add(field.name(), ty, &mut fields);
-                    }
+                    add(field.name(), &|| {
+                        column.as_string_opt::<i32>().and_then(cast::infer)
+                    });
                 }
             }
             Rows::Columns { .. } => {}
@@ -116,7 +117,7 @@ impl Converter {
                     discovery.observe(&event.json, i64::MAX, i64::MAX);
                 }
                 for (name, ty) in discovery.new_fields() {
-                    add(&name, ty, &mut fields);
+                    add(&name, &|| Some(ty));
                 }
             }
         }
@@ -278,17 +279,10 @@ impl Converter {
             match target {
                 Target::Skip => {}
                 Target::Time => making.times(source, stamp, &mut times),
-                Target::ReceivedAt => {
-                    for (row, time) in cast::times(source).into_iter().enumerate() {
-                        match time {
-                            Ok(Some(us)) if (MIN_TIME_US..=MAX_TIME_US).contains(&us) => {
-                                received[row] = us;
-                            }
-                            Ok(None) => {}
-                            _ => making.note(RECEIVED_AT, FieldType::Timestamptz, source, row),
-                        }
-                    }
-                }
+                Target::ReceivedAt => cast::times(source, |row, time| match time {
+                    Some(us) if (MIN_TIME_US..=MAX_TIME_US).contains(&us) => received[row] = us,
+                    _ => making.note(RECEIVED_AT, FieldType::Timestamptz, source, row),
+                }),
                 Target::Members => making.members(source),
                 Target::Keep(name) => making.keep(name, source, untyped),
                 Target::Field(position) => {
@@ -491,19 +485,16 @@ impl Making {
 
     fn times(&mut self, source: &ArrayRef, stamp: &EventStamp, times: &mut [i64]) {
         let bounds = stamp.time_min_us.max(MIN_TIME_US)..=stamp.time_max_us.min(MAX_TIME_US);
-        for (row, time) in cast::times(source).into_iter().enumerate() {
-            match time {
-                Ok(None) => {}
-                Ok(Some(us)) if bounds.contains(&us) => times[row] = us,
-                Ok(Some(_)) => {
-                    self.note(TIME, FieldType::Timestamptz, source, row);
-                    if let Some((_, _, note)) = self.notes.last_mut() {
-                        "time is outside the bounds of the project".clone_into(&mut note.error);
-                    }
+        cast::times(source, |row, time| match time {
+            Some(us) if bounds.contains(&us) => times[row] = us,
+            Some(_) => {
+                self.note(TIME, FieldType::Timestamptz, source, row);
+                if let Some((_, _, note)) = self.notes.last_mut() {
+                    "time is outside the bounds of the project".clone_into(&mut note.error);
                 }
-                Err(_) => self.note(TIME, FieldType::Timestamptz, source, row),
             }
-        }
+            None => self.note(TIME, FieldType::Timestamptz, source, row),
+        });
     }
 
     /// The members of objects go into `_extra`; what is no object stays there under the column's own name.

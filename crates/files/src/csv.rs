@@ -28,16 +28,18 @@ pub struct CsvSource {
     max_record_bytes: usize,
 }
 
-/// Where a cell of the current record lies in [`Record::text`].
+/// Where a cell of the current record lies: among the record's own bytes, or, if it has quotes, in [`Record::text`].
 #[derive(Debug, Clone, Copy)]
 struct Cell {
+    start: usize,
     end: usize,
     quoted: bool,
 }
 
-/// The cells of one record, unescaped, one behind the other.
+/// The cells of one record.
 #[derive(Debug, Default)]
 struct Record {
+    /// Of cells with quotes, without them.
     text: Vec<u8>,
     cells: Vec<Cell>,
 }
@@ -48,19 +50,21 @@ impl Record {
         self.cells.clear();
     }
 
-    fn end_cell(&mut self, quoted: bool) {
-        self.cells.push(Cell {
-            end: self.text.len(),
-            quoted,
-        });
+    fn end_cell(&mut self, start: usize, end: usize, quoted: bool) {
+        self.cells.push(Cell { start, end, quoted });
     }
 
-    /// The cells: their text, and whether they were quoted.
-    fn iter(&self) -> impl Iterator<Item = (&[u8], bool)> {
-        let starts = std::iter::once(0).chain(self.cells.iter().map(|c| c.end));
-        starts
-            .zip(&self.cells)
-            .map(|(start, cell)| (&self.text[start..cell.end], cell.quoted))
+    /// The cells: their text, and whether they were quoted. `bytes` are those that the record was read from.
+    fn iter<'a>(&'a self, bytes: &'a [u8]) -> impl Iterator<Item = (&'a [u8], bool)> {
+        self.cells.iter().map(move |cell| {
+            let text = if cell.quoted { &self.text } else { bytes };
+            (&text[cell.start..cell.end], cell.quoted)
+        })
+    }
+
+    /// It has one cell, without text.
+    fn is_empty_cell(&self) -> bool {
+        matches!(&self.cells[..], [cell] if cell.start == cell.end)
     }
 }
 
@@ -74,55 +78,62 @@ fn read_record(
 ) -> Option<usize> {
     record.clear();
     let (delimiter, quote, escape) = (options.delimiter, options.quote, options.escape);
+    // How many bytes from here on mean nothing but themselves: few, as cells go.
+    let plain = |at: usize| {
+        let rest = &bytes[at..];
+        rest.iter()
+            .position(|&b| b == delimiter || b == b'\n' || b == b'\r' || b == quote)
+            .unwrap_or(rest.len())
+    };
     let mut at = 0;
     loop {
         // At the beginning of a cell.
+        let mut start = at;
         let mut quoted = false;
-        loop {
-            // Up to the next byte that means something.
-            let rest = &bytes[at..];
-            let plain = rest
-                .iter()
-                .position(|&b| b == delimiter || b == b'\n' || b == b'\r' || b == quote)
-                .unwrap_or(rest.len());
-            record.text.extend_from_slice(&rest[..plain]);
-            at += plain;
-            let Some(&byte) = bytes.get(at) else {
+        at += plain(at);
+        // A quote: up to the closing one, as COPY reads it also in the middle of a cell.
+        while bytes.get(at).is_some_and(|&b| b == quote) {
+            if !quoted {
+                quoted = true;
+                record.text.extend_from_slice(&bytes[start..at]);
+                start = record.text.len() - (at - start);
+            }
+            let closed = read_quoted(bytes, at + 1, quote, escape, &mut record.text);
+            let Some(after) = closed else {
                 if !ended {
                     return None;
                 }
-                record.end_cell(quoted);
-                return Some(at);
-            };
-            at += 1;
-            if byte == delimiter {
-                record.end_cell(quoted);
-                break;
-            }
-            if byte == b'\n' {
-                record.end_cell(quoted);
-                return Some(at);
-            }
-            if byte == b'\r' {
-                match bytes.get(at) {
-                    None if !ended => return None,
-                    Some(b'\n') => at += 1,
-                    // An old line end of its own.
-                    _ => {}
-                }
-                record.end_cell(quoted);
-                return Some(at);
-            }
-            // A quote: up to the closing one, as COPY reads it also in the middle of a cell.
-            quoted = true;
-            at = read_quoted(bytes, at, quote, escape, &mut record.text)
-                .or_else(|| ended.then_some(usize::MAX))?;
-            if at == usize::MAX {
                 // The file ends inside of quotes.
                 record.cells.clear();
                 return Some(bytes.len());
+            };
+            let length = plain(after);
+            at = after + length;
+            record.text.extend_from_slice(&bytes[after..at]);
+        }
+        let end = if quoted { record.text.len() } else { at };
+        let Some(&byte) = bytes.get(at) else {
+            if !ended {
+                return None;
+            }
+            record.end_cell(start, end, quoted);
+            return Some(at);
+        };
+        at += 1;
+        if byte == delimiter {
+            record.end_cell(start, end, quoted);
+            continue;
+        }
+        if byte == b'\r' {
+            match bytes.get(at) {
+                None if !ended => return None,
+                Some(b'\n') => at += 1,
+                // An old line end of its own.
+                _ => {}
             }
         }
+        record.end_cell(start, end, quoted);
+        return Some(at);
     }
 }
 
@@ -227,14 +238,14 @@ impl CsvSource {
             }
             let length = self.read(&mut record)?;
             // Blank lines before the header say nothing.
-            let blank = record.cells.len() == 1 && record.text.is_empty();
+            let blank = record.is_empty_cell();
             if !self.options.header {
                 break (1..=record.cells.len())
                     .map(|n| format!("column_{n}"))
                     .collect();
             }
             let names = record
-                .iter()
+                .iter(self.window.bytes())
                 .map(|(cell, _)| std::str::from_utf8(cell).map(str::to_owned))
                 .collect::<Result<_, _>>()
                 .map_err(|_| {
@@ -313,18 +324,18 @@ impl Source for CsvSource {
             let raw = &self.window.bytes()[..length];
             let found = record.cells.len();
             // A blank line is a record of one column, or nothing.
-            let blank = found == 1 && record.text.is_empty() && !record.cells[0].quoted;
+            let blank = record.is_empty_cell() && !record.cells[0].quoted;
             if found == width && !(blank && width > 1) {
                 if length > self.max_record_bytes {
                     let limit = self.max_record_bytes;
                     let error =
                         format!("record of {length} bytes is over the limit of {limit} bytes");
                     bad.push(BadRow::new(line, raw, error));
-                } else if std::str::from_utf8(&record.text).is_err() {
+                } else if std::str::from_utf8(raw).is_err() {
                     bad.push(BadRow::new(line, raw, "invalid UTF-8 text"));
                 } else {
                     let null = self.options.null.as_bytes();
-                    for (column, (cell, quoted)) in columns.iter_mut().zip(record.iter()) {
+                    for (column, (cell, quoted)) in columns.iter_mut().zip(record.iter(raw)) {
                         column.push((quoted || cell != null).then_some(cell));
                     }
                     lines.push(line);

@@ -16,7 +16,7 @@ pub mod format;
 mod input;
 mod json;
 pub mod locate;
-mod log;
+pub mod log;
 mod parquet_file;
 pub mod sink;
 pub mod source;

@@ -20,7 +20,7 @@ use crate::input::Meter;
 use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
 /// A piece of long rows has fewer of them: so many bytes, as the file counts its columns before compression.
-const PIECE_BYTES_MAX: u64 = 64 << 20;
+const PIECE_BYTES_MAX: u64 = 16 << 20;
 
 /// Of a reader of such a file.
 pub type Builder = ParquetRecordBatchReaderBuilder<Checked<File>>;
