@@ -30,6 +30,8 @@ COMMENT ON FUNCTION rakam.set_mapper(text, text, regprocedure, boolean) IS 'Sets
 COMMENT ON FUNCTION rakam.replay_dead_letters(text, text) IS 'Tries dead letters again; returns how many are dead letters no more';
 COMMENT ON FUNCTION rakam.attach(text, text, text, text) IS 'Makes a read-only table of the files below a URL, whoever writes them';
 COMMENT ON FUNCTION rakam.detach(text, text) IS 'Takes an attached table away; its files stay';
+COMMENT ON FUNCTION rakam.check_storage(text) IS 'Compares a storage with the manifest: missing and corrupt files, orphans, which are queued for deletion';
+COMMENT ON FUNCTION rakam.adopt_storage(text) IS 'Makes a storage this database''s, after a restore or promotion: deletions in it go on here and nowhere else';
 COMMENT ON FUNCTION rakam.track_table(text, text, regclass) IS 'Makes each change of a table an event, in the same transaction';
 COMMENT ON FUNCTION rakam.untrack_table(text, regclass) IS 'Ends what track_table began';
 COMMENT ON FUNCTION rakam.map_user_agent(jsonb) IS 'Mapper: browser, browser_version, os, device by _user_agent';

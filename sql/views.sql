@@ -77,6 +77,10 @@ SELECT project, collection, inbox_events + hot_events + cold_events AS events, i
          greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - last_event_at)) END AS freshness_s
 FROM rakam_internal.collection_sizes();
 
+-- What the workers noted of the storages: looking waits for nobody.
+CREATE VIEW rakam.stat_lake WITH (security_invoker = true) AS
+SELECT storage, url, reachable, last_error, pending_bytes, orphans, deferred, owner FROM rakam_internal.lake();
+
 -- Calls on one's own projects; those that name no project, or an unknown one, are for superusers.
 CREATE VIEW rakam.audit_log WITH (security_invoker = true) AS
 SELECT at, role, project, call, object, outcome FROM rakam_internal.audit_log;
@@ -87,7 +91,7 @@ FROM rakam_internal.progress r JOIN rakam_internal.project p USING (project_id)
 WHERE rakam_internal.is_running(r.pid);
 
 GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.attached, rakam.schema_versions,
-  rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.audit_log,
+  rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.stat_lake, rakam.audit_log,
   rakam.stat_progress TO PUBLIC;
 
 COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
@@ -100,4 +104,5 @@ COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their
 COMMENT ON VIEW rakam.dead_letter IS 'Events and records that could not be stored, with the reason';
 COMMENT ON VIEW rakam.audit_log IS 'Calls that change or export something, refused ones included: who, when, project, call, outcome';
 COMMENT ON VIEW rakam.stat_collection IS 'Events and bytes of each collection, tier by tier';
+COMMENT ON VIEW rakam.stat_lake IS 'Storages of one''s projects: whether they can be reached, what waits for them, what is to be deleted in them';
 COMMENT ON VIEW rakam.stat_progress IS 'How far the calls and background steps that work on one''s projects are';

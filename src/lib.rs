@@ -54,6 +54,7 @@ extension_sql_file!(
         storages,
         data_files,
         collection_sizes,
+        lake,
         avro_schema,
         is_running
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database  # noqa: E402
+from harness.lake import make_storage  # noqa: E402
 
 CLUSTER = os.environ.get("RAKAM_TEST_CLUSTER", "e2e")
 SEED = int(os.environ.get("RAKAM_SEED") or random.SystemRandom().randrange(1, 1_000_000))
@@ -24,6 +26,10 @@ SETTINGS = {
     "rakam.rotation_interval": "2s",
     "max_connections": "100",
 }
+
+
+# Deletions are seen at once, not after three days.
+AT_ONCE = {"rakam.file_retention": "0"}
 
 
 def pytest_report_header() -> list[str]:
@@ -71,6 +77,31 @@ def db(cluster, request):
     database.create()
     yield database
     database.drop()
+
+
+@pytest.fixture(scope="session")
+def lake_cluster():
+    """A cluster in which files that are not used any more may go at once."""
+    cluster = Cluster(f"{CLUSTER}-lake")
+    cluster.destroy()
+    yield cluster.start({**SETTINGS, **AT_ONCE})
+    cluster.destroy()
+
+
+@pytest.fixture
+def lake(lake_cluster):
+    """A database of its own with the storage `lake` and the project `acme` on it; and the storage's folder."""
+    db = Database(lake_cluster, "lake")
+    db.drop()
+    db.create()
+    folder = make_storage(db, "lake")
+    db.project("acme", "lake")
+    yield db, folder
+    db.admin.execute("ALTER SYSTEM RESET ALL")
+    db.admin.execute("SELECT pg_reload_conf()")
+    db.drop()
+    for left in lake_cluster.folder.glob("storage-*"):
+        shutil.rmtree(left)
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class Cluster:
         self.profile = profile or os.environ.get("RAKAM_PROFILE", "release")
         self.folder = state_folder() / "clusters" / name
         self.data = self.folder / "data"
+        # Set in the server's own processes, for instance to preload a library into them.
+        self.server_environment: dict[str, str] = {}
         self.log = self.folder / "server.log"
         self.user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         # A socket's path has at most 107 bytes, its name takes 20 of them.
@@ -149,7 +151,10 @@ class Cluster:
         deadline = time.monotonic() + 10
         while True:
             mark = self.log_mark()
-            done = self.run("pg_ctl", "start", "-w", "-t", timeout_s, "-D", self.data, "-l", self.log, check=False)
+            done = self.run(
+                "pg_ctl", "start", "-w", "-t", timeout_s, "-D", self.data, "-l", self.log,
+                check=False, env=self.server_environment,
+            )  # fmt: skip
             reason = self.log_since(mark) if done.returncode != 0 else ""
             if "Address already in use" in reason:
                 # The server of another checkout, which looked for a free port when we did.

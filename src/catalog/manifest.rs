@@ -7,7 +7,7 @@ use rakam_lake::period::{Period, day_of};
 
 use super::deletion;
 use crate::pg::spi::{self, View, arg, xid8};
-use crate::pg::{PgError, Result};
+use crate::pg::{PgError, Result, xact};
 
 /// A hot chunk without its bytes.
 #[derive(Debug, Clone)]
@@ -493,6 +493,8 @@ pub fn add_intent(
     collection_id: i32,
     purpose: &str,
 ) -> Result<()> {
+    // The object must not outlive its announcement.
+    xact::durable();
     spi::execute(
         "INSERT INTO rakam_internal.file_intent (storage_id, path, op_id, collection_id, purpose)
          VALUES ($1, $2, $3, $4, $5)",
@@ -515,13 +517,13 @@ pub fn delete_intent(storage_id: i32, path: &str) -> Result<u64> {
     )
 }
 
-/// Announced objects (storage, path, the collection whose job announced them), oldest first.
-pub fn intents(view: View) -> Result<Vec<(i32, String, i32)>> {
+/// Announced objects of a storage (path, the collection whose job announced them), oldest first.
+pub fn intents(view: View, storage_id: i32) -> Result<Vec<(String, i32)>> {
     spi::query(
         view,
-        "SELECT storage_id, path, collection_id FROM rakam_internal.file_intent ORDER BY created_at",
-        &[],
-        |row| Ok((row.must(1)?, row.must(2)?, row.must(3)?)),
+        "SELECT path, collection_id FROM rakam_internal.file_intent WHERE storage_id = $1 ORDER BY created_at",
+        &[arg(storage_id)],
+        |row| Ok((row.must(1)?, row.must(2)?)),
     )
 }
 
@@ -535,22 +537,36 @@ pub fn has_intent(storage_id: i32, path: &str) -> Result<bool> {
     )? > 0)
 }
 
-/// Objects out of use that may be deleted: removed before the horizon and longer ago than the retention.
-pub fn deferred_due(view: View, horizon: u64, retention_s: f64) -> Result<Vec<(i32, String)>> {
+/// Objects of a storage that may be deleted, the oldest first: out of use since before the horizon and for longer than the
+/// retention, needed by nobody else.
+pub fn deferred_due(
+    view: View,
+    storage_id: i32,
+    horizon: u64,
+    retention_s: f64,
+    limit: i64,
+) -> Result<Vec<String>> {
     spi::query(
         view,
-        "SELECT storage_id, path FROM rakam_internal.file_deferred
-         WHERE removed_xid < $1 AND removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
-         ORDER BY removed_at LIMIT 1000",
-        &[xid8(horizon), arg(retention_s)],
-        |row| Ok((row.must(1)?, row.must(2)?)),
+        "SELECT d.path FROM rakam_internal.file_deferred d
+         WHERE d.storage_id = $1 AND d.removed_xid < $2
+           AND d.removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3)
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_pin p WHERE p.storage_id = d.storage_id AND p.path = d.path
+                           AND p.until > pg_catalog.clock_timestamp())
+           AND NOT EXISTS (SELECT FROM rakam_internal.data_file f
+                           WHERE f.path = d.path AND f.storage_id = d.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i
+                           WHERE i.path = d.path AND i.storage_id = d.storage_id)
+         ORDER BY d.removed_at LIMIT $4",
+        &[arg(storage_id), xid8(horizon), arg(retention_s), arg(limit)],
+        |row| row.must(1),
     )
 }
 
-pub fn delete_deferred(storage_id: i32, path: &str) -> Result<u64> {
+pub fn delete_deferred(storage_id: i32, paths: &[String]) -> Result<u64> {
     spi::execute(
-        "DELETE FROM rakam_internal.file_deferred WHERE storage_id = $1 AND path = $2",
-        &[arg(storage_id), arg(path)],
+        "DELETE FROM rakam_internal.file_deferred WHERE storage_id = $1 AND path = ANY ($2)",
+        &[arg(storage_id), arg(paths.to_vec())],
     )
 }
 

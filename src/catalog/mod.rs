@@ -23,6 +23,7 @@ pub mod registry;
 pub mod restored;
 pub mod retention;
 pub mod session;
+pub mod storages;
 pub mod store;
 pub mod track;
 pub mod usage;

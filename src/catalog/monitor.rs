@@ -19,6 +19,18 @@ pub type KeySetRow = (
 /// Storage id, name, URL.
 pub type StorageRow = (i32, String, Option<String>);
 
+/// As the view rakam.stat_lake.
+pub type LakeRow = (
+    String,
+    Option<String>,
+    Option<bool>,
+    Option<String>,
+    i64,
+    i64,
+    i64,
+    Option<String>,
+);
+
 /// As the view rakam.data_files.
 pub type DataFileRow = (
     String,
@@ -87,6 +99,57 @@ pub fn storages(project_ids: &[i32]) -> Result<Vec<StorageRow>> {
          ORDER BY 1",
         project_ids,
         |row| Ok((row.must(1)?, row.must(2)?, row.get(3))),
+    )
+}
+
+/// What is known of the storages of these projects, with what concerns these projects in them; with `every`, of all
+/// storages, and of everything in them. Nothing is asked of a storage: it is what the workers noted.
+pub fn lake(project_ids: &[i32], every: bool) -> Result<Vec<LakeRow>> {
+    let _owner = ActAs::owner();
+    spi::query(
+        View::Under(Snapshot::active()),
+        // A flush that is under way holds the job lock of its collection (pg::locks): what it announced is no orphan.
+        "WITH busy AS MATERIALIZED (
+           SELECT classid::int8 AS collection_id FROM pg_catalog.pg_locks
+           WHERE locktype = 'advisory' AND objsubid = 102 AND granted
+             AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
+         SELECT s.name, o.option_value,
+                CASE WHEN s.kind = 'local' THEN true WHEN t.failures > 0 THEN false
+                     WHEN t.reached_at IS NOT NULL THEN true END,
+                t.last_error,
+                (SELECT coalesce(sum(h.bytes), 0) FROM rakam_internal.hot_chunk h
+                 JOIN rakam_internal.project p USING (project_id)
+                 WHERE p.storage_id = s.storage_id AND ($2 OR p.project_id = ANY ($1)))::int8,
+                (SELECT count(*) FROM rakam_internal.file_deferred d
+                 WHERE d.storage_id = s.storage_id AND d.reason = 'orphan' AND ($2 OR d.project_id = ANY ($1)))
+                + (SELECT count(*) FROM rakam_internal.file_intent i
+                   WHERE i.storage_id = s.storage_id AND i.collection_id NOT IN (SELECT collection_id FROM busy)
+                     AND ($2 OR i.collection_id IN (SELECT c.collection_id FROM rakam_internal.collection c
+                                                    WHERE c.project_id = ANY ($1)))),
+                (SELECT count(*) FROM rakam_internal.file_deferred d
+                 WHERE d.storage_id = s.storage_id AND d.reason <> 'orphan' AND ($2 OR d.project_id = ANY ($1))),
+                CASE WHEN s.kind = 'local' OR t.standing = 'ours' THEN 'this database'
+                     WHEN t.standing IN ('foreign', 'unfenced') AND $2 THEN t.owner
+                     WHEN t.standing IN ('foreign', 'unfenced') THEN 'not this database' END
+         FROM rakam_internal.storage s
+         LEFT JOIN rakam_internal.storage_state t USING (storage_id)
+         LEFT JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name AND s.kind <> 'local'
+         LEFT JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
+         WHERE $2 OR s.storage_id IN (SELECT storage_id FROM rakam_internal.project WHERE project_id = ANY ($1))
+         ORDER BY s.storage_id",
+        &[arg(project_ids.to_vec()), arg(every)],
+        |row| {
+            Ok((
+                row.must(1)?,
+                row.get(2),
+                row.get(3),
+                row.get(4),
+                row.must(5)?,
+                row.must(6)?,
+                row.must(7)?,
+                row.get(8),
+            ))
+        },
     )
 }
 

@@ -31,11 +31,6 @@ impl StorageRow {
         self.kind == "local"
     }
 
-    /// Whether it is reached over a network.
-    pub fn is_bucket(&self) -> bool {
-        !matches!(self.kind.as_str(), "local" | "file")
-    }
-
     /// Where the storage is and how it is entered, as of now; None for the default storage.
     pub fn config(&self) -> Result<Option<StorageConfig>> {
         if self.is_local() {

@@ -16,8 +16,10 @@ use uuid::Uuid;
 use super::place::{self, Access, Place};
 use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
+use crate::catalog::storages;
 use crate::pg::cursor::{self, Column, Cursor, Integers};
-use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait};
+use crate::pg::security::ActAs;
+use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait, xact};
 
 /// Rows fetched at a time.
 const FETCH_ROWS: u32 = 1000;
@@ -71,6 +73,11 @@ fn export(
     };
     let rows = write(query, &project.name, &target, format)?;
     target.publish()?;
+    // In a storage it must not pass for an orphan. (Elsewhere, and where nothing can be written, there is nothing to note.)
+    if xact::ensure_writable("note a file").is_ok() {
+        let _owner = ActAs::owner();
+        storages::keep(&format!("file://{}", target.path.display()), "copy_to")?;
+    }
     Ok(rows)
 }
 

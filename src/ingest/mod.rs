@@ -15,5 +15,6 @@ mod making;
 pub mod mapper;
 pub mod quota;
 mod replay;
+pub mod room;
 mod track;
 mod waiting;

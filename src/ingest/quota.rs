@@ -1,5 +1,5 @@
-//! The quota of what a project sends: events per second and bytes per UTC day. Every way in calls [`charge`] before it
-//! stores; what is refused is refused as a whole, so that a client knows what to send again.
+//! The quota of what a project sends: events per second and bytes per UTC day; and the room that all of them share
+//! ([`super::room`]). Every way in calls [`charge`] before it stores; what is refused is refused as a whole, so that a client knows what to send again.
 //!
 //! Rates are measured in shared memory (`pg::meter`). The bytes of a day are stored by the digest with the events
 //! themselves, so that a restart forgets none; a rollback gives them back. Limits on collections and fields are those
@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 
+use super::room;
 use crate::catalog::inbox::TailRow;
 use crate::catalog::projects::Project;
 use crate::catalog::registry::ProjectRow;
@@ -17,7 +18,8 @@ use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
 use crate::pg::{PgError, Result, meter, xact};
 
-/// Takes events of so many bytes of JSON in, on their way to the inbox; 53400 beyond the project's quota.
+/// Takes events of so many bytes of JSON in, on their way to the inbox; 53400 beyond the project's quota, 53100 if there is
+/// no room for them.
 pub fn charge(project: &Project, events: i64, bytes: i64) -> Result<()> {
     take(project, events, bytes, Arrival::Digest)
 }
@@ -34,6 +36,7 @@ pub fn charge_stored(project: &Project, events: i64, bytes: i64) -> Result<()> {
 }
 
 fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<()> {
+    room::take(bytes)?;
     let quota = &project.quota;
     if quota.events_per_second.is_none() && quota.bytes_per_day.is_none() {
         return Ok(());

@@ -17,6 +17,7 @@ static DIGEST_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(500);
 static FLUSH_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static FLUSH_MAX_AGE: GucSetting<i32> = GucSetting::<i32>::new(24 * 60 * 60);
 static HOT_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1024);
+static MAX_HOT_BYTES: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 static FLUSH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(64);
 static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
@@ -131,6 +132,16 @@ pub fn init() {
         i32::MAX,
         GucContext::Sighup,
         GucFlags::UNIT_MB,
+    );
+    GucRegistry::define_float_guc(
+        c"rakam.max_hot_bytes",
+        c"Size of the hot tier on disk at which further events are refused; -1 is 80 % of the disk's free space.",
+        c"",
+        &MAX_HOT_BYTES,
+        -1.0,
+        9e18,
+        GucContext::Sighup,
+        GucFlags::UNIT_BYTE,
     );
     int(
         c"rakam.flush_size",
@@ -403,6 +414,12 @@ pub fn flush_max_age() -> Duration {
 
 pub fn hot_size_bytes() -> i64 {
     i64::from(HOT_SIZE.get()) << 20
+}
+
+/// None: by the free space of the disk.
+pub fn max_hot_bytes() -> Option<u64> {
+    let bytes = MAX_HOT_BYTES.get();
+    (bytes >= 0.0).then_some(bytes as u64)
 }
 
 pub fn flush_size_bytes() -> i64 {

@@ -19,12 +19,14 @@ pub enum LockOn {
     Manifest(i32),
     /// Creation of columns and tables.
     Ddl,
-    /// Deletion of objects.
-    Gc,
+    /// Deletion of objects in a storage.
+    Gc(i32),
     /// Writers of event ids: projects share [`ID_SLOTS`] of them.
     Ids(i32),
     /// Merging the runs of ids of a project.
     IdMerge(i32),
+    /// The comparison of a storage with the manifest.
+    Check(i32),
     /// A load of files, by a hash of its key: the same call runs once at a time.
     Load(i32),
 }
@@ -40,10 +42,11 @@ impl LockOn {
             Self::CollectionJob(id) => (102, id),
             Self::Manifest(id) => (103, id),
             Self::Ddl => (104, 0),
-            Self::Gc => (105, 0),
+            Self::Gc(storage_id) => (105, storage_id),
             Self::Ids(slot) => (120, slot),
             Self::IdMerge(project_id) => (121, project_id),
             Self::Load(key) => (106, key),
+            Self::Check(storage_id) => (107, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -7,6 +7,7 @@ pub mod bytea;
 pub mod cache;
 pub mod condition;
 pub mod cursor;
+pub mod disk;
 pub mod dsm;
 pub mod error;
 pub mod exit;

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 
-use pgrx::pg_sys;
+use pgrx::{IntoDatum, pg_sys};
 
 use super::spi::quote_ident;
 
@@ -45,6 +45,42 @@ pub fn blocks(relation: pg_sys::Oid) -> u32 {
         let blocks = pg_sys::RelationGetNumberOfBlocksInFork(rel, pg_sys::ForkNumber::MAIN_FORKNUM);
         pg_sys::relation_close(rel, pg_sys::AccessShareLock as i32);
         blocks
+    }
+}
+
+/// What a table takes on disk, with its indexes and everything that is dead in it.
+pub fn disk_bytes(relation: pg_sys::Oid) -> u64 {
+    // SAFETY: a built-in function with its one argument; NULL for a table that is gone.
+    let bytes: Option<i64> = unsafe {
+        pgrx::direct_function_call(pg_sys::pg_total_relation_size, &[relation.into_datum()])
+    };
+    bytes
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .unwrap_or(0)
+}
+
+/// Pages that an estimate of free room looks at.
+const SAMPLE_PAGES: u32 = 512;
+
+/// About how much of a table's pages can take new rows, those of its long values too: what vacuum has noted, in a sample.
+pub fn free_bytes(relation: pg_sys::Oid) -> u64 {
+    // SAFETY: each relation is opened and closed around the calls; pages asked for are below its end.
+    unsafe {
+        let rel = pg_sys::relation_open(relation, pg_sys::AccessShareLock as i32);
+        let toast = (*(*rel).rd_rel).reltoastrelid;
+        let blocks = pg_sys::RelationGetNumberOfBlocksInFork(rel, pg_sys::ForkNumber::MAIN_FORKNUM);
+        let step = blocks.div_ceil(SAMPLE_PAGES).max(1);
+        let free: u64 = (0..blocks)
+            .step_by(step as usize)
+            .map(|block| pg_sys::GetRecordedFreeSpace(rel, block) as u64)
+            .sum();
+        pg_sys::relation_close(rel, pg_sys::AccessShareLock as i32);
+        let of_toast = if toast == pg_sys::InvalidOid {
+            0
+        } else {
+            free_bytes(toast)
+        };
+        free * u64::from(step) + of_toast
     }
 }
 

@@ -40,6 +40,9 @@ pub struct Slot {
     pub starved: AtomicBool,
     /// Milliseconds since 1970 before which the launcher does not start it again.
     pub not_before_ms: AtomicI64,
+    /// Bytes that the hot tier may still take, and when that was measured, milliseconds since 1970: see `ingest::room`.
+    pub room_bytes: AtomicI64,
+    pub room_at_ms: AtomicI64,
 }
 
 pub struct Shared {
@@ -145,6 +148,7 @@ impl Slot {
         self.starved.store(false, Ordering::Relaxed);
         self.since_us.store(0, Ordering::Relaxed);
         self.not_before_ms.store(0, Ordering::Relaxed);
+        self.room_at_ms.store(0, Ordering::Relaxed);
     }
 
     /// Sets the latch of the slot's worker, if one runs.

@@ -18,6 +18,12 @@ pub enum Failure {
     Error(PgError),
 }
 
+impl From<rakam_lake::LakeError> for Failure {
+    fn from(error: rakam_lake::LakeError) -> Self {
+        Self::Error(error.into())
+    }
+}
+
 /// Runs `work` in a transaction of a background worker: search path pinned, extension locked against DROP,
 /// rolled back on an error, which becomes a value.
 ///
@@ -144,6 +150,20 @@ fn sqlstate_text(code: PgSqlErrorCode) -> String {
         packed >>= 6;
     }
     text
+}
+
+/// Has the current transaction's commit wait for its WAL whatever `synchronous_commit` says: something outside of
+/// Postgres is going to rely on it.
+pub fn durable() {
+    // SAFETY: sets a flag of the current transaction.
+    unsafe { pg_sys::ForceSyncCommit() };
+}
+
+/// Has everything that is committed by now outlive a crash, once the current transaction is committed.
+pub fn settle() {
+    // A commit without an id would not wait for the WAL.
+    top_xid();
+    durable();
 }
 
 /// Whether the current transaction has written anything (has a transaction id).

@@ -11,7 +11,7 @@ use pgrx::trigger_support::PgTrigger;
 use pgrx::{AllocatedByPostgres, name, pg_extern, pg_trigger};
 
 use crate::catalog::{monitor, projects};
-use crate::pg::{ErrorReport, bgworker, invalidation};
+use crate::pg::{ErrorReport, bgworker, invalidation, security};
 
 /// The projects whose data the effective user may read (roles read and admin).
 #[pg_extern(schema = "rakam_internal", stable, parallel_restricted)]
@@ -72,6 +72,30 @@ fn storages() -> std::result::Result<
     ErrorReport,
 > {
     let rows = monitor::storages(&projects::scope()?.member)?;
+    Ok(TableIterator::new(rows))
+}
+
+/// What is known of the storages of the caller's projects; superusers and rakam_admin see all storages.
+#[pg_extern(schema = "rakam_internal", volatile, parallel_restricted)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
+fn lake() -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(storage, String),
+            name!(url, Option<String>),
+            name!(reachable, Option<bool>),
+            name!(last_error, Option<String>),
+            name!(pending_bytes, i64),
+            name!(orphans, i64),
+            name!(deferred, i64),
+            name!(owner, Option<String>),
+        ),
+    >,
+    ErrorReport,
+> {
+    let every = security::is_server_admin(security::current_user());
+    let rows = monitor::lake(&projects::scope()?.member, every)?;
     Ok(TableIterator::new(rows))
 }
 

@@ -28,8 +28,8 @@ use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
-use crate::tiers::delete;
 use crate::tiers::object::{Home, Output};
+use crate::tiers::{delete, reach};
 
 const BATCH_ROWS: usize = 8192;
 /// Rows of a chunk that a split makes.
@@ -49,9 +49,12 @@ pub fn collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
     flush_locked(collection_id, false, job)
 }
 
-/// As [`collection`], unless another job has the collection. While history is loaded into it, only the months of which
+/// As [`collection`], unless another job has the collection or its storage is away. While history is loaded into it, only the months of which
 /// there is most: the others wait for more.
 pub fn try_collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
+    if !reach::is_open(collection_id)? {
+        return Ok(Flushed::default());
+    }
     let Some(job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
         return Ok(Flushed::default());
     };
@@ -345,7 +348,7 @@ fn write_files(
     for (index, period) in plan.files().iter().enumerate() {
         let options = home.options(period.period, period.first_day);
         let mut finish = |writer: FileWriter<Vec<u8>>| -> Result<()> {
-            outputs.push(home.output(period.period, period.first_day, writer.finish()?));
+            outputs.push(home.output(period.period, period.first_day, writer.finish()?)?);
             Ok(())
         };
         let mut writer = FileWriter::new(schema, &options, Vec::new());

@@ -7,6 +7,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use futures::StreamExt;
 use rakam_lake::LakeError;
+use rakam_lake::owner;
 use rakam_lake::period::{self, Period};
 use rakam_lake::stats;
 use rakam_lake::storage::{ObjectInfo, Storage, Upload};
@@ -15,6 +16,7 @@ use uuid::Uuid;
 
 use crate::catalog::manifest::{self, NewFile, StorageRow};
 use crate::catalog::registry::{Collection, ProjectRow};
+use crate::catalog::storages;
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, runtime, wait};
@@ -23,6 +25,8 @@ pub use rakam_lake::storage::{PutIf, Version};
 
 /// Objects of a list that are handed over together, at most.
 const LIST_PAGE: usize = 1000;
+/// Requests on their way at a time, where many are to be made.
+const AT_A_TIME: usize = 16;
 
 /// Where the files of one operation go.
 pub struct Home {
@@ -58,16 +62,21 @@ impl Home {
     }
 
     /// Names a finished file.
-    pub fn output(&self, period: Period, first_day: i32, file: WrittenFile<Vec<u8>>) -> Output {
-        let id = Uuid::now_v7();
+    pub fn output(
+        &self,
+        period: Period,
+        first_day: i32,
+        file: WrittenFile<Vec<u8>>,
+    ) -> Result<Output> {
+        let id = owner::object_id(storages::writer()?);
         let (project, collection) = (&self.project.name, &self.collection.name);
         let file = file.map_sink(Bytes::from);
-        Output {
+        Ok(Output {
             path: period::object_path(project, collection, period, first_day, id),
             period,
             first_day,
             file,
-        }
+        })
     }
 
     /// Leaves an intent, in a transaction before the object is written. None is needed inside of Postgres.
@@ -93,11 +102,10 @@ impl Home {
         let remote = Remote::open(self.storage_id)?.ok_or_else(|| {
             Failure::Error(PgError::internal("a project's storage is not registered"))
         })?;
+        super::owner::claim(&remote)?;
         for output in outputs {
             wait::check_interrupts();
-            remote
-                .put(&output.path, output.file.sink.clone())
-                .map_err(|e| Failure::Error(e.into()))?;
+            remote.put(&output.path, output.file.sink.clone())?;
         }
         Ok(())
     }
@@ -138,7 +146,7 @@ impl Home {
 }
 
 /// A storage outside Postgres, for workers: each call waits for its end with interrupts served, and is made outside of
-/// transactions. What the calls do is said at [`rakam_lake::storage`].
+/// transactions. How it ends is noted ([`super::reach`]). What the calls do is said at [`rakam_lake::storage`].
 pub struct Remote {
     pub storage_id: i32,
     pub name: String,
@@ -190,6 +198,71 @@ impl Remote {
     pub fn delete(&self, path: &str) -> Answer<()> {
         let path = path.to_owned();
         self.call(|storage| async move { storage.delete(&path).await })
+    }
+
+    /// Deletes objects, several at a time. Those that are not there are deleted.
+    pub fn delete_all(&self, paths: &[String]) -> Answer<()> {
+        let paths = paths.to_vec();
+        self.call(|storage| async move {
+            let mut deletions = futures::stream::iter(paths)
+                .map(|path| {
+                    let storage = storage.clone();
+                    async move { storage.delete(&path).await }
+                })
+                .buffer_unordered(AT_A_TIME);
+            while let Some(deleted) = deletions.next().await {
+                deleted?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The sizes of objects; None where there is none.
+    pub fn sizes(&self, paths: &[String]) -> Answer<Vec<Option<u64>>> {
+        let paths = paths.to_vec();
+        self.call(|storage| async move {
+            let mut sizes = futures::stream::iter(paths)
+                .map(|path| {
+                    let storage = storage.clone();
+                    async move {
+                        match storage.head(&path).await {
+                            Ok(info) => Ok(Some(info.bytes)),
+                            Err(LakeError::Missing { .. }) => Ok(None),
+                            Err(e) => Err(e),
+                        }
+                    }
+                })
+                .buffered(AT_A_TIME);
+            let mut found = Vec::new();
+            while let Some(size) = sizes.next().await {
+                found.push(size?);
+            }
+            Ok(found)
+        })
+    }
+
+    /// The last bytes of objects, by path, size and how many of them; None where there is no such object.
+    pub fn ends(&self, objects: Vec<(String, u64, u64)>) -> Answer<Vec<Option<Bytes>>> {
+        self.call(|storage| async move {
+            let mut ends = futures::stream::iter(objects)
+                .map(|(path, size, length)| {
+                    let storage = storage.clone();
+                    async move {
+                        let from = size.saturating_sub(length);
+                        match storage.get_range(&path, from..size).await {
+                            Ok(bytes) => Ok(Some(bytes)),
+                            Err(LakeError::Missing { .. }) => Ok(None),
+                            Err(e) => Err(e),
+                        }
+                    }
+                })
+                .buffered(AT_A_TIME);
+            let mut found = Vec::new();
+            while let Some(end) = ends.next().await {
+                found.push(end?);
+            }
+            Ok(found)
+        })
     }
 
     /// Hands the objects below a path (empty: all) to `page`, some thousand at a time.
@@ -244,12 +317,14 @@ impl Remote {
         T: Send + 'static,
         F: Future<Output = Answer<T>> + Send + 'static,
     {
-        runtime::wait_for(call(self.storage.clone())).unwrap_or_else(|e| {
+        let answer = runtime::wait_for(call(self.storage.clone())).unwrap_or_else(|e| {
             Err(LakeError::Unreachable {
                 action: "use",
                 path: String::new(),
                 reason: e.message,
             })
-        })
+        });
+        super::reach::note(self.storage_id, answer.as_ref().err());
+        answer
     }
 }

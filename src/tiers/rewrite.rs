@@ -22,8 +22,8 @@ use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
-use crate::tiers::delete;
 use crate::tiers::object::{Home, Output, Remote};
+use crate::tiers::{delete, reach};
 
 const BATCH_ROWS: usize = 8192;
 /// In the background a file or chunk is rewritten once it has lost this share of its rows …
@@ -43,7 +43,8 @@ pub fn due() -> std::result::Result<Vec<i32>, Failure> {
     xact::worker(|| deletion::collections_with_reduced(View::Current, SHARE, AGE_S))
 }
 
-/// Rewrites the files and chunks of a collection for which it is time, unless another job has the collection.
+/// Rewrites the files and chunks of a collection for which it is time, unless another job has the collection. Files
+/// wait while their storage is away.
 pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
     let worth = Worth {
         share: SHARE,
@@ -54,6 +55,9 @@ pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
             let mut chunks = 0;
             while xact::worker(|| one_chunk(collection_id, worth))? {
                 chunks += 1;
+            }
+            if !reach::is_open(collection_id)? {
+                return Ok(chunks);
             }
             Ok(chunks + all(collection_id, worth, &job)?)
         }
@@ -199,7 +203,7 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
             ),
         ));
     }
-    let new = home.output(period, old.first_day, writer.finish()?);
+    let new = home.output(period, old.first_day, writer.finish()?)?;
     home.announce(&new, "rewrite")?;
     Ok(Step { home, old, new })
 }

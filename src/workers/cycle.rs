@@ -9,15 +9,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::helper::{self, Helper};
-use crate::catalog::{audit, job};
+use crate::catalog::{audit, job, storages};
 use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::Slot;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{bgworker, cache, guc, notes};
 use crate::tiers::erase::Eraser;
+use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, gc, ids, merge, rewrite, rotate, upkeep};
+use crate::tiers::{ddl, flush, ids, merge, rewrite, rotate, upkeep};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
@@ -89,6 +90,8 @@ pub struct Cycle<'a> {
     last_upkeep: Instant,
     /// Collections with files to be written anew without deleted events.
     rewrites: Vec<i32>,
+    /// The storages are to be seen after.
+    care: bool,
     eraser: Eraser,
     /// The eraser has more to do: a step in every cycle.
     erasing: bool,
@@ -116,6 +119,7 @@ impl<'a> Cycle<'a> {
             ids_pending: false,
             last_upkeep: past,
             rewrites: Vec::new(),
+            care: false,
             eraser: Eraser::default(),
             erasing: false,
             cache: cache::Upkeep::default(),
@@ -237,7 +241,14 @@ impl<'a> Cycle<'a> {
         }
         let mut rewrites = std::mem::take(&mut self.rewrites);
         rewrites.retain(|id| self.may(Step::Rewrite, *id));
-        if slow.is_empty() && rewrites.is_empty() || self.helper.is_some() {
+        if self.helper.is_some() {
+            return Ok(());
+        }
+        // Those whose storage is away are not tried one by one.
+        let held_up = xact::worker(storages::collections_held_up)?;
+        slow.retain(|(id, work)| *work == Work::Merge || !held_up.contains(id));
+        let care = std::mem::take(&mut self.care);
+        if slow.is_empty() && rewrites.is_empty() && !care {
             return Ok(());
         }
         slow.truncate(helper::MOST);
@@ -246,12 +257,15 @@ impl<'a> Cycle<'a> {
             // Forgotten once there is nothing to rewrite any more.
             self.put_off(Step::Rewrite, *id);
         }
-        match Helper::start(slow, &rewrites) {
+        match Helper::start(slow, &rewrites, care) {
             Ok(helper) => self.helper = Some(helper),
             Err(slow) => {
                 // No free slot for a worker: the digest waits meanwhile, and rewrites wait for a slot.
                 for (id, work) in slow {
                     self.work_on(id, work)?;
+                }
+                if care && self.may(Step::Gc, 0) {
+                    self.attempt(Step::Gc, 0, || gc::storages(Asked::ByTime))?;
                 }
             }
         }
@@ -293,8 +307,9 @@ impl<'a> Cycle<'a> {
                     rotate::run()?;
                     upkeep::run()?;
                 }
-                gc::run()
+                gc::tables()
             })?;
+            self.care |= self.attempt(Step::Gc, 0, gc::is_due)?.unwrap_or(false);
         }
         if let Some(due) = self.attempt(Step::Rewrite, 0, rewrite::due)? {
             self.back_off

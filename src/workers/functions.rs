@@ -10,7 +10,7 @@ use rakam_event::types::FieldType;
 use serde_json::json;
 
 use super::task::{self, Scope, Task};
-use super::{attach, definitions, delete};
+use super::{attach, definitions, delete, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
@@ -19,8 +19,9 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
+use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, erase, flush, gc, ids, merge, rewrite, rotate, upkeep};
+use crate::tiers::{ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -207,6 +208,8 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
         Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
         Task::Attach(request) => attach::perform(request).map(|left_out| json!(left_out)),
         Task::Detach(request) => attach::undo(request).map(|()| json!(null)),
+        Task::CheckStorage { storage_id } => storages::check(*storage_id).map(|()| json!(null)),
+        Task::AdoptStorage { storage_id } => storages::adopt(*storage_id).map(|()| json!(null)),
         Task::CopyFrom(request) => {
             let (project, name) = (request.project_id, &request.collection);
             let events = load::run(request, |collection_id| {
@@ -227,20 +230,42 @@ fn perform_tick() -> std::result::Result<(), Failure> {
         rotate::run()?;
         upkeep::run()?;
     }
+    reach::ask_failing()?;
     let mut hot = Hot::default();
     hot.refresh()?;
+    // What fails of one collection or storage must not keep the others from their turn.
+    let mut first = None;
     for (id, work) in hot.due() {
-        match work {
-            Work::Flush => flush::try_collection(id).map(|_| ())?,
-            Work::Merge => merge::collection(id).map(|_| ())?,
-        }
+        going_on(
+            &mut first,
+            match work {
+                Work::Flush => flush::try_collection(id).map(drop),
+                Work::Merge => merge::collection(id).map(drop),
+            },
+        )?;
     }
     ids::run(None)?;
     for id in rewrite::due()? {
-        rewrite::try_collection(id)?;
+        going_on(&mut first, rewrite::try_collection(id).map(drop))?;
     }
-    gc::run()?;
-    erase::all()
+    gc::tables()?;
+    going_on(&mut first, gc::storages(Asked::ByCall).map(drop))?;
+    erase::all()?;
+    first.map_or(Ok(()), |error| Err(Failure::Error(error)))
+}
+
+/// Keeps the first error for later.
+fn going_on(
+    first: &mut Option<PgError>,
+    outcome: std::result::Result<(), Failure>,
+) -> std::result::Result<(), Failure> {
+    match outcome {
+        Err(Failure::Error(error)) => {
+            first.get_or_insert(error);
+            Ok(())
+        }
+        outcome => outcome,
+    }
 }
 
 fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {

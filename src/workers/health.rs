@@ -1,10 +1,11 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, inbox, manifest, mapper};
+use crate::catalog::{deletion, inbox, mapper, storages};
+use crate::ingest::room;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
-use crate::pg::{Result, cache, guc, memory, runtime, shared};
+use crate::pg::{Result, cache, guc, memory, shared};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,23 +174,8 @@ pub fn of_server() -> Result<Vec<Finding>> {
                 .hint("It is tried again by itself, later each time."),
         );
     }
-    let storages = spi::query(
-        view,
-        "SELECT DISTINCT storage_id FROM rakam_internal.project UNION SELECT 1 ORDER BY 1",
-        &[],
-        |row| row.must::<i32>(1),
-    )?;
-    let mut bucket = false;
-    for id in storages {
-        let Some(storage) = manifest::storage(view, id)? else {
-            continue;
-        };
-        bucket |= storage.is_bucket();
-        findings.push(storage_finding(&storage));
-    }
-    if bucket {
-        findings.push(cache_finding());
-    }
+    findings.extend(storage_findings(view)?);
+    findings.push(hot_finding()?);
     findings.push(deletion_finding(view)?);
     findings.push(horizon_finding(view)?);
     findings.push(memory_finding());
@@ -212,31 +198,72 @@ pub fn of_server() -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-fn storage_finding(storage: &manifest::StorageRow) -> Finding {
-    let opened = storage.open().and_then(|opened| match opened {
-        // A network is not waited for in the caller's transaction.
-        Some(found) if !found.is_remote() => {
-            let checked = runtime::wait_for(async move { found.check().await })?;
-            Ok(Some((false, checked)))
+/// How the storages stand, as the workers noted it: nothing is asked of a storage here.
+fn storage_findings(view: View) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut bucket = false;
+    for s in storages::conditions(view)? {
+        let name = &s.name;
+        bucket |= !matches!(s.kind.as_str(), "local" | "file");
+        findings.push(match (s.kind.as_str(), &s.failing_since) {
+            ("local", _) => Finding::ok("storage", format!("{name} is in this database")),
+            (_, Some(since)) => {
+                let error = s.last_error.as_deref().unwrap_or("unknown error");
+                Finding::error("storage", format!("{name} fails since {since}: {error}")).hint(
+                    "Collecting goes on; data files cannot be written or read until it is back.",
+                )
+            }
+            ("file", None) => {
+                Finding::info("storage", format!("{name} is a directory of this machine"))
+                    .hint("A standby and a backup of the database do not carry it.")
+            }
+            (_, None) => Finding::ok("storage", format!("{name} was reached")),
+        });
+        if let Some(owner) = &s.owner {
+            findings.push(
+                Finding::warning(
+                    "storage owner",
+                    format!("{name} is not this database's, so nothing is deleted there; it belongs to {owner}"),
+                )
+                .hint(format!(
+                    "If this database is to go on with it, and nobody else: SELECT rakam.adopt_storage({}).",
+                    spi::quote_literal(name)
+                )),
+            );
         }
-        Some(_) => Ok(Some((true, Ok(())))),
-        None => Ok(None),
-    });
-    match opened {
-        Ok(None) => Finding::ok("storage", format!("{} is in this database", storage.name)),
-        Ok(Some((true, _))) => Finding::ok("storage", format!("{} is a bucket", storage.name)),
-        Ok(Some((false, Ok(())))) => Finding::info(
-            "storage",
-            format!("{} is a directory of this machine", storage.name),
-        )
-        .hint("A standby and a backup of the database do not carry it."),
-        Ok(Some((false, Err(e)))) => Finding::error("storage", format!("{}: {e}", storage.name))
-            .hint("Collecting goes on; data files cannot be written or read until it is back."),
-        Err(e) => Finding {
-            hint: e.hint.clone(),
-            ..Finding::error("storage", e.message)
-        },
+        if s.missing + s.corrupt > 0 {
+            findings.push(
+                Finding::error(
+                    "storage contents",
+                    format!(
+                        "{name} lacks {} data files, and {} are corrupt",
+                        s.missing, s.corrupt
+                    ),
+                )
+                .hint("rakam.check_storage lists them; restore them from a backup of the storage."),
+            );
+        }
     }
+    if bucket {
+        findings.push(cache_finding());
+    }
+    Ok(findings)
+}
+
+/// How full the hot tier is.
+fn hot_finding() -> Result<Finding> {
+    let room = room::measure()?;
+    let detail = format!("{} of {} MB", room.used.div_ceil(1 << 20), room.limit >> 20);
+    Ok(if room.used >= room.limit {
+        Finding::error("hot tier", format!("{detail}: events are refused")).hint(
+            "Data files are not written fast enough: see rakam.stat_lake; or raise rakam.max_hot_bytes.",
+        )
+    } else if room.used >= room.limit / 4 * 3 {
+        Finding::warning("hot tier", detail)
+            .hint("At rakam.max_hot_bytes events are refused: see rakam.stat_lake for what keeps data files.")
+    } else {
+        Finding::ok("hot tier", detail)
+    })
 }
 
 /// The blocks of buckets' objects on this machine.

@@ -1,5 +1,5 @@
-//! The resident's helper: a worker that flushes and merges some collections, writes files with deleted events anew, and
-//! ends, so that nobody's digest waits for files to be written. It exists while there is something to do.
+//! The resident's helper: a worker that flushes and merges some collections, writes files with deleted events anew, takes
+//! care of the storages, and ends, so that nobody's digest waits for files or for a network. It exists while there is something to do.
 
 use std::sync::atomic::Ordering;
 
@@ -10,6 +10,7 @@ use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::exit;
 use crate::pg::shared;
 use crate::pg::xact::{self, Failure};
+use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::Work;
 use crate::tiers::{flush, merge, rewrite};
 
@@ -23,13 +24,18 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts one for this work, and to write files of some collections anew, at most [`MOST`] together; gives the work
-    /// back if there is no free slot for a worker.
+    /// Starts one for this work, and to write files of some collections anew, at most [`MOST`] together, and with `care`
+    /// to see after the storages; gives the work back if there is no free slot for a worker.
     pub fn start(
         work: Vec<(i32, Work)>,
         rewrites: &[i32],
+        care: bool,
     ) -> std::result::Result<Self, Vec<(i32, Work)>> {
-        let mut extra = (work.len() as i32).to_ne_bytes().to_vec();
+        // The sign of the first number says whether there is care to be taken.
+        let works = work.len() as i32;
+        let mut extra = (if care { -1 - works } else { works })
+            .to_ne_bytes()
+            .to_vec();
         extra.extend_from_slice(&(rewrites.len() as i32).to_ne_bytes());
         // Ids are positive.
         let numbers = work.iter().map(|(id, work)| match work {
@@ -82,8 +88,10 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     let mut numbers = extra
         .chunks_exact(4)
         .map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-    let mut count = || numbers.next().unwrap_or(0) as usize;
-    let (works, rewrites) = (count(), count());
+    let mut count = || numbers.next().unwrap_or(0);
+    let (works, rewrites) = (count(), count() as usize);
+    let care = works < 0;
+    let works = if care { -1 - works } else { works } as usize;
     let numbers: Vec<i32> = numbers.take(works + rewrites).collect();
     bgworker::show(Some(c"rakam flush"));
     for (place, number) in numbers.into_iter().enumerate() {
@@ -95,18 +103,32 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
         } else {
             ("merge", merge::collection(id).map(|_| ()))
         };
-        let noted = match outcome {
-            Ok(()) => xact::worker(|| job::succeeded(step, id)),
-            Err(Failure::ExtensionGone) => return,
-            Err(Failure::Error(error)) => {
-                error.clone().warn();
-                xact::worker(|| job::failed(step, id, &error.message))
-            }
-        };
-        match noted {
-            Ok(()) => {}
-            Err(Failure::ExtensionGone) => return,
-            Err(Failure::Error(error)) => error.warn(),
+        if !note(step, id, outcome) {
+            return;
+        }
+    }
+    if care {
+        bgworker::show(Some(c"rakam gc"));
+        note("gc", 0, gc::storages(Asked::ByTime).map(|_| ()));
+    }
+}
+
+/// Notes how a step ended; false: the extension is gone.
+fn note(step: &'static str, id: i32, outcome: Result<(), Failure>) -> bool {
+    let noted = match outcome {
+        Ok(()) => xact::worker(|| job::succeeded(step, id)),
+        Err(Failure::ExtensionGone) => return false,
+        Err(Failure::Error(error)) => {
+            error.clone().warn();
+            xact::worker(|| job::failed(step, id, &error.message))
+        }
+    };
+    match noted {
+        Ok(()) => true,
+        Err(Failure::ExtensionGone) => false,
+        Err(Failure::Error(error)) => {
+            error.warn();
+            true
         }
     }
 }

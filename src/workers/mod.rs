@@ -17,6 +17,7 @@ pub mod launcher;
 pub mod resident;
 pub mod status;
 pub mod stop;
+mod storages;
 pub mod task;
 
 use crate::pg::{meter, notes, shared};

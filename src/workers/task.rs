@@ -47,6 +47,14 @@ pub enum Task {
     Attach(attach::Request),
     /// Take it away.
     Detach(attach::Detach),
+    /// Compare a storage with the manifest.
+    CheckStorage {
+        storage_id: i32,
+    },
+    /// Make a storage this database's.
+    AdoptStorage {
+        storage_id: i32,
+    },
     /// Load files into a collection.
     CopyFrom(load::Request),
 }

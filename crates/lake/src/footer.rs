@@ -33,6 +33,15 @@ pub fn seal_footer(tail: &Bytes, file_size: u64) -> Result<Bytes, LakeError> {
     Ok(seal::seal(buffer, MAGIC).into())
 }
 
+/// The last bytes of the file, as they were when it was written.
+pub fn kept_end(footer: Bytes) -> Result<Bytes, LakeError> {
+    let payload = seal::open(footer, MAGIC, WHAT)?;
+    if payload.len() < 8 + TAIL {
+        return Err(LakeError::corrupt(WHAT, "too short"));
+    }
+    Ok(payload.slice(8..))
+}
+
 /// The metadata of a data file, with its page index unless that was too large to keep.
 pub fn parse_footer(footer: Bytes) -> Result<Arc<ParquetMetaData>, LakeError> {
     let payload = seal::open(footer, MAGIC, WHAT)?;

@@ -21,6 +21,9 @@ use uuid::Uuid;
 use super::{ObjectInfo, PutIf, Version, check_path};
 use crate::error::LakeError;
 
+/// What a step of a list found, and the directories still to be looked at.
+pub(super) type ListStep = (Vec<ObjectInfo>, Vec<PathBuf>);
+
 /// A directory as a storage. Paths of objects are relative, with `/`, and never lead out of it.
 #[derive(Debug, Clone)]
 pub(super) struct Directory {
@@ -211,22 +214,44 @@ impl Directory {
         Ok(PutIf::Written)
     }
 
-    /// Every file below a directory (empty: the root), remains of interrupted writes included, in the order of their paths.
-    pub(super) fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, LakeError> {
-        let top = if prefix.is_empty() {
-            self.root.clone()
-        } else {
-            self.resolve(prefix)?
+    /// One step of a list of every file below a directory (empty: the root), remains of interrupted writes included: the
+    /// files of the next directory in the order of their paths, and the directories still to be looked at. `pending` is
+    /// what the step before gave; None at the end.
+    pub(super) fn list_step(
+        &self,
+        prefix: &str,
+        pending: Option<Vec<PathBuf>>,
+    ) -> Result<Option<ListStep>, LakeError> {
+        let mut pending = match pending {
+            Some(pending) => pending,
+            None => {
+                self.check_root()?;
+                vec![if prefix.is_empty() {
+                    self.root.clone()
+                } else {
+                    self.resolve(prefix)?
+                }]
+            }
         };
-        self.check_root()?;
+        let Some(directory) = pending.pop() else {
+            return Ok(None);
+        };
         let mut objects = Vec::new();
-        let mut pending = vec![top];
-        while let Some(directory) = pending.pop() {
-            self.list_directory(&directory, &mut pending, &mut objects)
-                .map_err(|e| self.unreachable("list", &e))?;
-        }
+        self.list_directory(&directory, &mut pending, &mut objects)
+            .map_err(|e| self.unreachable("list", &e))?;
         objects.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok(objects)
+        Ok(Some((objects, pending)))
+    }
+
+    /// The whole list.
+    #[cfg(test)]
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, LakeError> {
+        let (mut all, mut pending) = (Vec::new(), None);
+        while let Some((objects, rest)) = self.list_step(prefix, pending)? {
+            all.extend(objects);
+            pending = Some(rest);
+        }
+        Ok(all)
     }
 
     fn list_directory(

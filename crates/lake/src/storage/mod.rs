@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use object_store::{ObjectStore, UpdateVersion};
 use uuid::Uuid;
 
@@ -200,13 +200,17 @@ impl Storage {
         match &self.kind {
             Kind::Directory(directory) => {
                 let (directory, prefix) = (directory.clone(), prefix.to_owned());
-                let found = async move { blocking(&directory, move |d| d.list(&prefix)).await };
-                stream::once(found)
-                    .flat_map(|found| match found {
-                        Ok(found) => stream::iter(found).map(Ok).boxed(),
-                        Err(e) => stream::iter([Err(e)]).boxed(),
-                    })
-                    .boxed()
+                // A directory at a time: never all names of a large storage at once.
+                stream::try_unfold(None, move |pending| {
+                    let (directory, prefix) = (directory.clone(), prefix.clone());
+                    async move {
+                        let step = blocking(&directory, move |d| d.list_step(&prefix, pending));
+                        Ok(step.await?.map(|(found, rest)| (found, Some(rest))))
+                    }
+                })
+                .map_ok(|found| stream::iter(found).map(Ok))
+                .try_flatten()
+                .boxed()
             }
             Kind::Bucket(bucket) => bucket
                 .list(prefix)

@@ -1,0 +1,532 @@
+//! Storages: which there are, what the workers know of each, and what was found in them.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+
+use rakam_lake::owner::{Identity, Writer};
+
+use crate::pg::spi::{self, View, arg, xid8};
+use crate::pg::{PgError, Result};
+
+/// `rakam_local`: the default storage, inside Postgres.
+pub const LOCAL: i32 = 1;
+
+/// The id of a storage that is in use, by its name.
+pub fn named(name: &str) -> Result<Option<i32>> {
+    spi::first(
+        View::Current,
+        "SELECT storage_id FROM rakam_internal.storage WHERE name = $1",
+        &[arg(name)],
+        |row| row.must(1),
+    )
+}
+
+/// Every storage that is in use.
+pub fn all(view: View) -> Result<Vec<i32>> {
+    spi::query(
+        view,
+        "SELECT storage_id FROM rakam_internal.storage ORDER BY 1",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// Where a collection's files go, if its project has a storage outside of Postgres.
+pub fn of_collection(collection_id: i32) -> Result<Option<i32>> {
+    spi::first(
+        View::Current,
+        "SELECT p.storage_id FROM rakam_internal.collection c
+         JOIN rakam_internal.project p USING (project_id) JOIN rakam_internal.storage s USING (storage_id)
+         WHERE c.collection_id = $1 AND s.kind <> 'local'",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )
+}
+
+thread_local! {
+    static IDENTITY: RefCell<Option<(Identity, String)>> = const { RefCell::new(None) };
+}
+
+/// Which database this is, and its name. The same for the life of a process: a timeline begins with a promotion, and
+/// what asks this runs on primaries only.
+pub fn identity() -> Result<(Identity, String)> {
+    if let Some(known) = IDENTITY.with_borrow(Clone::clone) {
+        return Ok(known);
+    }
+    let found = spi::first(
+        View::Current,
+        "SELECT i.installation::text, c.system_identifier::text,
+                ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int8, d.oid, d.datname::text
+         FROM rakam_internal.installation i, pg_catalog.pg_control_system() c, pg_catalog.pg_database d
+         WHERE d.datname = pg_catalog.current_database()",
+        &[],
+        |row| {
+            let timeline: i64 = row.must(3)?;
+            let oid = row.oid(4).unwrap_or(crate::pg::INVALID_OID);
+            let identity = Identity {
+                installation: row.must(1)?,
+                system_identifier: row.must(2)?,
+                timeline: timeline as u32,
+                database_oid: u32::from(oid),
+            };
+            Ok((identity, row.must::<String>(5)?))
+        },
+    )?
+    .ok_or_else(|| PgError::internal("the table of the installation is empty"))?;
+    IDENTITY.set(Some(found.clone()));
+    Ok(found)
+}
+
+/// The mark that names of this database's objects carry.
+pub fn writer() -> Result<Writer> {
+    Ok(identity()?.0.writer())
+}
+
+/// What is known of a storage's owner.
+#[derive(Debug, Clone, Default)]
+pub struct Fence {
+    pub nonce: Option<String>,
+    pub next_nonce: Option<String>,
+    pub epoch: i64,
+    pub writers: Vec<String>,
+    /// `new`, `ours`, `foreign` or `unfenced`, as was seen last.
+    pub standing: String,
+    /// The storage was seen to be this database's, and nothing has been seen since that speaks against it.
+    pub is_ours: bool,
+    /// Seconds since the owner object was written.
+    pub age_s: Option<f64>,
+    /// The manifest has files in it.
+    pub has_files: bool,
+}
+
+impl Fence {
+    /// What the owner object may hold if it is ours.
+    pub fn nonces(&self) -> Vec<String> {
+        self.nonce.iter().chain(&self.next_nonce).cloned().collect()
+    }
+}
+
+/// What is known of the owner of a storage; made if there is no row yet.
+pub fn fence(storage_id: i32) -> Result<Fence> {
+    ensure_row(storage_id)?;
+    spi::first(
+        View::Current,
+        "SELECT nonce, next_nonce, epoch, writers::text[], standing,
+                extract(epoch FROM pg_catalog.clock_timestamp() - renewed_at)::float8,
+                EXISTS (SELECT FROM rakam_internal.data_file f WHERE f.storage_id = s.storage_id)
+         FROM rakam_internal.storage_state s WHERE storage_id = $1",
+        &[arg(storage_id)],
+        |row| {
+            let standing: String = row.must(5)?;
+            Ok(Fence {
+                nonce: row.get(1),
+                next_nonce: row.get(2),
+                epoch: row.must(3)?,
+                writers: row.get(4).unwrap_or_default(),
+                is_ours: standing == "ours",
+                standing,
+                age_s: row.get(6),
+                has_files: row.must(7)?,
+            })
+        },
+    )
+    .map(Option::unwrap_or_default)
+}
+
+fn ensure_row(storage_id: i32) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.storage_state (storage_id)
+         SELECT storage_id FROM rakam_internal.storage WHERE storage_id = $1 ON CONFLICT DO NOTHING",
+        &[arg(storage_id)],
+    )?;
+    Ok(())
+}
+
+/// Notes the nonce that is about to be written, in a transaction before.
+pub fn intend(storage_id: i32, next_nonce: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.storage_state SET next_nonce = $2 WHERE storage_id = $1",
+        &[arg(storage_id), arg(next_nonce)],
+    )?;
+    Ok(())
+}
+
+/// The owner object names this database, and was written with this nonce.
+pub fn owned(storage_id: i32, nonce: &str, epoch: i64, writers: &[String]) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.storage_state
+         SET nonce = $2, next_nonce = NULL, epoch = $3, writers = $4, standing = 'ours', owner = NULL,
+             renewed_at = pg_catalog.clock_timestamp()
+         WHERE storage_id = $1",
+        &[
+            arg(storage_id),
+            arg(nonce),
+            arg(epoch),
+            arg(writers.to_vec()),
+        ],
+    )?;
+    Ok(())
+}
+
+/// The storage is somebody else's (`foreign`), or nobody can be sure (`unfenced`); `owner` says why.
+pub fn not_owned(storage_id: i32, standing: &'static str, owner: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.storage_state SET standing = $2, owner = $3
+         WHERE storage_id = $1 AND (standing, owner) IS DISTINCT FROM ($2, $3)",
+        &[arg(storage_id), arg(standing), arg(owner)],
+    )?;
+    Ok(())
+}
+
+/// After an adoption of a storage that came with a dump: transaction ids of another server mean nothing here.
+pub fn restamp_deferred(storage_id: i32) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.file_deferred SET removed_xid = pg_catalog.pg_current_xact_id()
+         WHERE storage_id = $1 AND removed_xid > pg_catalog.pg_current_xact_id()",
+        &[arg(storage_id)],
+    )?;
+    Ok(())
+}
+
+/// The storage answered.
+pub fn reached(storage_id: i32) -> Result<()> {
+    ensure_row(storage_id)?;
+    spi::execute(
+        "UPDATE rakam_internal.storage_state
+         SET reached_at = pg_catalog.clock_timestamp(), failures = 0, failing_since = NULL, last_error = NULL,
+             retry_at = NULL
+         WHERE storage_id = $1
+           AND (failures > 0 OR reached_at IS NULL OR reached_at < pg_catalog.clock_timestamp() - interval '5 seconds')",
+        &[arg(storage_id)],
+    )?;
+    Ok(())
+}
+
+/// The storage did not do what was asked. It is left alone for a while, longer each time up to `most_s` seconds.
+pub fn failed(storage_id: i32, error: &str, most_s: f64) -> Result<()> {
+    ensure_row(storage_id)?;
+    spi::execute(
+        "UPDATE rakam_internal.storage_state
+         SET failures = failures + 1, failing_since = coalesce(failing_since, pg_catalog.clock_timestamp()),
+             last_error = $2, retry_at = pg_catalog.clock_timestamp()
+               + pg_catalog.make_interval(secs => least($3, pg_catalog.power(2, least(failures, 10))))
+         WHERE storage_id = $1",
+        &[arg(storage_id), arg(error), arg(most_s)],
+    )?;
+    Ok(())
+}
+
+/// How a storage stands: whether it failed last, and whether it is to be left alone for now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reach {
+    pub failing: bool,
+    pub waiting: bool,
+}
+
+pub fn reach(storage_id: i32) -> Result<Reach> {
+    spi::first(
+        View::Current,
+        "SELECT failures > 0, coalesce(retry_at > pg_catalog.clock_timestamp(), false)
+         FROM rakam_internal.storage_state WHERE storage_id = $1",
+        &[arg(storage_id)],
+        |row| {
+            Ok(Reach {
+                failing: row.must(1)?,
+                waiting: row.must(2)?,
+            })
+        },
+    )
+    .map(Option::unwrap_or_default)
+}
+
+/// Storages that failed last.
+pub fn failing() -> Result<Vec<i32>> {
+    spi::query(
+        View::Current,
+        "SELECT storage_id FROM rakam_internal.storage_state WHERE failures > 0 ORDER BY 1",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// Collections whose files go to a storage that is to be left alone for now.
+pub fn collections_held_up() -> Result<HashSet<i32>> {
+    let found = spi::query(
+        View::Current,
+        "SELECT c.collection_id FROM rakam_internal.storage_state s
+         JOIN rakam_internal.project p USING (storage_id) JOIN rakam_internal.collection c USING (project_id)
+         WHERE s.retry_at > pg_catalog.clock_timestamp()",
+        &[],
+        |row| row.must(1),
+    )?;
+    Ok(found.into_iter().collect())
+}
+
+/// Whether there is something to be done for storages: garbage, one that was not reached for `idle_s` seconds, or one not
+/// compared with the manifest for `check_s`.
+pub fn need_care(horizon: u64, retention_s: f64, idle_s: f64, check_s: f64) -> Result<bool> {
+    Ok(spi::first(
+        View::Current,
+        "SELECT EXISTS (SELECT FROM rakam_internal.storage s LEFT JOIN rakam_internal.storage_state t USING (storage_id)
+           WHERE s.kind <> 'local' AND coalesce(t.retry_at <= pg_catalog.clock_timestamp(), true)
+             AND (coalesce(t.reached_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3), true)
+               OR t.checked_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $4)
+               OR EXISTS (SELECT FROM rakam_internal.file_intent i WHERE i.storage_id = s.storage_id
+                            AND i.created_at < pg_catalog.clock_timestamp() - interval '10 seconds')))
+         OR EXISTS (SELECT FROM rakam_internal.file_deferred d
+           LEFT JOIN rakam_internal.storage_state t USING (storage_id)
+           WHERE d.removed_xid < $1 AND coalesce(t.retry_at <= pg_catalog.clock_timestamp(), true)
+             AND coalesce(t.standing IN ('new', 'ours'), true)
+             AND d.removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2))",
+        &[
+            xid8(horizon),
+            arg(retention_s),
+            arg(idle_s),
+            arg(check_s),
+        ],
+        |row| row.must(1),
+    )?
+    .unwrap_or(false))
+}
+
+/// Whether a storage was not compared with the manifest for so long.
+pub fn check_is_due(storage_id: i32, check_s: f64) -> Result<bool> {
+    Ok(spi::first(
+        View::Current,
+        "SELECT checked_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
+         FROM rakam_internal.storage_state WHERE storage_id = $1",
+        &[arg(storage_id), arg(check_s)],
+        |row| row.must(1),
+    )?
+    .unwrap_or(false))
+}
+
+/// An object as a storage lists it, or as the manifest has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub path: String,
+    pub bytes: i64,
+}
+
+/// Of these objects, those that no manifest row, intent, pin or deferred deletion names; and those that are queued as
+/// orphans already.
+pub fn unknown(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
+    spi::query(
+        View::Current,
+        "SELECT l.path FROM unnest($2::text[]) l(path)
+         WHERE NOT EXISTS (SELECT FROM rakam_internal.data_file f
+                           WHERE f.path = l.path COLLATE \"C\" AND f.storage_id = $1)
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i
+                           WHERE i.storage_id = $1 AND i.path = l.path COLLATE \"C\")
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_pin p
+                           WHERE p.storage_id = $1 AND p.path = l.path COLLATE \"C\"
+                             AND p.until > pg_catalog.clock_timestamp())
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_deferred d
+                           WHERE d.storage_id = $1 AND d.path = l.path COLLATE \"C\" AND d.reason <> 'orphan')",
+        &[arg(storage_id), arg(paths.to_vec())],
+        |row| row.must(1),
+    )
+}
+
+/// Of these objects, those that lie below the address of an attached table.
+pub fn attached(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
+    spi::query(
+        View::Current,
+        "SELECT l.path FROM unnest($2::text[]) l(path) WHERE EXISTS (
+           SELECT FROM rakam_internal.attached_table a JOIN rakam_internal.project p USING (project_id)
+           LEFT JOIN rakam_internal.storage s ON s.storage_id = $1
+           LEFT JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name
+           LEFT JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
+           WHERE CASE WHEN strpos(a.url, '://') > 0
+                   THEN starts_with(rtrim(o.option_value, '/') || '/' || l.path, substring(a.url FROM '^[^*?[]*'))
+                   ELSE p.storage_id = $1
+                     AND starts_with(l.path, p.name || '/' || substring(a.url FROM '^[^*?[]*')) END)",
+        &[arg(storage_id), arg(paths.to_vec())],
+        |row| row.must(1),
+    )
+}
+
+/// Keeps a file that `holder` wrote for good, where its URL lies in a storage: it is no orphan.
+pub fn keep(url: &str, holder: &str) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.file_pin (storage_id, path, holder, until)
+         SELECT s.storage_id, substr($1, length(rtrim(o.option_value, '/')) + 2), $2, 'infinity'
+         FROM rakam_internal.storage s
+         JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name AND s.kind <> 'local'
+         JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
+         WHERE starts_with($1, rtrim(o.option_value, '/') || '/') ON CONFLICT DO NOTHING",
+        &[arg(url), arg(holder)],
+    )?;
+    Ok(())
+}
+
+/// Whether an upload of this object is announced.
+pub fn is_announced(storage_id: i32, path: &str) -> Result<bool> {
+    Ok(spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.file_intent WHERE storage_id = $1 AND path = $2",
+        &[arg(storage_id), arg(path)],
+        |_| Ok(()),
+    )? > 0)
+}
+
+/// Queues orphans for deletion. No snapshot has ever seen them: they need not wait for the horizon.
+pub fn queue_orphans(storage_id: i32, paths: &[String]) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, removed_xid, reason)
+         SELECT $1, path, 0, '3'::xid8, 'orphan' FROM unnest($2::text[]) l(path) ON CONFLICT DO NOTHING",
+        &[arg(storage_id), arg(paths.to_vec())],
+    )?;
+    Ok(())
+}
+
+/// A data file as a comparison needs it.
+#[derive(Debug, Clone)]
+pub struct File {
+    pub file_id: i64,
+    pub path: String,
+    pub bytes: i64,
+}
+
+/// Files of a storage, by id, some at a time. Of `rakam_local` with the size that is stored of each object.
+pub fn files_after(storage_id: i32, file_id: i64, limit: i64) -> Result<Vec<File>> {
+    spi::query(
+        View::Current,
+        "SELECT file_id, path, bytes FROM rakam_internal.data_file
+         WHERE storage_id = $1 AND file_id > $2 ORDER BY file_id LIMIT $3",
+        &[arg(storage_id), arg(file_id), arg(limit)],
+        |row| {
+            Ok(File {
+                file_id: row.must(1)?,
+                path: row.must(2)?,
+                bytes: row.must(3)?,
+            })
+        },
+    )
+}
+
+/// Objects of the default storage with paths after this one, and their sizes.
+pub fn local_objects_after(path: &str, limit: i64) -> Result<Vec<Listed>> {
+    spi::query(
+        View::Current,
+        "SELECT o.path, (SELECT sum(octet_length(p.data)) FROM rakam_internal.local_object p WHERE p.path = o.path)::int8
+         FROM rakam_internal.local_object o WHERE o.path > $1 AND o.part = 0 ORDER BY o.path LIMIT $2",
+        &[arg(path), arg(limit)],
+        |row| {
+            Ok(Listed {
+                path: row.must(1)?,
+                bytes: row.must(2)?,
+            })
+        },
+    )
+}
+
+/// Whether a file is (still) in the manifest.
+pub fn has_file(file_id: i64) -> Result<bool> {
+    Ok(spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.data_file WHERE file_id = $1",
+        &[arg(file_id)],
+        |_| Ok(()),
+    )? > 0)
+}
+
+/// What was found of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub path: String,
+    pub problem: &'static str,
+    pub bytes: i64,
+}
+
+/// Notes problems, found by the comparison that began at `began_us`.
+pub fn note_problems(storage_id: i32, began_us: i64, problems: &[Problem]) -> Result<()> {
+    for problem in problems {
+        spi::execute(
+            "INSERT INTO rakam_internal.storage_problem (storage_id, path, problem, bytes, found_at)
+             VALUES ($1, $2, $3, $4, $5)
+             ON CONFLICT (storage_id, path) DO UPDATE SET problem = $3, bytes = $4, found_at = $5",
+            &[
+                arg(storage_id),
+                arg(problem.path.as_str()),
+                arg(problem.problem),
+                arg(problem.bytes),
+                spi::timestamptz(began_us),
+            ],
+        )?;
+    }
+    Ok(())
+}
+
+/// A comparison is through: what it did not find again is no problem any more.
+pub fn checked(storage_id: i32, began_us: i64) -> Result<()> {
+    ensure_row(storage_id)?;
+    spi::execute(
+        "DELETE FROM rakam_internal.storage_problem WHERE storage_id = $1 AND found_at < $2",
+        &[arg(storage_id), spi::timestamptz(began_us)],
+    )?;
+    spi::execute(
+        "UPDATE rakam_internal.storage_state SET checked_at = pg_catalog.clock_timestamp() WHERE storage_id = $1",
+        &[arg(storage_id)],
+    )?;
+    Ok(())
+}
+
+/// What the last comparison found: path, problem, bytes.
+pub fn problems(view: View, storage_id: i32) -> Result<Vec<(String, String, i64)>> {
+    spi::query(
+        view,
+        "SELECT path, problem, bytes FROM rakam_internal.storage_problem WHERE storage_id = $1 ORDER BY problem, path",
+        &[arg(storage_id)],
+        |row| Ok((row.must(1)?, row.must(2)?, row.must(3)?)),
+    )
+}
+
+/// An object that was an orphan is gone.
+pub fn forget_problems(storage_id: i32, paths: &[String]) -> Result<()> {
+    spi::execute(
+        "DELETE FROM rakam_internal.storage_problem
+         WHERE storage_id = $1 AND problem = 'orphan' AND path = ANY ($2)",
+        &[arg(storage_id), arg(paths.to_vec())],
+    )?;
+    Ok(())
+}
+
+/// How a storage stands, for people.
+#[derive(Debug, Clone)]
+pub struct Condition {
+    pub name: String,
+    pub kind: String,
+    pub failing_since: Option<String>,
+    pub last_error: Option<String>,
+    /// Whose it is, where that is somebody else.
+    pub owner: Option<String>,
+    pub missing: i64,
+    pub corrupt: i64,
+}
+
+pub fn conditions(view: View) -> Result<Vec<Condition>> {
+    spi::query(
+        view,
+        "SELECT s.name, s.kind, to_char(t.failing_since, 'YYYY-MM-DD HH24:MI:SS TZ'), t.last_error,
+                CASE WHEN t.standing IN ('foreign', 'unfenced') THEN t.owner END,
+                (SELECT count(*) FROM rakam_internal.storage_problem p
+                 WHERE p.storage_id = s.storage_id AND p.problem = 'missing'),
+                (SELECT count(*) FROM rakam_internal.storage_problem p
+                 WHERE p.storage_id = s.storage_id AND p.problem = 'corrupt')
+         FROM rakam_internal.storage s LEFT JOIN rakam_internal.storage_state t USING (storage_id)
+         ORDER BY s.storage_id",
+        &[],
+        |row| {
+            Ok(Condition {
+                name: row.must(1)?,
+                kind: row.must(2)?,
+                failing_since: row.get(3),
+                last_error: row.get(4),
+                owner: row.get(5),
+                missing: row.must(6)?,
+                corrupt: row.must(7)?,
+            })
+        },
+    )
+}
