@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.buckets import S3, FaultProxy  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database  # noqa: E402
 from harness.lake import make_storage  # noqa: E402
@@ -50,6 +51,27 @@ def cluster():
         cluster.stop()
     else:
         cluster.destroy()
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 store that takes any key (moto)."""
+    with S3() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def s3_strict():
+    """An S3 store that checks signatures (s3s-fs)."""
+    with S3("fs") as store:
+        yield store
+
+
+@pytest.fixture
+def fault_proxy(s3):
+    """A proxy in front of `s3`, at first without faults."""
+    with FaultProxy(s3.endpoint, SEED) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -144,6 +144,10 @@ impl Answer {
         }
         match (self.http, self.io) {
             (Some(HttpErrorKind::Timeout), _) => "the request timed out".to_owned(),
+            (
+                Some(HttpErrorKind::Connect),
+                Some(io::ErrorKind::Other | io::ErrorKind::InvalidData),
+            ) => "could not connect, or its certificate is not trusted".to_owned(),
             (Some(HttpErrorKind::Connect), Some(io)) => format!("could not connect: {io}"),
             (Some(HttpErrorKind::Connect), None) => "could not connect".to_owned(),
             (Some(HttpErrorKind::Request | HttpErrorKind::Interrupted), _) => {

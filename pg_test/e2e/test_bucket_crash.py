@@ -1,0 +1,168 @@
+"""kill -9 of workers, backends and the postmaster while the files lie in a bucket that misbehaves: every acknowledged event
+is there once, every file of the manifest is in the bucket, and nothing else is once garbage was collected.
+
+RAKAM_S3_CRASH_RUNS (default 2) sets the number of seeded runs; the full run is 150. RAKAM_LEDGER names a file to which each
+run appends a line: see ledger/s3_crash.tsv.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psycopg
+import pytest
+from harness.buckets import Bucket, FaultProxy
+from harness.cluster import Cluster
+from harness.database import Database, collect_batch, wait_until
+from test_crash import Client, kill_something, try_to_flush
+
+RUNS = int(os.environ.get("RAKAM_S3_CRASH_RUNS", "2"))
+LEDGER = os.environ.get("RAKAM_LEDGER")
+CLIENTS = 3
+SECONDS = 4.0
+KILLS = 3
+SETTINGS = {
+    "rakam.flush_interval": "1s",
+    "rakam.min_file_events": "1",
+    "rakam.file_retention": "0",
+    "rakam.storage_timeout": "5s",
+}
+
+
+def faults(rng: random.Random) -> list[dict]:
+    """What the store does in a run: every kind of fault, more of one or the other."""
+
+    def chance() -> float:
+        return rng.choice([0.05, 0.1, 0.25])
+
+    return [
+        {"chance": chance(), "fault": {"s3_error": "SlowDown", "status": 503}},
+        {"chance": chance(), "fault": {"s3_error": "InternalError", "status": 500}},
+        {"chance": chance(), "fault": {"reset": "before"}},
+        {"chance": chance(), "fault": {"reset": "after"}},
+        {"match": {"method": "GET"}, "chance": chance(), "fault": {"truncate": rng.choice([10, 1000])}},
+        {"match": {"method": "GET"}, "chance": chance(), "fault": {"bandwidth": 50_000}},
+        {"chance": chance(), "fault": {"delay_ms": rng.choice([50, 400])}},
+    ]
+
+
+class Deleter(threading.Thread):
+    """Stores events of which half are deleted again, so that files are written anew and their old objects collected."""
+
+    def __init__(self, db: Database):
+        super().__init__(daemon=True)
+        self.db = db
+        self.ended = threading.Event()
+        self.kept: set[str] = set()
+        self.doomed: set[str] = set()
+        self.deleted: set[str] = set()
+
+    def run(self) -> None:
+        number = 0
+        while not self.ended.is_set():
+            number += 1
+            keys = [f"{number}-{n}" for n in range(40)]
+            try:
+                with self.db.cluster.connect(self.db.name) as session:
+                    session.execute("SET statement_timeout = '10s'")
+                    events = [("half", {"key": key, "gone": n % 2 == 0}) for n, key in enumerate(keys)]
+                    collect_batch(session, "acme", events)
+                    self.kept.update(keys[1::2])
+                    self.doomed.update(keys[0::2])
+                    known = set(self.doomed)
+                    session.execute("SELECT rakam.flush('acme', 'half')")
+                    session.execute("SELECT rakam.delete_events('acme', 'half', 'gone')")
+                    self.deleted |= known
+                    session.execute("SELECT rakam.flush('acme', 'half')")
+                    session.execute("SELECT rakam.tick()")
+            except psycopg.Error:
+                # Killed, cancelled or refused by the store: all of that is the point.
+                time.sleep(0.1)
+
+
+def counted(db: Database, table: str) -> Counter:
+    found = Counter(key for (key,) in db.all(f"SELECT coalesce(key, _extra->>'key') FROM acme.{table}"))
+    doubled = {key: count for key, count in found.items() if count > 1}
+    assert not doubled, f"{len(doubled)} events of {table} twice, as {sorted(doubled)[:3]}"
+    return found
+
+
+def check(db: Database, clients: list[Client], deleter: Deleter, stage: str) -> None:
+    stored = set(counted(db, "survived"))
+    missing = {key for client in clients for key in client.acknowledged} - stored
+    assert not missing, f"{stage}: {len(missing)} acknowledged events missing, as {sorted(missing)[:3]}"
+    undead = {key for client in clients for key in client.rolled_back} & stored
+    assert not undead, f"{stage}: {len(undead)} rolled-back events stored, as {sorted(undead)[:3]}"
+    if deleter.kept:
+        half = set(counted(db, "half"))
+        assert deleter.kept <= half, f"{stage}: {len(deleter.kept - half)} events missing that nobody deleted"
+        assert not deleter.deleted & half, f"{stage}: {len(deleter.deleted & half)} deleted events are back"
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_kill_while_the_store_misbehaves(private_cluster, s3, seed, run):
+    rng = random.Random(seed * 1_000 + run)
+    cluster: Cluster = private_cluster("s3-crash")
+    # They outlive the postmaster.
+    with cluster.connect() as session:
+        for name, value in SETTINGS.items():
+            session.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        session.execute("SELECT pg_reload_conf()")
+    with FaultProxy(s3.endpoint, rng.randrange(2**31)) as proxy:
+        there = s3.storage(f"crash/{seed}-{run}", proxy.url)
+        db = Database(cluster, "crash").create()
+        there.create(db.admin, "lake")
+        db.project("acme", "lake")
+        db.close()
+        clients = [Client(db, run, number, rng.randrange(2**32)) for number in range(CLIENTS)]
+        deleter = Deleter(db)
+        proxy.set(*faults(rng))
+        for thread in [*clients, deleter]:
+            thread.start()
+        deadline = time.monotonic() + SECONDS
+        killed: Counter = Counter()
+        while time.monotonic() < deadline or killed.total() < KILLS:
+            time.sleep(rng.uniform(0.2, 1.5))
+            killed[kill_something(cluster, db, clients, rng)] += 1
+            if rng.random() < 0.5:
+                try_to_flush(cluster, db)
+        for thread in [*clients, deleter]:
+            thread.ended.set()
+        for thread in [*clients, deleter]:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        assert not [text for client in clients for text in client.unexpected]
+        fired = proxy.fired()
+        proxy.clear()
+        cluster.wait_ready()
+        wait_until(lambda: db.one("SELECT to_regclass('acme.survived') IS NOT NULL"), "the table", 30)
+        check(db, clients, deleter, "after the kills")
+
+        db.flush("acme")
+        wait_until(lambda: is_clean(db, there), "the objects of the manifest and no others", 60, 0.5)
+        check(db, clients, deleter, "after a flush")
+        events = len({key for client in clients for key in client.acknowledged}) + len(deleter.kept)
+        files = len(there.objects())
+        if LEDGER:
+            line = [seed, run, sum(killed.values()), sum(fired), events, files]
+            with Path(LEDGER).open("a") as ledger:
+                ledger.write("\t".join(map(str, line)) + "\n")
+        db.close()
+
+
+def is_clean(db: Database, there: Bucket) -> bool:
+    """After garbage was collected every file of the manifest is there, whole, and nothing else is."""
+    db.tick()
+    files, objects = manifest(db, there.url), there.objects()
+    assert files.items() <= objects.items(), f"missing: {sorted(files.items() - objects.items())[:3]}"
+    return files == objects
+
+
+def manifest(db: Database, url: str) -> dict[str, int]:
+    found = db.all("SELECT path, bytes FROM rakam.data_files")
+    return {path.removeprefix(f"{url}/"): size for path, size in found}
