@@ -9,6 +9,7 @@
 pub mod backlog;
 pub mod cache;
 pub mod chunk;
+pub mod compaction;
 pub mod describe;
 pub mod encoding;
 pub mod error;

@@ -112,7 +112,16 @@ pub fn day_of(time_us: i64) -> i32 {
 
 /// The finest files that are worth it, for events counted by day since 1970.
 pub fn plan(counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
-    plan_from(Period::Day, counts_per_day, min_file_events)
+    plan_from((Period::Day, Period::Year), counts_per_day, min_file_events)
+}
+
+/// As [`plan`] for days within one period: what is not enough for a finer one goes to that period.
+pub fn plan_inside(
+    coarsest: Period,
+    counts_per_day: &BTreeMap<i32, u64>,
+    min_file_events: u64,
+) -> Plan {
+    plan_from((Period::Day, coarsest), counts_per_day, min_file_events)
 }
 
 /// As [`plan`], but nothing finer than `finest`, and coarser still while there would be more than `most` files of a
@@ -123,16 +132,21 @@ pub fn plan_within(
     min_file_events: u64,
     most: usize,
 ) -> Plan {
-    let mut plan = plan_from(finest, counts_per_day, min_file_events);
+    let mut plan = plan_from((finest, Period::Year), counts_per_day, min_file_events);
     for coarser in [Period::Month, Period::Year] {
         if plan.files.len() > most && finest < coarser {
-            plan = plan_from(coarser, counts_per_day, min_file_events);
+            plan = plan_from((coarser, Period::Year), counts_per_day, min_file_events);
         }
     }
     plan
 }
 
-fn plan_from(finest: Period, counts_per_day: &BTreeMap<i32, u64>, min_file_events: u64) -> Plan {
+/// With periods between the finest and the coarsest given.
+fn plan_from(
+    (finest, coarsest): (Period, Period),
+    counts_per_day: &BTreeMap<i32, u64>,
+    min_file_events: u64,
+) -> Plan {
     let rest = |period: Period, days: &[(i32, u64)]| {
         let mut sums = BTreeMap::<i32, u64>::new();
         for &(day, n) in days {
@@ -145,7 +159,7 @@ fn plan_from(finest: Period, counts_per_day: &BTreeMap<i32, u64>, min_file_event
     let mut of_day = BTreeMap::<i32, PeriodFile>::new();
     let mut small = Vec::new();
     for (&day, &n) in counts_per_day.iter().filter(|&(_, &n)| n > 0) {
-        if finest == Period::Day && n >= min_file_events {
+        if coarsest == Period::Day || finest == Period::Day && n >= min_file_events {
             of_day.insert(day, PeriodFile::of(Period::Day, day));
         } else {
             small.push((day, n));
@@ -154,10 +168,11 @@ fn plan_from(finest: Period, counts_per_day: &BTreeMap<i32, u64>, min_file_event
     let months = rest(Period::Month, &small);
     for (day, _) in small {
         let month = PeriodFile::of(Period::Month, day);
-        let enough = finest <= Period::Month
-            && months
-                .get(&month.first_day)
-                .is_some_and(|&n| n >= min_file_events);
+        let enough = coarsest == Period::Month
+            || finest <= Period::Month
+                && months
+                    .get(&month.first_day)
+                    .is_some_and(|&n| n >= min_file_events);
         let file = if enough {
             month
         } else {
