@@ -80,7 +80,7 @@ pub fn of_rows(rows: &Rows, schema: &EventSchema) -> Result<RecordBatch, LakeErr
 /// A batch of an older schema version in the present one: values of fields that came since move from `_extra`, where
 /// they lie, to their columns. Whoever only widened it ([`conform`]) would hide them from every reader, who looks into
 /// `_extra` for fields that the chunk or file does not have.
-fn upgrade(batch: &RecordBatch, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
+pub(crate) fn upgrade(batch: &RecordBatch, schema: &EventSchema) -> Result<RecordBatch, LakeError> {
     let known = positions(&batch.schema())?;
     let newer: Vec<&EventField> = schema
         .fields

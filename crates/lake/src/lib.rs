@@ -2,8 +2,9 @@
 //!
 //! Pure code: no server. Start reading at [`chunk`] and [`row_chunk`] (the hot tier), then [`backlog`], [`period`], [`sort`]
 //! and [`mod@write`] (the road of chunks into a data file), [`stats`] and [`prune`] (the road of a query past files),
-//! [`storage`] (where files lie), [`owner`] (whose they are), [`cache`] (how buckets are read), [`untrusted`] (files that
-//! others may have written), [`id_run`] (what de-duplication remembers).
+//! [`compaction`] and [`merge`] (few large files of many small ones), [`storage`] (where files lie), [`owner`] (whose they
+//! are), [`cache`] (how buckets are read), [`untrusted`] (files that others may have written), [`id_run`] (what
+//! de-duplication remembers).
 #![forbid(unsafe_code)]
 
 pub mod backlog;
@@ -18,6 +19,7 @@ pub mod footer;
 pub mod id_filter;
 pub mod id_run;
 pub mod id_set;
+pub mod merge;
 pub mod owner;
 pub mod parts;
 pub mod period;

@@ -1,14 +1,19 @@
-//! Reads a data file back as it was written, batch by batch in its order: to write it anew without some of its rows.
+//! Reads a data file back as it was written, batch by batch in its order: to write its rows anew.
+
+use std::collections::BTreeMap;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
-use bytes::Bytes;
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
-use rakam_event::schema::Schema;
+use parquet::file::reader::ChunkReader;
+use parquet::schema::types::ColumnDescPtr;
+use rakam_event::schema::{Schema, TIME};
 
 use crate::chunk::{conform, field_id};
 use crate::error::LakeError;
 use crate::seal;
+use crate::sort::count_days;
 use crate::untrusted::Checked;
 
 const WHAT: &str = "data file";
@@ -18,21 +23,40 @@ pub struct FileReader {
     batches: ParquetRecordBatchReader,
     schema: Schema,
     arrow: SchemaRef,
+    batch_rows: usize,
 }
 
 impl FileReader {
     /// `schema` is the collection's, `version` the file's. Fields that the file does not have are left out: a value that
     /// waits in `_extra` stays there, which a column of NULLs would hide.
-    pub fn open(
-        file: Bytes,
+    pub fn open<R: ChunkReader + 'static>(
+        file: R,
         schema: &Schema,
         version: i32,
         batch_rows: usize,
+    ) -> Result<Self, LakeError> {
+        Self::open_within(file, schema, version, (batch_rows, usize::MAX))
+    }
+
+    /// As [`FileReader::open`], with batches of fewer rows where rows are so wide that as many would take more than the
+    /// bytes given beside them.
+    pub fn open_within<R: ChunkReader + 'static>(
+        file: R,
+        schema: &Schema,
+        version: i32,
+        (batch_rows, batch_bytes): (usize, usize),
     ) -> Result<Self, LakeError> {
         let failed = |e| LakeError::corrupt(WHAT, e);
         seal::guarded(WHAT, || {
             let file = Checked::new(file).map_err(failed)?;
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(failed)?;
+            let row_bytes = (builder.metadata().row_groups().iter())
+                .map(|group| group.total_byte_size().max(0) / group.num_rows().max(1))
+                .max()
+                .unwrap_or(0);
+            let batch_rows = batch_rows
+                .min(batch_bytes / (row_bytes.max(1) as usize))
+                .max(1);
             let known = |id: i32| {
                 let mut fields = builder.schema().fields().iter();
                 fields.any(|field| field_id(field) == Some(id))
@@ -48,6 +72,7 @@ impl FileReader {
                 batches,
                 schema,
                 arrow,
+                batch_rows,
             })
         })
     }
@@ -55,6 +80,11 @@ impl FileReader {
     /// The fields that the file has.
     pub fn schema(&self) -> &Schema {
         &self.schema
+    }
+
+    /// The most rows of a batch.
+    pub fn batch_rows(&self) -> usize {
+        self.batch_rows
     }
 
     fn read(&mut self) -> Result<Option<RecordBatch>, LakeError> {
@@ -73,6 +103,33 @@ impl Iterator for FileReader {
     fn next(&mut self) -> Option<Self::Item> {
         seal::guarded(WHAT, || self.read()).transpose()
     }
+}
+
+/// The number of events of a file by UTC day, from its column `_time` alone.
+pub fn days<R: ChunkReader + 'static>(
+    file: R,
+    batch_rows: usize,
+) -> Result<BTreeMap<i32, u64>, LakeError> {
+    let failed = |e| LakeError::corrupt(WHAT, e);
+    seal::guarded(WHAT, || {
+        let file = Checked::new(file).map_err(failed)?;
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(failed)?;
+        let leaf = |column: &ColumnDescPtr| column.name() == TIME;
+        let leaves = builder.parquet_schema().columns().iter();
+        let leaves = leaves.enumerate().filter(|(_, column)| leaf(column));
+        let mask = ProjectionMask::leaves(builder.parquet_schema(), leaves.map(|(at, _)| at));
+        let batches = builder
+            .with_projection(mask)
+            .with_batch_size(batch_rows)
+            .build()
+            .map_err(failed)?;
+        let mut days = BTreeMap::new();
+        for batch in batches {
+            let batch = batch.map_err(|e| LakeError::corrupt(WHAT, e))?;
+            count_days(&batch, &mut days)?;
+        }
+        Ok(days)
+    })
 }
 
 #[cfg(test)]

@@ -260,6 +260,23 @@ impl<W: Write + Send> FileWriter<W> {
         }
     }
 
+    /// Ends the row group and gives the true size of the file so far: what is in memory is estimated, not compressed yet.
+    pub fn settle(&mut self) -> Result<u64, LakeError> {
+        if matches!(self.state, State::Sampling { .. }) && self.info.is_some() {
+            self.open()?;
+        }
+        match &mut self.state {
+            State::Writing(writer) => {
+                let flushed = writer.flush();
+                let bytes = writer.bytes_written() as u64;
+                self.check(flushed)?;
+                Ok(bytes)
+            }
+            State::Sampling { .. } => Ok(0),
+            State::Failed => Err(failed_before()),
+        }
+    }
+
     /// Chooses the encodings and writes the sample.
     fn open(&mut self) -> Result<(), LakeError> {
         let State::Sampling { sink, batches, .. } =
