@@ -60,6 +60,20 @@ CREATE TABLE rakam_internal.collection (
 );
 CREATE INDEX collection_ft ON rakam_internal.collection (ft);
 
+-- The time from which on events are kept, at a moment: earlier by the interval, in the calendar of UTC. It never goes back
+-- as time goes on, which `- interval '1 month'` does at the end of longer months: on the 29th of March the month before
+-- is over.
+CREATE FUNCTION rakam_internal.kept_since(keep interval, moment timestamptz) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN (
+  SELECT (m.earlier + least(m.utc - m.month, m.earlier + interval '1 month' - m.earlier) - (keep - m.months))
+         AT TIME ZONE 'UTC'
+  FROM (SELECT u.utc, u.months, pg_catalog.date_trunc('month', u.utc) AS month,
+               pg_catalog.date_trunc('month', u.utc) - u.months AS earlier
+        FROM (SELECT moment AT TIME ZONE 'UTC' AS utc,
+                     pg_catalog.make_interval(months => (date_part('year', keep) * 12 + date_part('month', keep))::int)
+                       AS months) u) m);
+
 -- Names that collections had. What collect stored by its name (collection_id 0) in a transaction before
 -- `until_xid`, at a call before `until_at`, belongs to this collection, or (NULL) went with one that was dropped.
 -- Rows go when all such events are digested.

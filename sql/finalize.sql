@@ -23,6 +23,8 @@ COMMENT ON FUNCTION rakam.set_quota(text, bigint, bigint, int, int) IS 'Limits w
 COMMENT ON FUNCTION rakam.set_schema_mode(text, text) IS 'open: new fields and collections are taken as they come; fixed: not from the write role';
 COMMENT ON FUNCTION rakam.set_time_bounds(text, interval, interval) IS 'How far back and ahead of its receipt an event''s _time may be';
 COMMENT ON FUNCTION rakam.field_values(text, text, text, text, int) IS 'The most frequent values of a field';
+COMMENT ON FUNCTION rakam.compact(text, text) IS 'Merges small data files and removes what is kept no longer (NULL: of all that one may); gives what it merged';
+COMMENT ON FUNCTION rakam.set_retention(text, text, interval) IS 'Keeps events of a collection for so long after their _time; NULL: for ever';
 COMMENT ON FUNCTION rakam.drop_collection(text, text) IS 'Drops a collection with all its events';
 COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collection another name';
 COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';

@@ -1,7 +1,7 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
 benches/sql/run.sh                 everything
-benches/sql/run.sh collect idle    some of: collect batch files size scan bucket manifest floor idle
+benches/sql/run.sh collect idle    some of: collect batch files size scan bucket manifest compact floor idle
 
 RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads.
 """
@@ -30,7 +30,7 @@ from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, thread_cpu_s, wakeups, wall_s  # noqa: E402
 
-CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "manifest", "floor", "idle"]
+CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "manifest", "compact", "floor", "idle"]
 CLICKS = 120_000
 HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "10000000"))
 BATCH = 500
@@ -467,6 +467,51 @@ class Bench:
 
     def manifest(self) -> None:
         lake.many_files(self)
+
+    def compact(self) -> None:
+        """Bytes of files written per CPU-second: the flush of chunks, the merge of its files, DuckDB writing the same rows."""
+        flushed_bytes = flushed_cpu = merged_bytes = merged_cpu = written_bytes = written_cpu = 0.0
+        own = os.getpid()
+        for repetition in range(self.repetitions):
+            project = f"compacted{repetition}"
+            self.db.project(project, "lake")
+            self.db.admin.execute("SELECT rakam.create_collection(%s, 'departure')", (project,))
+            # Six parts that lie over each other in time, as flushes of one day do.
+            for part in range(6):
+                events = self.events[part::6]
+                for start in range(0, len(events), 5_000):
+                    batch = [{"collection": "departure", "properties": e} for e in events[start : start + 5_000]]
+                    self.db.admin.execute("SELECT rakam.collect_batch(%s, %s)", (project, json.dumps(batch)))
+                self.db.tick()
+                before = self.workers_cpu()
+                self.db.flush(project)
+                flushed_cpu += self.workers_cpu() - before
+            flushed_bytes += self.bytes_of(project)
+            parts = self.paths(project)
+            before = self.workers_cpu()
+            self.db.admin.execute("SELECT rakam.compact(%s)", (project,))
+            merged_cpu += self.workers_cpu() - before
+            merged_bytes += self.bytes_of(project)
+            with tempfile.TemporaryDirectory() as folder:
+                target = f"{folder}/all.parquet"
+                before = cpu_s(own)
+                # The merged files are gone from the manifest, and kept for rakam.file_retention.
+                self.duck.execute(
+                    f"COPY (SELECT * FROM read_parquet(?) ORDER BY _time) TO '{target}' (FORMAT parquet, COMPRESSION zstd)",
+                    [parts],
+                )
+                written_cpu += cpu_s(own) - before
+                written_bytes += Path(target).stat().st_size
+        duck = written_bytes / written_cpu
+        for what, size, cpu in (("flush", flushed_bytes, flushed_cpu), ("compaction", merged_bytes, merged_cpu)):
+            ours = size / cpu
+            self.table.add(
+                f"{what}, files written per CPU-second (speed ratio)", f"{ours / 2**20:.1f} MiB",
+                f"DuckDB, files to one sorted file {duck / 2**20:.1f} MiB", ours / duck, "",
+            )  # fmt: skip
+
+    def bytes_of(self, project: str) -> int:
+        return one(self.db.admin, "SELECT sum(bytes)::int8 FROM rakam.data_files WHERE project = %s", project)
 
     def floor(self) -> None:
         """The least that a query costs: one event, warm."""

@@ -126,7 +126,7 @@ def test_kill_under_load(private_cluster, seed, run):
         time.sleep(rng.uniform(0.2, 1.0))
         killed[kill_something(cluster, db, clients, rng)] += 1
         if rng.random() < 0.5:
-            try_to_flush(cluster, db)
+            try_to_flush(cluster, db, rng.random() < 0.5)
     for client in clients:
         client.ended.set()
     for client in clients:
@@ -143,11 +143,13 @@ def test_kill_under_load(private_cluster, seed, run):
     assert len(acknowledged) > 100
 
     wait_until(lambda: db.one("SELECT to_regclass('acme.survived') IS NOT NULL"), "the table")
-    for stage in ("after the crash", "after a tick", "after a flush", "after a restart"):
+    for stage in ("after the crash", "after a tick", "after a flush", "after a compaction", "after a restart"):
         if stage == "after a tick":
             db.tick()
         elif stage == "after a flush":
             db.flush("acme")
+        elif stage == "after a compaction":
+            db.admin.execute("SELECT rakam.compact('acme')")
         elif stage == "after a restart":
             db.close()
             cluster.restart()
@@ -169,11 +171,13 @@ def enough(clients: list[Client]) -> bool:
     return all(client.unexpected or len(client.acknowledged) > 20 for client in clients)
 
 
-def try_to_flush(cluster: Cluster, db: Database) -> None:
-    """A flush in the middle of it all; that it may be killed is the point."""
+def try_to_flush(cluster: Cluster, db: Database, compacts: bool) -> None:
+    """A flush in the middle of it all, or a compaction too; that it may be killed is the point."""
     try:
         with cluster.connect(db.name) as session:
             session.execute("SET statement_timeout = '5s'")
             session.execute("SELECT rakam.flush('acme')")
+            if compacts:
+                session.execute("SELECT rakam.compact('acme')")
     except psycopg.Error:
         return

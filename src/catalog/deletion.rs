@@ -108,6 +108,7 @@ pub struct Reduced {
     pub bytes: i64,
     pub deleted: i64,
     pub positions: Vec<u8>,
+    pub level: i16,
 }
 
 /// A file of the collection that has deleted rows, the first behind `after` by id: of those that lost at least
@@ -122,7 +123,7 @@ pub fn next_reduced(
     spi::first(
         view,
         "SELECT f.file_id, f.storage_id, f.path, f.schema_version, f.period, f.first_day - date '1970-01-01',
-                f.n, f.bytes, d.n, d.positions
+                f.n, f.bytes, d.n, d.positions, f.level
          FROM rakam_internal.deletion d JOIN rakam_internal.data_file f ON f.file_id = d.object_id
          WHERE d.kind = 'file' AND d.collection_id = $1 AND f.file_id > $2
            AND (d.n >= f.n * $3 OR d.since <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $4))
@@ -140,6 +141,7 @@ pub fn next_reduced(
                 bytes: row.must(8)?,
                 deleted: row.must(9)?,
                 positions: row.bytes(10).unwrap_or_default(),
+                level: row.must(11)?,
             })
         },
     )

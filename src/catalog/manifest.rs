@@ -360,6 +360,8 @@ pub struct NewFile<'a> {
     pub period: &'static str,
     /// Days since 1970-01-01.
     pub first_day: i32,
+    /// How many merges its events have been through, at most.
+    pub level: i16,
     pub n: i64,
     pub bytes: i64,
     pub min_time_us: i64,
@@ -381,8 +383,8 @@ pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
         View::Current,
         "INSERT INTO rakam_internal.data_file
            (project_id, collection_id, storage_id, path, schema_version, period, first_day, n, bytes, footer_bytes,
-            min_time, max_time, has_extra, min_xid, max_xid, flush_id)
-         VALUES ($1, $2, $3, $4, $5, $6, date '1970-01-01' + $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+            min_time, max_time, has_extra, min_xid, max_xid, flush_id, level)
+         VALUES ($1, $2, $3, $4, $5, $6, date '1970-01-01' + $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
          RETURNING file_id",
         &[
             arg(file.project_id),
@@ -401,6 +403,7 @@ pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
             xid8(file.min_xid as u64),
             xid8(file.max_xid as u64),
             arg(pgrx::Uuid::from_bytes(*file.flush_id.as_bytes())),
+            arg(file.level),
         ],
         |row| row.must(1),
     )?

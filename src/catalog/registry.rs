@@ -35,6 +35,8 @@ pub struct Collection {
     /// The registered foreign table; None while it is still to be made.
     pub ft: Option<Oid>,
     pub schema_version: i32,
+    /// Events from before this time are kept no longer, as seen from the start of the transaction; microseconds since 1970.
+    pub kept_since_us: Option<i64>,
 }
 
 fn project_row(row: &spi::Row) -> Result<ProjectRow> {
@@ -99,6 +101,7 @@ fn collection_row(row: &spi::Row) -> Result<Collection> {
         name: row.must(3)?,
         ft: row.oid(4),
         schema_version: row.must(5)?,
+        kept_since_us: row.timestamptz(6),
     })
 }
 
@@ -106,7 +109,8 @@ fn collection_row(row: &spi::Row) -> Result<Collection> {
 pub fn collection(view: View, project: &str, name: &str) -> Result<Option<Collection>> {
     spi::first(
         view,
-        "SELECT c.collection_id, c.project_id, c.name, c.ft, c.schema_version
+        "SELECT c.collection_id, c.project_id, c.name, c.ft, c.schema_version,
+                rakam_internal.kept_since(c.retention, pg_catalog.now())
          FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
          WHERE p.name = $1 AND c.name = $2",
         &[arg(project), arg(name)],
@@ -118,7 +122,8 @@ pub fn collection(view: View, project: &str, name: &str) -> Result<Option<Collec
 pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>> {
     spi::first(
         view,
-        "SELECT collection_id, project_id, name, ft, schema_version FROM rakam_internal.collection WHERE ft = $1",
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
+         FROM rakam_internal.collection WHERE ft = $1",
         &[arg(table)],
         collection_row,
     )
@@ -128,7 +133,8 @@ pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>>
 pub fn collections(view: View, project: &str) -> Result<Vec<Collection>> {
     spi::query(
         view,
-        "SELECT c.collection_id, c.project_id, c.name, c.ft, c.schema_version
+        "SELECT c.collection_id, c.project_id, c.name, c.ft, c.schema_version,
+                rakam_internal.kept_since(c.retention, pg_catalog.now())
          FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
          WHERE p.name = $1 ORDER BY c.name",
         &[arg(project)],
@@ -140,7 +146,7 @@ pub fn collections(view: View, project: &str) -> Result<Vec<Collection>> {
 pub fn collection_by_id(view: View, id: i32) -> Result<Option<Collection>> {
     spi::first(
         view,
-        "SELECT collection_id, project_id, name, ft, schema_version
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
          FROM rakam_internal.collection WHERE collection_id = $1",
         &[arg(id)],
         collection_row,
@@ -151,7 +157,7 @@ pub fn collection_by_id(view: View, id: i32) -> Result<Option<Collection>> {
 pub fn collections_by_id(view: View, ids: &[i32]) -> Result<Vec<Collection>> {
     spi::query(
         view,
-        "SELECT collection_id, project_id, name, ft, schema_version
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
          FROM rakam_internal.collection WHERE collection_id = ANY ($1)",
         &[arg(ids.to_vec())],
         collection_row,
@@ -162,7 +168,7 @@ pub fn collections_by_id(view: View, ids: &[i32]) -> Result<Vec<Collection>> {
 pub fn collection_named(view: View, project_id: i32, name: &str) -> Result<Option<Collection>> {
     spi::first(
         view,
-        "SELECT collection_id, project_id, name, ft, schema_version
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
          FROM rakam_internal.collection WHERE project_id = $1 AND name = $2",
         &[arg(project_id), arg(name)],
         collection_row,
@@ -244,7 +250,8 @@ pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, S
 pub fn in_scope(projects: Option<&[i32]>, name: Option<&str>) -> Result<Vec<Collection>> {
     spi::query(
         View::Current,
-        "SELECT collection_id, project_id, name, ft, schema_version FROM rakam_internal.collection
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
+         FROM rakam_internal.collection
          WHERE ($1 IS NULL OR project_id = ANY ($1)) AND ($2 IS NULL OR name = $2) ORDER BY project_id, name",
         &[arg(projects.map(<[i32]>::to_vec)), arg(name)],
         collection_row,

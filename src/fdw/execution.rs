@@ -266,12 +266,17 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// A scan of one collection; None if it has nothing to read.
-    fn one(&mut self, plan: ScanPlan) -> Result<Option<(ScanInput, Arc<CollectionBroker>)>> {
+    fn one(&mut self, mut plan: ScanPlan) -> Result<Option<(ScanInput, Arc<CollectionBroker>)>> {
         let part = self
             .visible
             .parts
             .first()
             .ok_or_else(|| PgError::internal("a visible table has a collection"))?;
+        let wanted = plan.clone();
+        let kept_since_us = part.collection.kept_since_us;
+        if let Some(from_us) = kept_since_us {
+            plan.leave_out_before(from_us);
+        }
         let only = self.only.map(AsRef::as_ref);
         let mut stored = tiers::stored(self.view, part, plan.filter.as_ref(), only, self.skipped)?;
         let files = stored.open(self.view, self.stores, self.sender)?;
@@ -284,6 +289,12 @@ impl Job<'_> {
         self.tails.push(tail);
         if files.is_empty() && stored.chunks.is_empty() && self.first_page.is_none() {
             return Ok(None);
+        }
+        if kept_since_us.is_some_and(|from_us| stored.min_time_us >= from_us)
+            && self.first_page.is_none()
+        {
+            // Nothing is too old: no need to look at each row.
+            plan = wanted;
         }
         let broker = self.broker(0, part, plan.needed());
         let input = ScanInput {
@@ -305,7 +316,8 @@ impl Job<'_> {
             if !tiers::name_may_match(plan.filter.as_ref(), name) {
                 continue;
             }
-            let own = all::part_plan(plan, name, &part.schema).map_err(engine_error)?;
+            let from_us = part.collection.kept_since_us;
+            let own = all::part_plan(plan, name, &part.schema, from_us).map_err(engine_error)?;
             let mut stored =
                 tiers::stored(self.view, part, own.filter.as_ref(), None, self.skipped)?;
             let files = stored.open(self.view, self.stores, self.sender)?;
@@ -318,6 +330,7 @@ impl Job<'_> {
                 files,
                 chunks: stored.chunks,
                 has_tail: true,
+                from_us,
                 broker,
             });
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use object_store::ObjectStore;
 use rakam_engine::all::{COLLECTION_FIELD_ID, PROPERTIES_FIELD_ID};
+use rakam_engine::ir::TIME_FIELD_ID;
 use rakam_engine::{ChunkRef, CmpOp, Expr, FileRef};
 use rakam_event::schema::{SYSTEM_FIELDS, Schema};
 use rakam_event::types::FieldType;
@@ -32,8 +33,6 @@ use crate::pg::security::ActAs;
 use crate::pg::spi::View;
 use crate::pg::{Oid, PgError, Result, cache};
 
-/// The field `_time`, by which files and chunks are skipped first.
-const TIME_FIELD_ID: i32 = 1;
 /// Footers are fetched up to so many bytes; the rest is read from the files.
 const FOOTER_BYTES_MAX: i64 = 64 << 20;
 
@@ -74,6 +73,7 @@ pub fn look_up(
                     name,
                     ft: None,
                     schema_version: 1,
+                    kept_since_us: None,
                 });
             }
         }
@@ -177,6 +177,8 @@ pub struct Stored {
     footers: HashMap<i64, Vec<u8>>,
     deleted: HashMap<Object, Arc<RowSet>>,
     pub chunks: Vec<ChunkRef>,
+    /// No event of them is from before this time.
+    pub min_time_us: i64,
 }
 
 /// Lists what has to be opened. `filter` speaks of field ids and values; with `only` other objects are left out.
@@ -212,6 +214,10 @@ pub fn stored(
         .into_iter()
         .filter_map(|chunk| number(Object::Chunk(chunk.chunk_id)).map(|number| (chunk, number)))
         .collect();
+    let min_time_us = (files.iter().map(|(file, _)| file.min_time_us))
+        .chain(chunks.iter().map(|(chunk, _)| chunk.min_time_us))
+        .min()
+        .unwrap_or(i64::MAX);
     let objects = files
         .iter()
         .map(|(file, _)| (Object::File(file.file_id), file.n as u64))
@@ -257,6 +263,7 @@ pub fn stored(
         footers,
         deleted,
         chunks,
+        min_time_us,
     })
 }
 

@@ -21,6 +21,7 @@ static MAX_HOT_BYTES: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 static FLUSH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(64);
 static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+static MAX_FILES_PER_DAY: GucSetting<i32> = GucSetting::<i32>::new(8);
 static ROTATION_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
 static STORAGE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30_000);
@@ -167,6 +168,16 @@ pub fn init() {
         &MIN_FILE_EVENTS,
         1,
         i32::MAX,
+        GucContext::Sighup,
+        plain,
+    );
+    // A day may have a file of its own, one of its month and one of its year: fewer cannot be promised.
+    int(
+        c"rakam.max_files_per_day",
+        c"Files below half of rakam.target_file_size over any one day that compaction leaves.",
+        &MAX_FILES_PER_DAY,
+        3,
+        1000,
         GucContext::Sighup,
         plain,
     );
@@ -432,6 +443,17 @@ pub fn target_file_bytes() -> usize {
 
 pub fn min_file_events() -> u64 {
     MIN_FILE_EVENTS.get() as u64
+}
+
+pub fn max_files_per_day() -> usize {
+    MAX_FILES_PER_DAY.get() as usize
+}
+
+/// `temp_file_limit` in bytes; None: there is none.
+pub fn temp_file_limit_bytes() -> Option<u64> {
+    // SAFETY: reads a backend variable, in kB, -1 for no limit.
+    let kilobytes = unsafe { pg_sys::temp_file_limit };
+    u64::try_from(kilobytes).ok().map(|kb| kb << 10)
 }
 
 pub fn rotation_interval() -> Duration {

@@ -15,6 +15,8 @@ pub enum LockOn {
     Digest,
     /// Chunk merge and flush of a collection exclude each other.
     CollectionJob(i32),
+    /// Compaction of a collection: taken before [`LockOn::CollectionJob`], which it needs at its end only.
+    Compaction(i32),
     /// The manifest of a collection: held only while a transaction writes it.
     Manifest(i32),
     /// Creation of columns and tables.
@@ -47,6 +49,7 @@ impl LockOn {
             Self::IdMerge(project_id) => (121, project_id),
             Self::Load(key) => (106, key),
             Self::Check(storage_id) => (107, storage_id),
+            Self::Compaction(id) => (108, id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

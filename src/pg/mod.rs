@@ -26,6 +26,7 @@ pub mod record;
 pub mod relation;
 pub mod roles;
 pub mod runtime;
+pub mod scratch;
 pub mod scrub;
 pub mod security;
 pub mod server;

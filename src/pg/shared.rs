@@ -14,8 +14,8 @@ use pgrx::{PGRXSharedMemory, PgAtomic, pg_guard, pg_shmem_init, pg_sys};
 const SLOTS: usize = 128;
 
 /// What a resident worker can be doing; [`Slot::state`] is an index into it.
-pub const STATES: [&str; 8] = [
-    "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase",
+pub const STATES: [&str; 9] = [
+    "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase", "compact",
 ];
 
 /// One database's part.
@@ -27,6 +27,8 @@ pub struct Slot {
     pub pid: AtomicI32,
     /// The process id of the resident's helper; 0 while there is none.
     pub helper: AtomicI32,
+    /// The process id of the helper that compacts; 0 while there is none.
+    pub compactor: AtomicI32,
     /// Events committed since the worker last looked.
     pub waiting: AtomicU64,
     /// When the resident started, microseconds since 1970.

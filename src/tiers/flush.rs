@@ -15,7 +15,7 @@ use rakam_event::schema::Schema;
 use rakam_lake::backlog::{self, Bounds, ChunkSpan, FEW_FILES, MAX_FILES, SCATTERED_FILES};
 use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::period::{self, Period, Plan};
-use rakam_lake::sort::{SortedRows, count_days};
+use rakam_lake::sort::{SortedRows, count_days, since};
 use rakam_lake::write::FileWriter;
 use uuid::Uuid;
 
@@ -23,6 +23,7 @@ use crate::catalog::load;
 use crate::catalog::manifest;
 use crate::catalog::progress::{self, Progress};
 use crate::catalog::registry::{self, Collection};
+use crate::catalog::retention;
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -45,8 +46,17 @@ pub struct Flushed {
 
 /// Writes all chunks that a collection has when called. Waits for another job on the collection.
 pub fn collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
+    let from_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
+    collection_since(collection_id, from_us)
+}
+
+/// As [`collection`], leaving out events from before a time.
+pub fn collection_since(
+    collection_id: i32,
+    from_us: Option<i64>,
+) -> std::result::Result<Flushed, Failure> {
     let job = SessionLock::take(LockOn::CollectionJob(collection_id));
-    flush_locked(collection_id, false, job)
+    flush_locked(collection_id, false, from_us, job)
 }
 
 /// As [`collection`], unless another job has the collection or its storage is away. While history is loaded into it, only the months of which
@@ -58,13 +68,18 @@ pub fn try_collection(collection_id: i32) -> std::result::Result<Flushed, Failur
     let Some(job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
         return Ok(Flushed::default());
     };
-    let loading = xact::worker(|| load::loading(View::Current))?.contains(&collection_id);
-    flush_locked(collection_id, loading, job)
+    let (loading, from_us) = xact::worker(|| {
+        let loading = load::loading(View::Current)?.contains(&collection_id);
+        let from_us = retention::removable_before(View::Current, collection_id)?;
+        Ok((loading, from_us))
+    })?;
+    flush_locked(collection_id, loading, from_us, job)
 }
 
 fn flush_locked(
     collection_id: i32,
     largest: bool,
+    from_us: Option<i64>,
     _job: SessionLock,
 ) -> std::result::Result<Flushed, Failure> {
     let bounds = bounds();
@@ -84,6 +99,7 @@ fn flush_locked(
             finest: Period::Day,
             most: FEW_FILES,
             split_beyond: Some(MAX_FILES),
+            from_us,
         };
         match step(collection_id, &ids(&chunks), write)? {
             Done::Written(flushed) => return Ok(flushed),
@@ -96,7 +112,7 @@ fn flush_locked(
     };
     let total = bytes(&chunks);
     progress::show(collection.project_id, "flush", "bytes", total, |shown| {
-        in_steps(collection_id, chunks, bounds, shown)
+        in_steps(collection_id, chunks, (bounds, from_us), shown)
     })
 }
 
@@ -104,7 +120,7 @@ fn flush_locked(
 fn in_steps(
     collection_id: i32,
     mut chunks: Vec<ChunkSpan>,
-    bounds: Bounds,
+    (bounds, from_us): (Bounds, Option<i64>),
     shown: &mut Progress,
 ) -> std::result::Result<Flushed, Failure> {
     let mut total = Flushed::default();
@@ -114,6 +130,7 @@ fn in_steps(
             finest: Period::Day,
             most: FEW_FILES,
             split_beyond: Some(SCATTERED_FILES),
+            from_us,
         };
         match step(collection_id, &part, write)? {
             Done::Written(flushed) => total += flushed,
@@ -131,6 +148,7 @@ fn in_steps(
             finest: next.finest,
             most: MAX_FILES,
             split_beyond: None,
+            from_us,
         };
         if let Done::Written(flushed) = step(collection_id, &next.chunks, write)? {
             total += flushed;
@@ -213,6 +231,8 @@ struct Write {
     most: usize,
     /// If there would be more files all the same, the rows become chunks of one month each instead.
     split_beyond: Option<usize>,
+    /// Events from before this time are left out: nobody sees them any more.
+    from_us: Option<i64>,
 }
 
 enum Done {
@@ -264,7 +284,7 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
     let storage = manifest::storage(view, project.storage_id)?
         .ok_or_else(|| PgError::internal("a project's storage is not registered"))?;
     let schema = registry::schema(view, &collection)?;
-    let batches = read(collection_id, chunk_ids, &schema)?;
+    let batches = read(collection_id, chunk_ids, &schema, write.from_us)?;
     let mut counts = BTreeMap::new();
     for batch in &batches {
         count_days(batch, &mut counts)?;
@@ -297,7 +317,12 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
 }
 
 /// The events of the chunks, in the collection's present layout.
-fn read(collection_id: i32, chunk_ids: &[i64], schema: &Schema) -> Result<Vec<RecordBatch>> {
+fn read(
+    collection_id: i32,
+    chunk_ids: &[i64],
+    schema: &Schema,
+    from_us: Option<i64>,
+) -> Result<Vec<RecordBatch>> {
     let vanished = || PgError::internal("a chunk vanished under the collection's job lock");
     let formats: HashMap<i64, ChunkFormat> = manifest::chunks(View::Current, collection_id, None)?
         .into_iter()
@@ -309,7 +334,11 @@ fn read(collection_id: i32, chunk_ids: &[i64], schema: &Schema) -> Result<Vec<Re
         let format = formats.get(id).ok_or_else(vanished)?;
         let data = manifest::chunk_data(View::Current, *id)?.ok_or_else(vanished)?;
         let batch = chunk::read(*format, data.into(), schema)?;
-        batches.push(delete::without_deleted(collection_id, *id, batch)?);
+        let batch = delete::without_deleted(collection_id, *id, batch)?;
+        batches.push(match from_us {
+            Some(from_us) => since(&batch, from_us)?,
+            None => batch,
+        });
     }
     Ok(batches)
 }

@@ -112,7 +112,10 @@ fn abandoned(storage_id: i32, remote: &Remote) -> std::result::Result<u64, Failu
     let mut allowed = None;
     for (path, collection_id) in xact::worker(|| manifest::intents(View::Current, storage_id))? {
         wait::check_interrupts();
-        // A running flush holds its collection: what it announced is not garbage.
+        // A running flush or compaction holds its collection: what it announced is not garbage.
+        let Some(_quiet) = SessionLock::try_take(LockOn::Compaction(collection_id)) else {
+            continue;
+        };
         let Some(_idle) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
             continue;
         };

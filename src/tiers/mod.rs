@@ -2,6 +2,7 @@
 //! periodic step of a worker, in transactions of its own: a crash anywhere repeats it or leaves nothing.
 
 pub mod check;
+pub mod compact;
 pub mod ddl;
 pub mod delete;
 pub mod erase;

@@ -43,7 +43,16 @@ pub struct Output {
     pub path: String,
     pub period: Period,
     pub first_day: i32,
+    /// How many merges its events have been through, at most.
+    pub level: i16,
     pub file: WrittenFile<Bytes>,
+}
+
+impl Output {
+    /// Takes the file's bytes out and leaves what the manifest needs.
+    pub fn take_bytes(&mut self) -> Bytes {
+        std::mem::take(&mut self.file.sink)
+    }
 }
 
 impl Home {
@@ -75,6 +84,7 @@ impl Home {
             path: period::object_path(project, collection, period, first_day, id),
             period,
             first_day,
+            level: 0,
             file,
         })
     }
@@ -129,6 +139,7 @@ impl Home {
             schema_version,
             period: output.period.as_str(),
             first_day: output.first_day,
+            level: output.level,
             n: file.n as i64,
             bytes: file.bytes as i64,
             min_time_us: file.min_time_us,

@@ -65,14 +65,18 @@ pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
     }
 }
 
-/// Rewrites every file of a collection that has deleted rows. Waits for another job on the collection.
+/// Rewrites every file and chunk of a collection that has deleted rows. Waits for another job on the collection.
 pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
     let worth = Worth {
         share: 0.0,
         age_s: 0.0,
     };
     let job = SessionLock::take(LockOn::CollectionJob(collection_id));
-    all(collection_id, worth, &job)
+    let mut chunks = 0;
+    while xact::worker(|| one_chunk(collection_id, worth))? {
+        chunks += 1;
+    }
+    Ok(chunks + all(collection_id, worth, &job)?)
 }
 
 fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Result<u64, Failure> {
@@ -203,7 +207,8 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
             ),
         ));
     }
-    let new = home.output(period, old.first_day, writer.finish()?)?;
+    let mut new = home.output(period, old.first_day, writer.finish()?)?;
+    new.level = old.level;
     home.announce(&new, "rewrite")?;
     Ok(Step { home, old, new })
 }

@@ -1,6 +1,6 @@
 //! Rows of ours that have served: logs beyond their age, counters to be summed up, names that nothing is under any more.
 
-use crate::catalog::{backlog, former, inbox, retention, usage};
+use crate::catalog::{backlog, former, inbox, logs, usage};
 use crate::pg::spi::View;
 use crate::pg::wait;
 use crate::pg::xact::{self, Failure};
@@ -17,7 +17,7 @@ pub fn run() -> Result<(), Failure> {
         }
         former::forget(digested_below)
     })?;
-    while xact::worker(retention::run)? {
+    while xact::worker(logs::run)? {
         wait::check_interrupts();
     }
     Ok(())

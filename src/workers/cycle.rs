@@ -4,7 +4,7 @@
 //! back-off: a failing storage must not stop the digest. Nor must a slow one: flushes run in a process of their own
 //! ([`helper`]) where one is to be had.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::pg::{bgworker, cache, guc, notes};
 use crate::tiers::erase::Eraser;
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, flush, ids, merge, rewrite, rotate, upkeep};
+use crate::tiers::{compact, ddl, flush, ids, merge, rewrite, rotate, upkeep};
 
 /// The longest sleep: a COMMIT PREPARED, or a commit in a process without the shared table, wakes nobody.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
@@ -28,6 +28,8 @@ const QUIET_TIERS_INTERVAL: Duration = Duration::from_secs(10);
 /// Digests and merges each give way to the other steps after so long.
 const DIGEST_TIME: Duration = Duration::from_secs(1);
 const MERGE_TIME: Duration = Duration::from_millis(300);
+/// Otherwise only collections that got files are looked at for compaction.
+const COMPACTION_COUNT_INTERVAL: Duration = Duration::from_secs(600);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 const IDS_INTERVAL: Duration = Duration::from_secs(5);
 /// How long the merging of event ids may keep the digest waiting.
@@ -48,6 +50,7 @@ enum Step {
     Gc = 5,
     Rewrite = 6,
     Erase = 7,
+    Compact = 8,
 }
 
 impl Step {
@@ -92,6 +95,11 @@ pub struct Cycle<'a> {
     rewrites: Vec<i32>,
     /// The storages are to be seen after.
     care: bool,
+    /// Collections to be compacted, the helper that does so, and the entry of the manifest's log from which to look on.
+    compactions: BTreeSet<i32>,
+    compactor: Option<Helper>,
+    compacted_to: Option<i64>,
+    compactions_counted: Instant,
     eraser: Eraser,
     /// The eraser has more to do: a step in every cycle.
     erasing: bool,
@@ -120,6 +128,10 @@ impl<'a> Cycle<'a> {
             last_upkeep: past,
             rewrites: Vec::new(),
             care: false,
+            compactions: BTreeSet::new(),
+            compactor: None,
+            compacted_to: None,
+            compactions_counted: past,
             eraser: Eraser::default(),
             erasing: false,
             cache: cache::Upkeep::default(),
@@ -316,9 +328,48 @@ impl<'a> Cycle<'a> {
                 .retain(|(step, id), _| *step != Step::Rewrite || *id == 0 || due.contains(id));
             self.rewrites = due;
         }
+        self.compact()?;
         self.erasing = true;
         // A column or table may have been dropped or denied by hand.
         self.ddl_pending = true;
+        Ok(())
+    }
+
+    /// Finds collections with too many small files or with expired events, and has a helper see to them.
+    fn compact(&mut self) -> Result<(), Failure> {
+        if self.may(Step::Compact, 0) {
+            if self.compactions_counted.elapsed() >= COMPACTION_COUNT_INTERVAL {
+                self.compactions_counted = Instant::now();
+                self.compacted_to = None;
+            }
+            let after = self.compacted_to;
+            if let Some((due, newest)) = self.attempt(Step::Compact, 0, || compact::due(after))? {
+                self.compacted_to = Some(newest);
+                self.compactions.extend(due);
+                let due = &self.compactions;
+                self.back_off
+                    .retain(|(step, id), _| *step != Step::Compact || *id == 0 || due.contains(id));
+            }
+        }
+        let _ended = Helper::ended(&mut self.compactor);
+        if self.compactor.is_some() {
+            return Ok(());
+        }
+        let due: Vec<i32> = (self.compactions.iter().copied())
+            .filter(|id| self.may(Step::Compact, *id))
+            .take(helper::MOST)
+            .collect();
+        if due.is_empty() {
+            return Ok(());
+        }
+        // Without a free slot they wait for one.
+        self.compactor = Helper::compact(&due);
+        if self.compactor.is_some() {
+            for id in due {
+                self.put_off(Step::Compact, id);
+                self.compactions.remove(&id);
+            }
+        }
         Ok(())
     }
 
@@ -353,6 +404,7 @@ impl<'a> Cycle<'a> {
             Step::Gc => c"rakam gc",
             Step::Rewrite => c"rakam rewrite",
             Step::Erase => c"rakam erase",
+            Step::Compact => c"rakam compact",
         }));
         let outcome = work();
         bgworker::show(None);

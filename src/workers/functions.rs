@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use rakam_event::error::EventError;
@@ -12,6 +13,8 @@ use serde_json::json;
 use super::task::{self, Scope, Task};
 use super::{attach, definitions, delete, storages};
 use crate::catalog::projects::{self, Right};
+use crate::catalog::registry::Collection;
+use crate::catalog::retention::{self, Keep};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
 use crate::ingest::digest;
@@ -21,7 +24,9 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep};
+use crate::tiers::{
+    compact, ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep,
+};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -67,7 +72,72 @@ fn flush(
     Ok(TableIterator::new(rows))
 }
 
-/// What the caller may flush of what it asked for.
+/// Merges the small data files of collections into few large ones, removes what is kept no longer, and writes files and
+/// chunks with deleted events anew; gives what it merged.
+/// SQL: `rakam.compact(project text, collection text)`; NULL = all that the caller may.
+/// Errors: 42501 no right, 42704 no such collection, 58030 storage unreachable, 53400 `temp_file_limit` is too low.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
+fn compact(
+    project: default!(Option<&str>, "NULL"),
+    collection: default!(Option<&str>, "NULL"),
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(collection, String),
+            name!(events, i64),
+            name!(files, i64),
+            name!(bytes, i64),
+        ),
+    >,
+    ErrorReport,
+> {
+    let rows = audit::call("compact", project, collection, || {
+        let scope = scope(project, collection)?;
+        task::run(&Task::Compact { scope })
+    })?;
+    let rows: Vec<(String, i64, i64, i64)> = serde_json::from_value(rows)
+        .map_err(|e| PgError::internal(format!("malformed reply of a compaction: {e}")))?;
+    Ok(TableIterator::new(rows))
+}
+
+/// Keeps events of a collection for so long after their `_time`; NULL: for ever. Older ones are seen by nobody from then on,
+/// and removed in the background.
+/// SQL: `rakam.set_retention(project text, collection text, keep interval)`.
+/// Errors: 42501 no such project or not its admin, 42704 no such collection, 22023 not an interval of some time, 22008 it
+/// reaches back beyond the first timestamp.
+#[pg_extern(volatile, parallel_unsafe)]
+fn set_retention(
+    project: Option<&str>,
+    collection: Option<&str>,
+    keep: Option<Interval>,
+) -> std::result::Result<(), ErrorReport> {
+    Ok(audit::call("set_retention", project, collection, || {
+        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+        let collection = collection_name(collection)?;
+        let keep = keep.map(|keep| Keep {
+            months: keep.months(),
+            days: keep.days(),
+            micros: keep.micros(),
+        });
+        if keep.is_some_and(|keep| !keep.is_positive()) {
+            return Err(PgError::new(
+                "22023",
+                "events cannot be kept for a negative time or for none",
+            )
+            .hint("Give an interval such as '90 days'; NULL keeps all events."));
+        }
+        task::run(&Task::Keep {
+            project_id: project.id,
+            collection: collection.into_string(),
+            keep,
+        })?;
+        Ok(())
+    })?)
+}
+
+/// What the caller may flush or compact of what it asked for.
 fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
     let projects = match project {
         Some(name) => Some(vec![projects::authorize(name, Right::Admin)?.id]),
@@ -187,6 +257,12 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
     match task {
         Task::Tick => perform_tick().map(|()| json!(null)),
         Task::Flush { scope } => perform_flush(scope),
+        Task::Compact { scope } => perform_compact(scope),
+        Task::Keep {
+            project_id,
+            collection,
+            keep,
+        } => perform_keep(*project_id, collection, *keep).map(|()| json!(null)),
         Task::CreateTables => {
             digest::catch_up(None)?;
             sync_for(Duration::from_secs(1)).map(|()| json!(null))
@@ -248,6 +324,9 @@ fn perform_tick() -> std::result::Result<(), Failure> {
     for id in rewrite::due()? {
         going_on(&mut first, rewrite::try_collection(id).map(drop))?;
     }
+    for id in compact::due(None)?.0 {
+        going_on(&mut first, compact::try_collection(id).map(drop))?;
+    }
     gc::tables()?;
     going_on(&mut first, gc::storages(Asked::ByCall).map(drop))?;
     erase::all()?;
@@ -271,19 +350,8 @@ fn going_on(
 fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
     digest::catch_up(scope.projects.as_deref())?;
     sync_for(Duration::from_millis(500))?;
-    let targets = xact::worker(|| {
-        registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())
-    })?;
-    if targets.is_empty()
-        && let Some(name) = &scope.collection
-    {
-        return Err(Failure::Error(PgError::new(
-            "42704",
-            format!("collection \"{name}\" does not exist"),
-        )));
-    }
     let mut rows = Vec::new();
-    for collection in targets {
+    for collection in targets(scope)? {
         let flushed = flush::collection(collection.id)?;
         rewrite::collection(collection.id)?;
         rows.push((
@@ -295,6 +363,68 @@ fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failur
     }
     rotate_inbox()?;
     Ok(json!(rows))
+}
+
+/// The collections of a scope.
+fn targets(scope: &Scope) -> std::result::Result<Vec<Collection>, Failure> {
+    let targets = xact::worker(|| {
+        registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())
+    })?;
+    match &scope.collection {
+        Some(name) if targets.is_empty() => Err(Failure::Error(
+            PgError::new("42704", format!("collection \"{name}\" does not exist"))
+                .hint("The view rakam.collections lists a project's collections."),
+        )),
+        _ => Ok(targets),
+    }
+}
+
+fn perform_compact(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
+    digest::catch_up(scope.projects.as_deref())?;
+    let mut rows = Vec::new();
+    for collection in targets(scope)? {
+        let compacted = compact::collection(collection.id)?;
+        rewrite::collection(collection.id)?;
+        rows.push((
+            collection.name,
+            compacted.events as i64,
+            compacted.files as i64,
+            compacted.bytes as i64,
+        ));
+    }
+    rotate_inbox()?;
+    Ok(json!(rows))
+}
+
+/// What is hidden now must not be seen again later, whenever the background would have removed it: so a longer time is
+/// set only once all of it is gone.
+fn perform_keep(
+    project_id: i32,
+    collection: &str,
+    keep: Option<Keep>,
+) -> std::result::Result<(), Failure> {
+    digest::catch_up(Some(&[project_id]))?;
+    let (id, hidden_before) = xact::worker(|| {
+        let found = registry::collection_named(View::Current, project_id, collection)?.ok_or_else(
+            || {
+                PgError::new(
+                    "42704",
+                    format!("collection \"{collection}\" does not exist"),
+                )
+                .hint("The view rakam.collections lists a project's collections.")
+            },
+        )?;
+        let hidden_before = match retention::lengthens(View::Current, found.id, keep)? {
+            true => retention::hidden_before(View::Current, found.id)?,
+            false => None,
+        };
+        Ok((found.id, hidden_before))
+    })?;
+    if let Some(before_us) = hidden_before {
+        flush::collection_since(id, Some(before_us))?;
+        compact::remove_before(id, before_us)?;
+    }
+    xact::worker(|| retention::set(id, keep))
 }
 
 /// Empties what can be emptied of the inbox, where deleted events still are.

@@ -1,5 +1,6 @@
-//! The resident's helper: a worker that flushes and merges some collections, writes files with deleted events anew, takes
-//! care of the storages, and ends, so that nobody's digest waits for files or for a network. It exists while there is something to do.
+//! The resident's helpers: workers that flush and merge some collections, write files with deleted events anew, take care of
+//! the storages, or compact, and end, so that nobody's digest waits for files or for a network. They exist while there is
+//! something to do: one for compaction, which may take long, and one for the rest.
 
 use std::sync::atomic::Ordering;
 
@@ -12,10 +13,10 @@ use crate::pg::shared;
 use crate::pg::xact::{self, Failure};
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::Work;
-use crate::tiers::{flush, merge, rewrite};
+use crate::tiers::{compact, flush, merge, rewrite};
 
 /// The most collections that a helper works on: what fits a worker's argument block.
-pub const MOST: usize = 30;
+pub const MOST: usize = 28;
 
 /// A helper that was started.
 pub struct Helper {
@@ -31,33 +32,19 @@ impl Helper {
         rewrites: &[i32],
         care: bool,
     ) -> std::result::Result<Self, Vec<(i32, Work)>> {
-        // The sign of the first number says whether there is care to be taken.
-        let works = work.len() as i32;
-        let mut extra = (if care { -1 - works } else { works })
-            .to_ne_bytes()
-            .to_vec();
-        extra.extend_from_slice(&(rewrites.len() as i32).to_ne_bytes());
-        // Ids are positive.
-        let numbers = work.iter().map(|(id, work)| match work {
-            Work::Flush => *id,
-            Work::Merge => -id,
-        });
-        for number in numbers.chain(rewrites.iter().copied()) {
-            extra.extend_from_slice(&number.to_ne_bytes());
+        match launch(&work, rewrites, &[], care) {
+            Some(handle) => Ok(Self { handle, work }),
+            None => Err(work),
         }
-        let started = bgworker::start(&Worker {
-            kind: "rakam flush",
-            name: "rakam flush",
-            function: "rakam_helper_main",
-            argument: pg_sys::Datum::from(bgworker::my_database()),
-            extra: &extra,
-            notify: true,
-            restart_s: None,
-        });
-        match started {
-            Ok(handle) => Ok(Self { handle, work }),
-            Err(_) => Err(work),
-        }
+    }
+
+    /// Starts one that compacts these collections, at most [`MOST`]; None: there is no free slot for a worker.
+    pub fn compact(collections: &[i32]) -> Option<Self> {
+        let handle = launch(&[], &[], collections, false)?;
+        Some(Self {
+            handle,
+            work: Vec::new(),
+        })
     }
 
     pub fn works_on(&self, collection_id: i32) -> bool {
@@ -75,28 +62,71 @@ impl Helper {
     }
 }
 
+/// Starts a worker that knows from its argument block what to do: three counts, whether there is care to be taken, then
+/// the collections.
+fn launch(
+    work: &[(i32, Work)],
+    rewrites: &[i32],
+    compactions: &[i32],
+    care: bool,
+) -> Option<Handle> {
+    let counts = [work.len(), rewrites.len(), compactions.len(), care.into()];
+    let counts = counts.map(|count| count as i32);
+    // Ids are positive.
+    let numbers = work.iter().map(|(id, work)| match work {
+        Work::Flush => *id,
+        Work::Merge => -id,
+    });
+    let extra: Vec<u8> = (counts.into_iter().chain(numbers))
+        .chain(rewrites.iter().copied())
+        .chain(compactions.iter().copied())
+        .flat_map(i32::to_ne_bytes)
+        .collect();
+    let kind = match compactions {
+        [] => "rakam flush",
+        _ => "rakam compact",
+    };
+    bgworker::start(&Worker {
+        kind,
+        name: kind,
+        function: "rakam_helper_main",
+        argument: pg_sys::Datum::from(bgworker::my_database()),
+        extra: &extra,
+        notify: true,
+        restart_s: None,
+    })
+    .ok()
+}
+
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     let database = pg_sys::Oid::from(argument.value() as u32);
     bgworker::begin(Some(database));
-    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
-        slot.helper.store(bgworker::my_pid(), Ordering::Release);
-        exit::on_exit(leave);
-    }
     let extra = bgworker::extra();
     let mut numbers = extra
         .chunks_exact(4)
         .map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-    let mut count = || numbers.next().unwrap_or(0);
-    let (works, rewrites) = (count(), count() as usize);
-    let care = works < 0;
-    let works = if care { -1 - works } else { works } as usize;
-    let numbers: Vec<i32> = numbers.take(works + rewrites).collect();
-    bgworker::show(Some(c"rakam flush"));
+    let mut count = || numbers.next().unwrap_or(0) as usize;
+    let (works, rewrites, compactions, care) = (count(), count(), count(), count() > 0);
+    let numbers: Vec<i32> = numbers.take(works + rewrites + compactions).collect();
+    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
+        let place = match compactions {
+            0 => &slot.helper,
+            _ => &slot.compactor,
+        };
+        place.store(bgworker::my_pid(), Ordering::Release);
+        exit::on_exit(leave);
+    }
+    bgworker::show(Some(match compactions {
+        0 => c"rakam flush",
+        _ => c"rakam compact",
+    }));
     for (place, number) in numbers.into_iter().enumerate() {
         let id = number.abs();
-        let (step, outcome) = if place >= works {
+        let (step, outcome) = if place >= works + rewrites {
+            ("compact", compact::try_collection(id).map(|_| ()))
+        } else if place >= works {
             ("rewrite", rewrite::try_collection(id).map(|_| ()))
         } else if number > 0 {
             ("flush", flush::try_collection(id).map(|_| ()))
@@ -137,8 +167,8 @@ fn note(step: &'static str, id: i32, outcome: Result<(), Failure>) -> bool {
 fn leave() {
     if let Some(slot) = shared::get().and_then(|s| s.find(bgworker::my_database())) {
         let me = bgworker::my_pid();
-        let _ = slot
-            .helper
-            .compare_exchange(me, 0, Ordering::AcqRel, Ordering::Acquire);
+        for place in [&slot.helper, &slot.compactor] {
+            let _ = place.compare_exchange(me, 0, Ordering::AcqRel, Ordering::Acquire);
+        }
     }
 }

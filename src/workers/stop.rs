@@ -173,14 +173,16 @@ fn stop(database: pg_sys::Oid) {
     slot.not_before_ms
         .store(xact::now_us() / 1000 + 15_000, Ordering::Release);
     wait::terminate(pid);
-    let helper = slot.helper.load(Ordering::Acquire);
-    if helper != 0 {
-        wait::terminate(helper);
+    let helpers =
+        [&slot.helper, &slot.compactor].map(|place| (place, place.load(Ordering::Acquire)));
+    for (_, helper) in helpers.iter().filter(|(_, helper)| *helper != 0) {
+        wait::terminate(*helper);
     }
     let deadline = Instant::now() + Duration::from_secs(5);
     let here = || {
         slot.pid.load(Ordering::Acquire) == pid
-            || helper != 0 && slot.helper.load(Ordering::Acquire) == helper
+            || (helpers.iter())
+                .any(|(place, helper)| *helper != 0 && place.load(Ordering::Acquire) == *helper)
     };
     while here() && Instant::now() < deadline {
         wait::wait(None, Duration::from_millis(10));

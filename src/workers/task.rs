@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::delete::Deletion;
 use super::{attach, definitions, functions};
+use crate::catalog::retention::Keep;
 use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
@@ -26,6 +27,16 @@ pub enum Task {
     /// Digest, then write everything of these collections to data files.
     Flush {
         scope: Scope,
+    },
+    /// Merge the data files of these collections.
+    Compact {
+        scope: Scope,
+    },
+    /// Set for how long events of a collection are kept; None: all are.
+    Keep {
+        project_id: i32,
+        collection: String,
+        keep: Option<Keep>,
     },
     /// Digest, then make the tables of what is new.
     CreateTables,

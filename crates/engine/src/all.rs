@@ -36,6 +36,8 @@ pub struct Part {
     pub files: Vec<FileRef>,
     pub chunks: Vec<ChunkRef>,
     pub has_tail: bool,
+    /// Events from before this time are left out, in microseconds since 1970.
+    pub from_us: Option<i64>,
     pub broker: Arc<dyn Broker>,
 }
 
@@ -44,6 +46,7 @@ pub fn part_plan(
     plan: &ScanPlan,
     collection: &str,
     schema: &Schema,
+    from_us: Option<i64>,
 ) -> Result<ScanPlan, EngineError> {
     let mut columns = Vec::new();
     for &id in &plan.columns {
@@ -66,11 +69,15 @@ pub fn part_plan(
             return Err(unknown(id));
         }
     }
-    Ok(ScanPlan {
+    let mut own = ScanPlan {
         columns,
         filter,
         limit: plan.limit,
-    })
+    };
+    if let Some(from_us) = from_us {
+        own.leave_out_before(from_us);
+    }
+    Ok(own)
 }
 
 /// The fields that go into `properties`: the columns of the collection's table that `_all` has not.
@@ -189,7 +196,7 @@ impl AllReader {
             let Some(part) = self.parts.next() else {
                 return Ok(None);
             };
-            let plan = part_plan(&self.plan, &part.collection, &part.schema)?;
+            let plan = part_plan(&self.plan, &part.collection, &part.schema, part.from_us)?;
             let properties = properties(&part.schema).cloned().collect();
             let input = ScanInput {
                 schema: part.schema,

@@ -173,7 +173,25 @@ pub struct ScanPlan {
     pub limit: Option<u64>,
 }
 
+/// The field `_time`.
+pub const TIME_FIELD_ID: i32 = 1;
+
 impl ScanPlan {
+    /// Adds a condition: events from before this time (microseconds since 1970) are left out.
+    pub fn leave_out_before(&mut self, from_us: i64) {
+        let mut conditions = vec![Expr::Cmp {
+            op: CmpOp::Ge,
+            left: Box::new(Expr::Column(TIME_FIELD_ID)),
+            right: Box::new(Expr::Literal(Scalar::Timestamptz(from_us))),
+        }];
+        match self.filter.take() {
+            Some(Expr::And(list)) => conditions.extend(list),
+            Some(filter) => conditions.push(filter),
+            None => {}
+        }
+        self.filter = Some(Expr::And(conditions));
+    }
+
     /// An error if the filter does not [`Expr::fits`].
     pub fn to_json(&self) -> Result<String, EngineError> {
         if self.filter.as_ref().is_some_and(|filter| !filter.fits()) {

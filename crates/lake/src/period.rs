@@ -94,6 +94,17 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// One file for every day of a period.
+    pub fn whole(period: Period, day: i32) -> Self {
+        let file = PeriodFile::of(period, day);
+        Self {
+            files: vec![file],
+            by_day: (file.first_day..=file.last_day)
+                .map(|day| (day, 0))
+                .collect(),
+        }
+    }
+
     pub fn files(&self) -> &[PeriodFile] {
         &self.files
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::{Array, AsArray, RecordBatch, UInt32Array};
-use arrow::compute::{interleave_record_batch, take_record_batch};
+use arrow::array::{Array, AsArray, BooleanArray, RecordBatch, UInt32Array};
+use arrow::compute::{filter_record_batch, interleave_record_batch, take_record_batch};
 use arrow::datatypes::TimestampMicrosecondType;
 use rakam_event::schema::TIME;
 
@@ -32,6 +32,16 @@ pub fn by_time(batch: &RecordBatch) -> Result<RecordBatch, LakeError> {
     let mut rows: Vec<u32> = (0..n).collect();
     rows.sort_by_key(|&row| times[row as usize]);
     take_record_batch(batch, &UInt32Array::from(rows)).map_err(|e| LakeError::encode(WHAT, e))
+}
+
+/// The events of the batch that are not before a time.
+pub fn since(batch: &RecordBatch, from_us: i64) -> Result<RecordBatch, LakeError> {
+    let times = times(batch)?;
+    if times.iter().all(|time| *time >= from_us) {
+        return Ok(batch.clone());
+    }
+    let kept: BooleanArray = times.iter().map(|time| Some(*time >= from_us)).collect();
+    filter_record_batch(batch, &kept).map_err(|e| LakeError::encode(WHAT, e))
 }
 
 /// Adds the batch's events to the counts by UTC day.

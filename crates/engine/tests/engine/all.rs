@@ -128,7 +128,7 @@ async fn a_filter_on_the_collection_opens_no_other() {
 #[test]
 fn other_fields_are_refused() {
     let schema = schema("x");
-    assert!(part_plan(&plan(&[N], None, None), "c", &schema).is_err());
+    assert!(part_plan(&plan(&[N], None, None), "c", &schema, None).is_err());
     let filter = Some(Expr::IsNull(Box::new(Expr::Column(PROPERTIES_FIELD_ID))));
-    assert!(part_plan(&plan(&[1], filter, None), "c", &schema).is_err());
+    assert!(part_plan(&plan(&[1], filter, None), "c", &schema, None).is_err());
 }
