@@ -19,9 +19,10 @@ use bytes::Bytes;
 use rakam_event::schema::Schema;
 use rakam_lake::compaction::{self, Bounds, Extent, Merge};
 use rakam_lake::merge::{Finished, Input, MergedRows, PlanWriter};
-use rakam_lake::period::{Period, Plan, plan_inside};
+use rakam_lake::period::{self, Period, Plan, plan_inside};
 use rakam_lake::read;
 use rakam_lake::rows::RowSet;
+use rakam_lake::write::Replaces;
 use uuid::Uuid;
 
 use crate::catalog::compaction::{self as candidates, Candidate};
@@ -444,8 +445,16 @@ fn write(
     before_us: Option<i64>,
 ) -> Outcome<()> {
     let plan = spread(merge, step, &staged)?;
-    let options = step.home.options(merge.period, merge.first_day);
     let target = guc::target_file_bytes() as u64;
+    let bytes: u64 = step.inputs.iter().map(|file| file.span.bytes).sum();
+    let mut options = step.home.options(merge.period, merge.first_day);
+    options.replaces = Some(Replaces {
+        ids: (step.inputs.iter())
+            .filter_map(|file| period::object_id(&file.path))
+            .collect(),
+        // No file ends below half of the target.
+        outputs: (plan.files().len() == 1 && bytes < target / 4).then_some(1),
+    });
     let inputs = (step.inputs.iter().zip(staged))
         .map(|(input, file)| Input {
             file,
@@ -510,8 +519,12 @@ fn commit(step: &mut Step<'_>) -> Result<Compacted> {
     }
     let now = deletion::deleted(view, id, &objects(step.inputs))?;
     // Rows are only ever added to a set.
-    let len = |sets: &HashMap<Object, Arc<RowSet>>, object| sets.get(object).map_or(0, |s| s.len());
-    if (objects(step.inputs).keys()).any(|o| len(&now, o) != len(&step.deleted, o)) {
+    let len = |sets: &HashMap<Object, Arc<RowSet>>, input: &Candidate| {
+        let set = sets.get(&Object::File(input.span.id));
+        set.map_or(0, |rows| rows.len())
+    };
+    let same = |input: &&&Candidate| len(&now, input) == len(&step.deleted, input);
+    if step.inputs.iter().filter(same).count() != step.inputs.len() {
         return Err(changed());
     }
     let (mut events, mut bytes, mut files) = (0, 0, 0);
@@ -520,7 +533,7 @@ fn commit(step: &mut Step<'_>) -> Result<Compacted> {
         if !manifest::remove_file(input.span.id, "compacted")? {
             return Err(changed());
         }
-        let deleted = len(&step.deleted, &Object::File(input.span.id));
+        let deleted = len(&step.deleted, input);
         events -= input.stored - deleted as i64;
         bytes -= input.span.bytes as i64;
         files -= 1;

@@ -15,10 +15,13 @@ use crate::testing::{Rng, all_types, batch};
 fn options() -> FileOptions {
     FileOptions {
         project: "acme".into(),
+        project_id: 1,
         collection: "pageview".into(),
+        collection_id: 1,
         flush_id: Uuid::nil(),
         period: Period::Year,
         first_day: 19_723,
+        replaces: None,
     }
 }
 
