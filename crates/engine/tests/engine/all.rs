@@ -50,6 +50,7 @@ async fn parts() -> Vec<Part> {
             files: tiers.files,
             chunks: tiers.chunks,
             has_tail: true,
+            from_us: None,
             broker: Arc::new(tiers.broker),
             schema,
         });
@@ -66,6 +67,30 @@ async fn scan(
     let mut stream = execute_all(plan(columns, filter, limit), parts().await, &ctx).unwrap();
     let batches: Vec<_> = (&mut stream).try_collect().await.unwrap();
     (cells(&batches), stream.metrics())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_collection_begins_where_its_events_are_kept() {
+    let mut parts = parts().await;
+    parts[0].from_us = Some(3);
+    for (filter, limit, expected) in [
+        (None, None, 6),
+        (Some(eq(2, Scalar::Text("u2".into()))), None, 1),
+        (None, Some(5), 5),
+    ] {
+        let parts = parts.iter().map(|part| Part {
+            collection: part.collection.clone(),
+            schema: part.schema.clone(),
+            files: part.files.clone(),
+            chunks: part.chunks.clone(),
+            broker: Arc::clone(&part.broker),
+            ..*part
+        });
+        let mut stream =
+            execute_all(plan(&[1], filter, limit), parts.collect(), &context()).unwrap();
+        let batches: Vec<_> = (&mut stream).try_collect().await.unwrap();
+        assert_eq!(cells(&batches).len(), expected);
+    }
 }
 
 fn eq(id: i32, value: Scalar) -> Expr {
