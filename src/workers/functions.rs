@@ -24,9 +24,7 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{
-    compact, ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep,
-};
+use crate::tiers::{compact, ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
