@@ -6,6 +6,9 @@ REVOKE EXECUTE ON FUNCTION rakam_internal.set_apart() FROM PUBLIC;
 -- Who could put it on a table would write into the project that the trigger names.
 REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;
 
+REVOKE EXECUTE ON FUNCTION rakam_internal.note_project(), rakam_internal.note_definition(), rakam_internal.note_file(),
+  rakam_internal.note_deletion(), rakam_internal.note_intent() FROM PUBLIC;
+
 COMMENT ON SCHEMA rakam_internal IS 'Tables of rakam, guarded by row-level security: use the functions and views of schema rakam';
 COMMENT ON FUNCTION rakam_internal.readable_projects() IS 'Projects whose data the current role may read; row-level policies call it';
 COMMENT ON FUNCTION rakam_internal.member_projects() IS 'Projects of which the current role is a member; row-level policies call it';
@@ -28,6 +31,7 @@ COMMENT ON FUNCTION rakam.set_retention(text, text, interval) IS 'Keeps events o
 COMMENT ON FUNCTION rakam.drop_collection(text, text) IS 'Drops a collection with all its events';
 COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collection another name';
 COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';
+COMMENT ON FUNCTION rakam.rebuild_catalog(text) IS 'Makes projects, collections and files of an empty database anew from what lies in a storage';
 COMMENT ON FUNCTION rakam.set_mapper(text, text, regprocedure, boolean) IS 'Sets the function that events of a collection (NULL: of all) go through before they are stored; NULL removes it';
 COMMENT ON FUNCTION rakam.replay_dead_letters(text, text) IS 'Tries dead letters again; returns how many are dead letters no more';
 COMMENT ON FUNCTION rakam.attach(text, text, text, text) IS 'Makes a read-only table of the files below a URL, whoever writes them';

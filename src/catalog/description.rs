@@ -1,11 +1,7 @@
-//! What is not in a storage's description yet, what goes into it, and a catalogue made of one (crates/lake `describe.rs`).
+//! What is not in a storage's description yet, what goes into it (crates/lake `describe.rs`).
 
-use rakam_lake::describe::{Collection, File, Record};
-use rakam_lake::file_info::FileInfo;
-use rakam_lake::stats;
-use serde_json::{Map, Value};
+use rakam_lake::describe::{File, Record};
 
-use super::manifest::{self, NewFile};
 use crate::pg::spi::{self, View, arg};
 use crate::pg::{PgError, Result};
 
@@ -21,17 +17,14 @@ pub struct Progress {
     pub log_bytes: i64,
 }
 
-/// Storages with something that is not described, for which it is time.
-pub fn due(view: View, after_s: f64) -> Result<Vec<i32>> {
+/// Storages with something that is not described.
+pub fn due(view: View) -> Result<Vec<i32>> {
     spi::query(
         view,
         "SELECT s.storage_id FROM rakam_internal.storage s
-         LEFT JOIN rakam_internal.description d USING (storage_id)
-         WHERE s.kind <> 'local'
-           AND (d.described_at IS NULL OR d.described_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1))
-           AND EXISTS (SELECT FROM rakam_internal.description_due c WHERE c.storage_id = s.storage_id)
+         WHERE EXISTS (SELECT FROM rakam_internal.description_due c WHERE c.storage_id = s.storage_id)
          ORDER BY 1",
-        &[arg(after_s)],
+        &[],
         |row| row.must(1),
     )
 }
@@ -117,6 +110,22 @@ pub fn changes(view: View, storage_id: i32, most: i64) -> Result<(Vec<Change>, V
     Ok((changes, ids))
 }
 
+/// Objects that an interrupted job of a collection has announced, and perhaps written, are to be described as what does not
+/// count; the storages where they are. Under the collection's job lock.
+pub fn note_left_behind(collection_id: i32) -> Result<Vec<i32>> {
+    let storages: Vec<i32> = spi::query(
+        View::Current,
+        "INSERT INTO rakam_internal.description_due (storage_id, project_id, collection_id, path)
+         SELECT i.storage_id, c.project_id, i.collection_id, i.path
+         FROM rakam_internal.file_intent i JOIN rakam_internal.collection c USING (collection_id)
+         WHERE i.collection_id = $1 RETURNING storage_id",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )?;
+    let distinct: std::collections::BTreeSet<i32> = storages.into_iter().collect();
+    Ok(distinct.into_iter().collect())
+}
+
 /// These changes are described.
 pub fn described(ids: &[i64]) -> Result<()> {
     spi::execute(
@@ -138,7 +147,7 @@ const COLLECTION: &str = "SELECT (to_jsonb(c) - 'ft')::text, c.collection_id, c.
        FROM rakam_internal.dropped_field f WHERE f.collection_id = c.collection_id)::text
     FROM rakam_internal.collection c";
 
-const FILE: &str = "SELECT f.path, f.collection_id, f.n, f.bytes,
+const FILE: &str = "SELECT f.path, f.collection_id, f.n, f.bytes, f.level,
       (SELECT encode(d.positions, 'hex') FROM rakam_internal.deletion d WHERE d.kind = 'file' AND d.object_id = f.file_id)
     FROM rakam_internal.data_file f";
 
@@ -170,7 +179,8 @@ fn file_record(row: &spi::Row) -> Result<Record> {
         file: Some(File {
             n: row.must::<i64>(3)? as u64,
             bytes: row.must::<i64>(4)? as u64,
-            hidden: row.get(5),
+            level: row.must(5)?,
+            hidden: row.get(6),
         }),
     })
 }
@@ -220,24 +230,28 @@ fn gone(changes: &[Change], there: &[Record]) -> Vec<Record> {
         });
     }
     let gone = |change: &Change| match (&change.path, change.collection_id) {
-        (Some(path), collection_id) => (!known.contains(&(None, None, Some(path.as_str())))).then(|| {
-            Record::File {
+        (Some(path), collection_id) => {
+            (!known.contains(&(None, None, Some(path.as_str())))).then(|| Record::File {
                 path: path.clone(),
                 collection_id: collection_id.unwrap_or_default(),
                 file: None,
-            }
-        }),
-        (None, Some(id)) => (!known.contains(&(None, Some(id), None))).then(|| Record::Collection {
-            collection_id: id,
-            project_id: change.project_id,
-            row: None,
-            fields: Vec::new(),
-            dropped_fields: Vec::new(),
-        }),
-        (None, None) => (!known.contains(&(Some(change.project_id), None, None))).then(|| Record::Project {
-            project_id: change.project_id,
-            row: None,
-        }),
+            })
+        }
+        (None, Some(id)) => {
+            (!known.contains(&(None, Some(id), None))).then(|| Record::Collection {
+                collection_id: id,
+                project_id: change.project_id,
+                row: None,
+                fields: Vec::new(),
+                dropped_fields: Vec::new(),
+            })
+        }
+        (None, None) => {
+            (!known.contains(&(Some(change.project_id), None, None))).then_some(Record::Project {
+                project_id: change.project_id,
+                row: None,
+            })
+        }
     };
     changes.iter().filter_map(gone).collect()
 }
@@ -296,177 +310,5 @@ pub fn out_of_use(view: View, storage_id: i32) -> Result<Vec<Record>> {
                 file: None,
             })
         },
-    )
-}
-
-/// Whether the catalogue of this storage is being made anew: until it is whole, the storage tells more than it does.
-pub fn is_rebuilding(storage_id: i32) -> Result<bool> {
-    Ok(spi::run(
-        View::Current,
-        "SELECT FROM rakam_internal.rebuild WHERE storage_id = $1 AND finished_at IS NULL",
-        &[arg(storage_id)],
-        |_| Ok(()),
-    )? > 0)
-}
-
-/// Begins or goes on making the catalogue of a storage anew. Errors: 55000 there are projects that did not come so, or it
-/// is done.
-pub fn begin_rebuild(storage_id: i32, storage: &str) -> Result<()> {
-    let (others, finished): (i64, bool) = spi::first(
-        View::Current,
-        "SELECT (SELECT count(*) FROM rakam_internal.project p
-                 WHERE p.storage_id NOT IN (SELECT r.storage_id FROM rakam_internal.rebuild r)),
-                EXISTS (SELECT FROM rakam_internal.rebuild r WHERE r.storage_id = $1 AND r.finished_at IS NOT NULL)",
-        &[arg(storage_id)],
-        |row| Ok((row.must(1)?, row.must(2)?)),
-    )?
-    .unwrap_or_default();
-    if finished {
-        return Err(PgError::new(
-            "55000",
-            format!("the catalog of storage \"{storage}\" has been rebuilt in this database"),
-        )
-        .hint("A second time would bring back what was deleted since; use another database."));
-    }
-    if others > 0 {
-        return Err(
-            PgError::new("55000", "the database has projects already").hint(
-                "A catalog is rebuilt in an empty database: CREATE DATABASE, CREATE EXTENSION rakam, CREATE SERVER with \
-                 the url of the storage, and then rakam.rebuild_catalog.",
-            ),
-        );
-    }
-    spi::execute(
-        "INSERT INTO rakam_internal.rebuild (storage_id) VALUES ($1) ON CONFLICT DO NOTHING",
-        &[arg(storage_id)],
-    )?;
-    Ok(())
-}
-
-/// The catalogue is whole.
-pub fn finish_rebuild(storage_id: i32) -> Result<()> {
-    spi::execute(
-        "UPDATE rakam_internal.rebuild SET finished_at = pg_catalog.clock_timestamp() WHERE storage_id = $1",
-        &[arg(storage_id)],
-    )?;
-    Ok(())
-}
-
-fn text(value: &impl serde::Serialize) -> Result<String> {
-    serde_json::to_string(value).map_err(|e| PgError::internal(format!("could not write JSON: {e}")))
-}
-
-/// Registers a project under its old id, without roles; false: it is there. Keys and quotas are not restored.
-pub fn restore_project(project_id: i32, storage_id: i32, row: &Map<String, Value>) -> Result<bool> {
-    let added = spi::execute(
-        "INSERT INTO rakam_internal.project
-           (project_id, name, storage_id, event_store, schema_mode, time_past, time_future, created_at)
-         SELECT $1, r.name, $2, r.event_store, coalesce(r.schema_mode, 'open'), coalesce(r.time_past, '20 years'),
-                coalesce(r.time_future, '1 day'), coalesce(r.created_at, pg_catalog.clock_timestamp())
-         FROM pg_catalog.jsonb_populate_record(NULL::rakam_internal.project, ($3::jsonb) - '{read_role,write_role,admin_role}'::text[]) r
-         ON CONFLICT (project_id) DO NOTHING",
-        &[arg(project_id), arg(storage_id), arg(text(row)?)],
-    )?;
-    Ok(added > 0)
-}
-
-/// Registers a collection under its old id, with its fields; nothing happens if it is there.
-pub fn restore_collection(collection_id: i32, collection: &Collection) -> Result<()> {
-    let id = arg(collection_id);
-    let project = arg(collection.project_id);
-    let added = spi::execute(
-        "INSERT INTO rakam_internal.collection (collection_id, project_id, name, schema_version, retention, created_at)
-         SELECT $1, $2, r.name, r.schema_version, r.retention, coalesce(r.created_at, pg_catalog.clock_timestamp())
-         FROM pg_catalog.jsonb_populate_record(NULL::rakam_internal.collection, $3::jsonb) r
-         ON CONFLICT (collection_id) DO NOTHING",
-        &[id, project, arg(text(&collection.row)?)],
-    )?;
-    if added == 0 {
-        return Ok(());
-    }
-    spi::execute(
-        "INSERT INTO rakam_internal.field (collection_id, field_id, project_id, name, type, declared, added_version, added_at)
-         SELECT $1, f.field_id, $2, f.name, f.type, coalesce(f.declared, false), f.added_version,
-                coalesce(f.added_at, pg_catalog.clock_timestamp())
-         FROM pg_catalog.jsonb_populate_recordset(NULL::rakam_internal.field, $3::jsonb) f",
-        &[id, project, arg(text(&collection.fields)?)],
-    )?;
-    spi::execute(
-        "INSERT INTO rakam_internal.dropped_field
-           (collection_id, field_id, project_id, name, type, added_version, added_at, dropped_version, dropped_xid, dropped_at)
-         SELECT $1, f.field_id, $2, f.name, f.type, f.added_version, coalesce(f.added_at, pg_catalog.clock_timestamp()),
-                f.dropped_version, f.dropped_xid, coalesce(f.dropped_at, pg_catalog.clock_timestamp())
-         FROM pg_catalog.jsonb_populate_recordset(NULL::rakam_internal.dropped_field, $3::jsonb) f",
-        &[id, project, arg(text(&collection.dropped_fields)?)],
-    )?;
-    Ok(())
-}
-
-/// New projects and collections get ids that the old catalogue has not given.
-pub fn advance_ids(next_ids: (i32, i32)) -> Result<()> {
-    spi::first(
-        View::Current,
-        "SELECT pg_catalog.setval('rakam_internal.project_project_id', greatest($1::int8,
-                  (SELECT max(project_id) + 1 FROM rakam_internal.project),
-                  (SELECT last_value + is_called::int FROM rakam_internal.project_project_id)), false),
-                pg_catalog.setval('rakam_internal.collection_collection_id', greatest($2::int8,
-                  (SELECT max(collection_id) + 1 FROM rakam_internal.collection),
-                  (SELECT last_value + is_called::int FROM rakam_internal.collection_collection_id)), false)",
-        &[arg(next_ids.0), arg(next_ids.1)],
-        |_| Ok(()),
-    )?;
-    Ok(())
-}
-
-/// The files of a storage that are in the manifest already, of those given.
-pub fn known_files(paths: &[String]) -> Result<Vec<String>> {
-    spi::query(
-        View::Current,
-        "SELECT path FROM rakam_internal.data_file WHERE path = ANY ($1)",
-        &[arg(paths.to_vec())],
-        |row| row.must(1),
-    )
-}
-
-/// Enters a file in the manifest by what it says of itself; its id.
-pub fn restore_file(
-    storage_id: i32,
-    project_id: i32,
-    collection_id: i32,
-    path: &str,
-    info: &FileInfo,
-) -> Result<i64> {
-    manifest::add_file(&NewFile {
-        project_id,
-        collection_id,
-        storage_id,
-        path,
-        schema_version: info.schema_version,
-        period: info.period.as_str(),
-        first_day: info.first_day,
-        n: info.n as i64,
-        bytes: info.bytes as i64,
-        min_time_us: info.min_time_us,
-        max_time_us: info.max_time_us,
-        min_xid: info.min_xid,
-        max_xid: info.max_xid,
-        has_extra: info.has_extra,
-        flush_id: info.flush_id,
-        footer_bytes: info.footer_bytes as i32,
-        footer: &info.footer,
-        stats: &stats::encode(&info.stats),
-    })
-}
-
-/// What was restored of a storage: project, collection, files, events.
-pub fn restored(storage_id: i32) -> Result<Vec<(String, String, i64, i64)>> {
-    spi::query(
-        View::Current,
-        "SELECT p.name, c.name, coalesce(s.files, 0), coalesce(s.cold_events, 0)
-         FROM rakam_internal.project p JOIN rakam_internal.collection c USING (project_id)
-         LEFT JOIN rakam_internal.collection_stat s USING (collection_id)
-         WHERE p.storage_id = $1 ORDER BY 1, 2",
-        &[arg(storage_id)],
-        |row| Ok((row.must(1)?, row.must(2)?, row.must(3)?, row.must(4)?)),
     )
 }

@@ -560,6 +560,8 @@ pub fn deferred_due(
                            WHERE f.path = d.path AND f.storage_id = d.storage_id)
            AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i
                            WHERE i.path = d.path AND i.storage_id = d.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.description_due c
+                           WHERE c.path = d.path AND c.storage_id = d.storage_id)
          ORDER BY d.removed_at LIMIT $4",
         &[arg(storage_id), xid8(horizon), arg(retention_s), arg(limit)],
         |row| row.must(1),

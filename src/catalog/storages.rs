@@ -271,6 +271,8 @@ pub fn need_care(horizon: u64, retention_s: f64, idle_s: f64, check_s: f64) -> R
            WHERE s.kind <> 'local' AND coalesce(t.retry_at <= pg_catalog.clock_timestamp(), true)
              AND (coalesce(t.reached_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3), true)
                OR t.checked_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $4)
+               OR EXISTS (SELECT FROM rakam_internal.description_due c WHERE c.storage_id = s.storage_id)
+                  AND coalesce(t.standing <> 'foreign', true)
                OR EXISTS (SELECT FROM rakam_internal.file_intent i WHERE i.storage_id = s.storage_id
                             AND i.created_at < pg_catalog.clock_timestamp() - interval '10 seconds')))
          OR EXISTS (SELECT FROM rakam_internal.file_deferred d

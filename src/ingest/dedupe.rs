@@ -158,6 +158,20 @@ impl Deduper {
         Ok(Some(mask))
     }
 
+    /// Takes ids for known that events have which are stored already. As [`keep`](Self::keep), but nothing is dropped and
+    /// counted.
+    pub fn remember(
+        &mut self,
+        project_id: i32,
+        collection_id: i32,
+        events: &[(String, i64)],
+    ) -> Result<()> {
+        let events = events.iter().map(|(id, at)| (Some(id.as_str()), *at));
+        self.keep(project_id, collection_id, events)?;
+        self.dropped.clear();
+        Ok(())
+    }
+
     fn known(&mut self, project_id: i32, window_us: i64, entries: &[IdEntry]) -> Result<Vec<bool>> {
         let view = View::Under(self.snapshot.get());
         if self.runs.is_none() {

@@ -29,6 +29,8 @@ pub enum LockOn {
     IdMerge(i32),
     /// The comparison of a storage with the manifest.
     Check(i32),
+    /// The description of a storage: it is written, or read to rebuild a catalogue.
+    Describe(i32),
     /// A load of files, by a hash of its key: the same call runs once at a time.
     Load(i32),
 }
@@ -50,6 +52,7 @@ impl LockOn {
             Self::Load(key) => (106, key),
             Self::Check(storage_id) => (107, storage_id),
             Self::Compaction(id) => (108, id),
+            Self::Describe(storage_id) => (109, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -3,7 +3,7 @@
 
 mod access;
 mod keys;
-mod objects;
+pub mod objects;
 mod schemas;
 mod settings;
 mod values;

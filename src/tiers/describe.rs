@@ -2,19 +2,18 @@
 //!
 //! What changes leaves rows in `description_due`, by triggers, in its own transaction. A step takes them all, of every
 //! collection, and what there is to say of them now, under one snapshot; writes one object, outside of any transaction; and
-//! deletes the rows. So the cost is an object in [`INTERVAL`] for a storage, however many projects change. A crash in between
+//! deletes the rows. So the background writes an object for a
+//! storage when it sees after it (every ten seconds, while anything changes), however many projects do. A crash in between
 //! leaves an object of which the next one says everything again.
 //!
 //! No object of a file is deleted before the storage says that the file does not count: see `manifest::deferred_due`.
-
-use std::time::Duration;
 
 use bytes::Bytes;
 use rakam_lake::describe::{Header, LAST_PART, Name, PREFIX, Record, Writer};
 use uuid::Uuid;
 
 use crate::catalog::description::{self, Progress};
-use crate::catalog::storages;
+use crate::catalog::{rebuild, storages};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
@@ -23,8 +22,6 @@ use crate::pg::{PgError, Result, failpoint, wait};
 use crate::tiers::object::Remote;
 use crate::tiers::owner;
 
-/// In the background a storage is described so often, while anything changes.
-const INTERVAL: Duration = Duration::from_secs(10);
 /// Changes of one log.
 const LOG_CHANGES: i64 = 10_000;
 /// A part of a state ends behind the collection with which it is so large.
@@ -34,14 +31,9 @@ const LOGS_MIN_BYTES: i64 = 1 << 20;
 
 type Outcome<T> = std::result::Result<T, Failure>;
 
-/// The storages whose descriptions are behind.
-pub fn due() -> Outcome<Vec<i32>> {
-    xact::worker(|| description::due(View::Current, INTERVAL.as_secs_f64()))
-}
-
 /// Describes every storage as it is now. For called functions: whatever fails is left to the background, which tells of it.
 pub fn all() -> Outcome<()> {
-    for storage_id in xact::worker(|| description::due(View::Current, 0.0))? {
+    for storage_id in xact::worker(|| description::due(View::Current))? {
         match storage(storage_id) {
             Err(Failure::Error(error)) => error.log(),
             outcome => outcome?,
@@ -50,17 +42,28 @@ pub fn all() -> Outcome<()> {
     Ok(())
 }
 
+/// Before the events of a collection are written once more, after a crash: what an earlier attempt has written of them is
+/// said not to count, or a catalogue made of the storage would count them twice. Under the collection's job lock.
+pub fn left_behind(collection_id: i32) -> Outcome<()> {
+    for storage_id in xact::worker(|| description::note_left_behind(collection_id))? {
+        storage(storage_id)?;
+    }
+    Ok(())
+}
+
 /// Brings the description of a storage up to date.
 pub fn storage(storage_id: i32) -> Outcome<()> {
     let _turn = SessionLock::take(LockOn::Describe(storage_id));
-    if xact::worker(|| description::is_rebuilding(storage_id))? {
+    if xact::worker(|| rebuild::is_rebuilding(storage_id))? {
         return Ok(());
     }
     let Some(remote) = Remote::open(storage_id)? else {
         return Ok(());
     };
-    // Of a copy of the database nobody wants to know. A storage without a fence has a folder for each copy.
-    if !owner::look(&remote)? && xact::worker(|| storages::is_foreign(storage_id))? {
+    // What a copy of the database does elsewhere is not to be told here. Where there is no fence, each has its folder.
+    owner::claim(&remote)?;
+    if !owner::look(&remote)? && xact::worker(|| storages::fence(storage_id))?.standing == "foreign"
+    {
         return Ok(());
     }
     let writer = xact::worker(storages::writer)?.to_string();
@@ -72,6 +75,7 @@ pub fn storage(storage_id: i32) -> Outcome<()> {
         wait::check_interrupts();
         progress.number += 1;
         progress.log_bytes += log.len() as i64;
+        failpoint::hit("describe.before_put");
         put(&remote, &name(&writer, progress.number, None), log)?;
         failpoint::hit("describe.after_put");
         xact::worker(|| {
@@ -92,7 +96,9 @@ fn name(writer: &str, number: i64, part: Option<u32>) -> Name {
 }
 
 fn put(remote: &Remote, name: &Name, object: Bytes) -> Outcome<()> {
-    remote.put(&name.path(), object).map_err(|e| Failure::Error(e.into()))
+    remote
+        .put(&name.path(), object)
+        .map_err(|e| Failure::Error(e.into()))
 }
 
 fn header(view: View) -> Result<Header> {
@@ -125,7 +131,14 @@ fn write_state(remote: &Remote, writer: &str, progress: &mut Progress) -> Outcom
     let mut write = |part: Option<u32>, object: Bytes| {
         bytes += object.len() as i64;
         let part = part.ok_or_else(|| Failure::Error(too_large()))?;
-        put(remote, &Name { part: Some(part), ..whole.clone() }, object)
+        put(
+            remote,
+            &Name {
+                part: Some(part),
+                ..whole.clone()
+            },
+            object,
+        )
     };
     let begin = || xact::worker(|| Ok(Writer::new(&header(View::Current)?)?));
     let mut open = begin()?;
@@ -148,7 +161,10 @@ fn write_state(remote: &Remote, writer: &str, progress: &mut Progress) -> Outcom
             }
         }
     }
-    add(&mut open, &xact::worker(|| description::out_of_use(View::Current, storage_id))?)?;
+    add(
+        &mut open,
+        &xact::worker(|| description::out_of_use(View::Current, storage_id))?,
+    )?;
     write(parts.next(), finish(open)?)?;
     write(Some(LAST_PART), finish(begin()?)?)?;
     let before = progress.state.replace(progress.number);
@@ -186,7 +202,9 @@ fn delete_before(remote: &Remote, writer: &str, number: u64) -> Outcome<()> {
     })?;
     for name in old {
         wait::check_interrupts();
-        remote.delete(&name.path()).map_err(|e| Failure::Error(e.into()))?;
+        remote
+            .delete(&name.path())
+            .map_err(|e| Failure::Error(e.into()))?;
     }
     Ok(())
 }

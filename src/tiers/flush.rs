@@ -30,7 +30,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
 use crate::tiers::object::{Home, Output};
-use crate::tiers::{delete, reach};
+use crate::tiers::{delete, describe, reach};
 
 const BATCH_ROWS: usize = 8192;
 /// Rows of a chunk that a split makes.
@@ -82,6 +82,7 @@ fn flush_locked(
     from_us: Option<i64>,
     _job: SessionLock,
 ) -> std::result::Result<Flushed, Failure> {
+    describe::left_behind(collection_id)?;
     let bounds = bounds();
     // Chunks digested meanwhile are left for the next flush, so that a busy collection ends, too.
     let mut chunks = spans(collection_id)?;

@@ -12,7 +12,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{cache, failpoint, guc, relation, wait};
 use crate::tiers::object::Remote;
-use crate::tiers::{check, owner, reach};
+use crate::tiers::{check, describe, owner, reach};
 
 /// How much later than its gap allows a session may still get events with times of then.
 const LATE_VISITS: Duration = Duration::from_secs(3600);
@@ -103,7 +103,10 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
             check::storage(storage_id, Some(&remote), check::Depth::Listing)?;
         }
     }
-    Ok(abandoned(storage_id, &remote)? + deferred(storage_id, Some(&remote))?)
+    let abandoned = abandoned(storage_id, &remote)?;
+    // Before files go: that they do not count any more.
+    describe::storage(storage_id)?;
+    Ok(abandoned + deferred(storage_id, Some(&remote))?)
 }
 
 /// Deletes what was announced and never entered the manifest.

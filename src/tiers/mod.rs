@@ -5,6 +5,7 @@ pub mod check;
 pub mod compact;
 pub mod ddl;
 pub mod delete;
+pub mod describe;
 pub mod erase;
 pub mod flush;
 pub mod gc;

@@ -11,7 +11,7 @@ use rakam_event::types::FieldType;
 use serde_json::json;
 
 use super::task::{self, Scope, Task};
-use super::{attach, definitions, delete, storages};
+use super::{attach, definitions, delete, rebuild, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
 use crate::catalog::retention::{self, Keep};
@@ -24,7 +24,9 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
-use crate::tiers::{compact, ddl, erase, flush, ids, merge, reach, rewrite, rotate, upkeep};
+use crate::tiers::{
+    compact, ddl, describe, erase, flush, ids, merge, reach, rewrite, rotate, upkeep,
+};
 
 /// One round of all background work, covering everything committed before the call.
 /// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
@@ -265,7 +267,13 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
             digest::catch_up(None)?;
             sync_for(Duration::from_secs(1)).map(|()| json!(null))
         }
-        Task::Delete(deletion) => delete::perform(deletion),
+        Task::Delete(deletion) => {
+            let deleted = delete::perform(deletion)?;
+            // What was deleted stays deleted, also for a catalogue made of the storage alone.
+            describe::all()?;
+            Ok(deleted)
+        }
+        Task::Rebuild { storage } => rebuild::perform(storage),
         Task::CreateCollection { project_id, name } => {
             xact::worker(|| registry::add_collection(*project_id, name))?;
             sync_until(Duration::from_secs(5), || {
@@ -279,7 +287,11 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
             field,
             ty,
         } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
-        Task::Change(change) => definitions::perform(change).map(|()| json!(null)),
+        Task::Change(change) => {
+            definitions::perform(change)?;
+            describe::all()?;
+            Ok(json!(null))
+        }
         Task::Attach(request) => attach::perform(request).map(|left_out| json!(left_out)),
         Task::Detach(request) => attach::undo(request).map(|()| json!(null)),
         Task::CheckStorage { storage_id } => storages::check(*storage_id).map(|()| json!(null)),
@@ -360,6 +372,7 @@ fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failur
         ));
     }
     rotate_inbox()?;
+    describe::all()?;
     Ok(json!(rows))
 }
 
@@ -391,6 +404,7 @@ fn perform_compact(scope: &Scope) -> std::result::Result<serde_json::Value, Fail
         ));
     }
     rotate_inbox()?;
+    describe::all()?;
     Ok(json!(rows))
 }
 
@@ -422,7 +436,8 @@ fn perform_keep(
         flush::collection_since(id, Some(before_us))?;
         compact::remove_before(id, before_us)?;
     }
-    xact::worker(|| retention::set(id, keep))
+    xact::worker(|| retention::set(id, keep))?;
+    describe::all()
 }
 
 /// Empties what can be emptied of the inbox, where deleted events still are.

@@ -14,6 +14,7 @@ pub mod functions;
 mod health;
 pub mod helper;
 pub mod launcher;
+mod rebuild;
 pub mod resident;
 pub mod status;
 pub mod stop;

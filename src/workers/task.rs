@@ -66,6 +66,10 @@ pub enum Task {
     AdoptStorage {
         storage_id: i32,
     },
+    /// Make the catalogue anew from a storage.
+    Rebuild {
+        storage: String,
+    },
     /// Load files into a collection.
     CopyFrom(load::Request),
 }

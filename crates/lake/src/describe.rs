@@ -130,6 +130,9 @@ pub enum Record {
 pub struct File {
     pub n: u64,
     pub bytes: u64,
+    /// How often its events were put together with others.
+    #[serde(default)]
+    pub level: i16,
     /// Rows that are deleted, as [`RowSet`] encodes them, in hexadecimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden: Option<String>,

@@ -6,7 +6,9 @@ use arrow::datatypes::{DataType, Schema as ArrowSchema, TimeUnit};
 use bytes::Bytes;
 use parquet::arrow::parquet_to_arrow_schema;
 use parquet::file::metadata::ParquetMetaData;
-use rakam_event::schema::{EXTRA, FIRST_USER_FIELD_ID, SYSTEM_FIELDS, TIME, XID_FIELD_ID};
+use rakam_event::schema::{
+    EXTRA, FIRST_USER_FIELD_ID, RECEIVED_AT, SYSTEM_FIELDS, TIME, XID_FIELD_ID,
+};
 use rakam_event::types::FieldType;
 use uuid::Uuid;
 
@@ -49,6 +51,8 @@ pub struct FileInfo {
     pub max_time_us: i64,
     pub min_xid: i64,
     pub max_xid: i64,
+    /// When the last of its events was received.
+    pub max_received_us: i64,
     pub has_extra: bool,
     pub stats: Vec<ColumnStat>,
     /// For `data_file_footer`, as [`crate::write::WrittenFile`] has it.
@@ -163,6 +167,7 @@ fn info(metadata: &ParquetMetaData, end: &Bytes, size: u64) -> Result<FileInfo, 
         max_time_us,
         min_xid,
         max_xid,
+        max_received_us: range(system(RECEIVED_AT))?.1,
         has_extra: extra.is_some_and(|stat| stat.null_count < n as i64),
         stats,
         footer: seal_footer(end, size)?,

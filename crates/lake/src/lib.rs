@@ -17,6 +17,7 @@ pub mod error;
 pub mod file_info;
 pub mod footer;
 pub mod id_filter;
+pub mod id_reader;
 pub mod id_run;
 pub mod id_set;
 pub mod merge;

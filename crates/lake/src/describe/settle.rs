@@ -23,8 +23,9 @@ impl State {
     ///
     /// An operation that made files of other files counts if all of its files are there, or if one of the others is
     /// not there any more (they go once it is committed); else the others count. Two operations on the same file: the
-    /// later one, for a file is replaced once. Files made of events straight from the database count: no events of theirs
-    /// are elsewhere in the storage, because what a crash left of an attempt is deleted before the next one.
+    /// later one, for a file is replaced once; and on a file that the description does not count: none, for what replaced it is
+    /// described. Files made of events straight from the database count: no events of theirs
+    /// are elsewhere in the storage, because what a crash left of an attempt is described as none before the next one.
     pub fn settle(
         &mut self,
         mut found: Vec<(String, FileInfo)>,
@@ -44,10 +45,21 @@ impl State {
             !is_dropped && info.collection_id.is_some()
         });
 
-        let replaced = replaced(&found, present);
+        let live = self.header.is_some().then(|| {
+            let paths = self.files.keys().chain(found.iter().map(|(path, _)| path));
+            paths.filter_map(|path| object_id(path)).collect()
+        });
+        let replaced = replaced(&found, present, live);
         let is_replaced =
             |path: &str| object_id(path).is_some_and(|id| replaced.inputs.contains(&id));
-        self.files.retain(|path, _| !is_replaced(path));
+        let gone = &mut self.gone;
+        self.files.retain(|path, _| {
+            let counts = !is_replaced(path);
+            if !counts {
+                gone.insert(path.clone());
+            }
+            counts
+        });
         for (path, info) in found {
             let counts = info.replaces.is_none() || replaced.operations.contains(&info.flush_id);
             if !counts || is_replaced(&path) {
@@ -62,7 +74,15 @@ impl State {
             self.files.insert(path, file);
         }
         self.name_apart();
+        self.gone.extend(refused.iter().cloned());
         refused
+    }
+
+    /// Data files in the storage that are known not to count: the next owner has to know that of them, too.
+    pub fn out_of_use(&self, present: &HashSet<String>) -> Vec<String> {
+        let mut paths: Vec<String> = self.gone.intersection(present).cloned().collect();
+        paths.sort_unstable();
+        paths
     }
 
     /// The collection of a file, with the file's fields.
@@ -77,13 +97,13 @@ impl State {
         let is_new = !self.collections.contains_key(&collection_id);
         let collection = self.collections.entry(collection_id).or_default();
         let version = number(&collection.row, "schema_version").max(info.schema_version);
-        let is_newest = number(&collection.row, "schema_version") <= info.schema_version;
         if is_new {
             collection.project_id = project_id;
-            // A later file of a collection that the description does not know may have another name.
             collection.row.insert("unknown".to_owned(), true.into());
         }
-        if is_new || is_newest && collection.row.contains_key("unknown") {
+        // The last file has the last name: of a collection that is not described, and of one that is renamed since.
+        let described_us = self.header.as_ref().map_or(i64::MIN, |h| h.at_us);
+        if collection.row.contains_key("unknown") || begun_us(info.flush_id) >= described_us {
             collection
                 .row
                 .insert("name".to_owned(), info.collection.clone().into());
@@ -179,7 +199,12 @@ struct Replaced {
     inputs: HashSet<Uuid>,
 }
 
-fn replaced(found: &[(String, FileInfo)], present: &HashSet<String>) -> Replaced {
+/// `live`: what an operation can have replaced, where that is known.
+fn replaced(
+    found: &[(String, FileInfo)],
+    present: &HashSet<String>,
+    live: Option<HashSet<Uuid>>,
+) -> Replaced {
     let ids: HashSet<Uuid> = present.iter().filter_map(|path| object_id(path)).collect();
     // Newest last, as `found` is.
     let mut operations: Vec<(Uuid, Vec<&FileInfo>)> = Vec::new();
@@ -196,7 +221,8 @@ fn replaced(found: &[(String, FileInfo)], present: &HashSet<String>) -> Replaced
         let inputs: HashSet<Uuid> = all.flat_map(|replaces| &replaces.ids).copied().collect();
         let is_whole = outputs.is_some_and(|n| n as usize == files.len());
         let counts = is_whole || inputs.iter().any(|input| !ids.contains(input));
-        if counts && replaced.inputs.is_disjoint(&inputs) {
+        let is_late = live.as_ref().is_some_and(|live| !inputs.is_subset(live));
+        if counts && !is_late && replaced.inputs.is_disjoint(&inputs) {
             replaced.operations.insert(id);
             replaced.inputs.extend(inputs);
         }

@@ -38,6 +38,7 @@ fn plain() -> Option<File> {
     Some(File {
         n: 10,
         bytes: 1_000,
+        level: 0,
         hidden: None,
     })
 }
@@ -90,6 +91,7 @@ fn info(collection_id: i32, op: u128, replaces: Option<(&[&str], Option<u32>)>) 
         max_time_us: 0,
         min_xid: 3,
         max_xid: 3,
+        max_received_us: 0,
         has_extra: false,
         stats: vec![],
         footer: Bytes::new(),
@@ -102,11 +104,22 @@ fn live(described: &[&str], found: &[(&str, FileInfo)], present: &[&str]) -> Vec
     let mut records = vec![project(1), collection(1, 1, "c")];
     records.extend(described.iter().map(|path| file(path, 1, plain())));
     let mut state = state(&[object(0, 10, &records)]);
+    let found_paths: Vec<String> = found.iter().map(|(path, _)| (*path).to_owned()).collect();
     let found = found
         .iter()
         .map(|(path, info)| ((*path).to_owned(), info.clone()))
         .collect();
-    state.settle(found, &present.iter().map(|p| (*p).to_owned()).collect());
+    let present = present.iter().map(|p| (*p).to_owned()).collect();
+    state.settle(found, &present);
+    let gone = state.out_of_use(&present);
+    // Each of those found counts, or is known not to.
+    for path in &found_paths {
+        assert_ne!(
+            gone.contains(path),
+            state.files.contains_key(path),
+            "{path}"
+        );
+    }
     let mut live: Vec<String> = state.files.into_keys().collect();
     live.sort();
     live
@@ -199,6 +212,7 @@ fn logs_change_a_state_and_may_come_twice() {
     let hidden = Some(File {
         n: 10,
         bytes: 1_000,
+        level: 0,
         hidden: Some("ff".to_owned()),
     });
     let first = object(
@@ -273,6 +287,7 @@ fn hidden_rows_are_those_that_were_written() {
     let file = File {
         n: 5,
         bytes: 1,
+        level: 0,
         hidden: Some(hexadecimal),
     };
     assert_eq!(file.hidden().unwrap(), Some(set));
@@ -288,6 +303,8 @@ fn an_operation_counts_whole_or_not() {
     let rewrite = || info(1, 1, Some((&[a], Some(1))));
     assert_eq!(live(&[a], &[(b, rewrite())], &[a, b]), [b]);
     assert_eq!(live(&[a], &[(b, rewrite())], &[b]), [b]);
+    // Another has replaced it, and is described.
+    assert_eq!(live(&[c], &[(b, rewrite())], &[a, b, c]), [c]);
     // Two files for two: one is missing, and the old ones are all there; or one of those is gone as well.
     let two = || info(1, 1, Some((&[a, b], Some(2))));
     assert_eq!(live(&[a, b], &[(c, two())], &[a, b, c]), [a, b]);
