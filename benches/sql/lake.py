@@ -26,7 +26,9 @@ class DuckS3:
     """A DuckDB with the extension for S3, which packages have for this version only, in an environment of its own."""
 
     def __init__(self, environment: dict[str, str]):
-        folder = Path(os.environ.get("RAKAM_SERVICES_DIR", Path.home() / ".cache/rakam-services")) / "cache/venv-duckdb-s3"
+        folder = (
+            Path(os.environ.get("RAKAM_SERVICES_DIR", Path.home() / ".cache/rakam-services")) / "cache/venv-duckdb-s3"
+        )
         python = folder / "bin/python"
         if not (folder / ".installed").exists():
             venv.create(folder, with_pip=True, clear=True)
@@ -83,9 +85,7 @@ def _bucket(bench, services: Services) -> None:
                 " FROM heap_plain"
             )
         db.flush(project)
-    count, size = db.admin.execute(
-        "SELECT count(*), sum(bytes) FROM rakam.data_files WHERE project = 'far'"
-    ).fetchone()
+    count, size = db.admin.execute("SELECT count(*), sum(bytes) FROM rakam.data_files WHERE project = 'far'").fetchone()
     print(f"  far: {count} files, {size / 1e6:.1f} MB", flush=True)
     paths = [path for (path,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'far'")]
     duck = DuckS3({**env, "BENCH_ENDPOINT": env["FAULTPROXY_URL"]})
@@ -108,7 +108,9 @@ def _bucket(bench, services: Services) -> None:
     session = db.connect()
     session.execute("SET TimeZone = 'UTC'")
     for name, query in queries.items():
-        theirs = query.format(t=f"read_parquet({paths!r}, union_by_name = true)").replace("SELECT *", "SELECT * EXCLUDE (_xid)")
+        theirs = query.format(t=f"read_parquet({paths!r}, union_by_name = true)").replace(
+            "SELECT *", "SELECT * EXCLUDE (_xid)"
+        )
 
         def ours(table: str, query=query) -> float:
             return wall_s(lambda: session.execute(query.format(t=table)).fetchall())
@@ -130,8 +132,16 @@ def _bucket(bench, services: Services) -> None:
         bench.table.add(
             f"bucket, {name}: cold", shown["cold"], f"DuckDB {shown['duck']}", taken["cold"] / taken["duck"], "≤ 1.0"
         )
-        bench.table.add(f"bucket, {name}: warm", shown["warm"], f"file:// {shown['near']}", taken["warm"] / taken["near"], "")
-        bench.table.add(f"bucket, {name}: cold against warm", shown["cold"], f"warm {shown['warm']}", taken["cold"] / taken["warm"], "")
+        bench.table.add(
+            f"bucket, {name}: warm", shown["warm"], f"file:// {shown['near']}", taken["warm"] / taken["near"], ""
+        )
+        bench.table.add(
+            f"bucket, {name}: cold against warm",
+            shown["cold"],
+            f"warm {shown['warm']}",
+            taken["cold"] / taken["warm"],
+            "",
+        )
     duck.close()
     services.faults([])
 
@@ -177,4 +187,3 @@ def many_files(bench) -> None:
         f"{began * 1000:.0f} ms, {(memory() - day) / 1e6:+.0f} MB kept", "", None, "",
     )  # fmt: skip
     bench.table.add("memory of the session after queries of one day", f"{day / 1e6:.0f} MB", "", None, "")
-

@@ -208,7 +208,11 @@ class Bench:
             digests[kind].clear()
         cost = interleaved(self.repetitions, **{kind: lambda kind=kind: send(kind) for kind in kinds})
         digest = {kind: statistics.median(values) for kind, values in digests.items()}
-        for kind, what in (("identified", "with an `_id`"), ("mapped", "through a mapper in SQL"), ("wide", "with 100 more fields")):
+        for kind, what in (
+            ("identified", "with an `_id`"),
+            ("mapped", "through a mapper in SQL"),
+            ("wide", "with 100 more fields"),
+        ):
             for who, taken in (("backend", cost), ("digest and merge, worker", digest)):
                 self.table.add(
                     f"collect_batch text, {what}: {who} CPU per event (cost ratio)",
@@ -322,7 +326,9 @@ class Bench:
                 f"copy_from {kind}, {HISTORY:,} events", speed, f"COPY csv into heap {HISTORY / taken['heap']:,.0f}/s",
                 taken["heap"] / taken[kind], goal,
             )  # fmt: skip
-            self.table.add(f"copy_from {kind}", speed, f"DuckDB to Parquet {HISTORY / duck:,.0f}/s", duck / taken[kind], "")
+            self.table.add(
+                f"copy_from {kind}", speed, f"DuckDB to Parquet {HISTORY / duck:,.0f}/s", duck / taken[kind], ""
+            )
             self.table.add(f"copy_from {kind}, worker CPU per event", f"{cpu / HISTORY * 1e6:.2f} µs", "", None, "")
             before = self.workers_cpu()
             flush = wall_s(lambda project=project: self.db.flush(project))
@@ -331,7 +337,9 @@ class Bench:
                 "SELECT count(*), count(*) FILTER (WHERE bytes < pg_size_bytes(current_setting('rakam.target_file_size')) / 2)"
                 " FROM rakam.data_files WHERE project = %s", (project,),
             ).fetchone()  # fmt: skip
-            self.table.add(f"its flush, {flush:.0f} s: worker CPU per event", f"{cpu / HISTORY * 1e6:.2f} µs", "", None, "")
+            self.table.add(
+                f"its flush, {flush:.0f} s: worker CPU per event", f"{cpu / HISTORY * 1e6:.2f} µs", "", None, ""
+            )
             self.table.add("files; below half the target size", f"{files}; {small}", "", None, "≤ 40")
         shutil.rmtree(folder)
 

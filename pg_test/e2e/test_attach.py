@@ -104,7 +104,7 @@ def row(k: int) -> dict:
         "price": decimal.Decimal(k * 1001 - 5) / 1000,
         "huge": decimal.Decimal(f"{k}123456789012345678901234567890.12345"),
         "flag": k % 3 == 0,
-        "Text": ["", "größe", "it's \"quoted\" \\ {,}", f"u{k}", "A", "a"][k % 6],
+        "Text": ["", "größe", 'it\'s "quoted" \\ {,}', f"u{k}", "A", "a"][k % 6],
         "bytes": bytes([k % 256, 0, 255]),
         "day": datetime.date(2024, 1, 1) + datetime.timedelta(days=k % 400),
         "at_local": datetime.datetime(1969, 12, 31, 23, 59, 59, k),
@@ -142,7 +142,7 @@ CONDITIONS = [
     "\"Text\" = ''",
     "\"Text\" LIKE 'u1%'",
     "\"Text\" > 'a'",
-    "\"Text\" IS NULL",
+    '"Text" IS NULL',
     "bytes = '\\x0100ff'",
     "day > '2024-12-01'",
     "day IS NOT NULL AND k < 20",
@@ -176,10 +176,7 @@ def test_parquet_is_what_a_heap_table_with_the_same_rows_is(db, lake, folder):
         names = list(sql_types)
         cursor.executemany(
             f"INSERT INTO heap_typed VALUES ({', '.join(['%s'] * len(names))})",
-            [
-                [Jsonb(r[n]) if n == "object" and r[n] is not None else r[n] for n in names]
-                for r in rows
-            ],
+            [[Jsonb(r[n]) if n == "object" and r[n] is not None else r[n] for n in names] for r in rows],
         )
     assert differs(db, "typed", "heap_typed") == 0
     for pushdown in ("on", "off"):
@@ -580,7 +577,9 @@ def test_detach_and_attach_again(db, lake):
     assert [call for call, outcome in calls if outcome == "ok"] == [
         "attach", "detach", "attach", "attach", "detach",
     ]  # fmt: skip
-    assert db.one("SELECT to_regclass('rakam_internal.attached_table') = ANY (extconfig) FROM pg_extension WHERE extname = 'rakam'")
+    assert db.one(
+        "SELECT to_regclass('rakam_internal.attached_table') = ANY (extconfig) FROM pg_extension WHERE extname = 'rakam'"
+    )
 
 
 def test_a_dropped_project_takes_its_tables_along(db, lake, folder):
@@ -604,9 +603,7 @@ def test_a_limit_ends_early_and_a_cancel_at_once(db, lake, folder):
         (here / f"{part}.csv").write_text(",".join(f"c{n}" for n in range(20)) + "\n" + line * 200_000)
     size = sum(file.stat().st_size for file in here.iterdir())
     attach(db.admin, "long", here)
-    (plan,) = db.admin.execute(
-        "EXPLAIN (ANALYZE, TIMING off, FORMAT json) SELECT c1 FROM acme.long LIMIT 3"
-    ).fetchone()
+    (plan,) = db.admin.execute("EXPLAIN (ANALYZE, TIMING off, FORMAT json) SELECT c1 FROM acme.long LIMIT 3").fetchone()
     scan = plan[0]["Plan"]["Plans"][0]
     assert scan["Actual Rows"] == 3
     assert scan["Bytes Read"] < size * 3 / 4

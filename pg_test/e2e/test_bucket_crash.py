@@ -130,7 +130,7 @@ def test_kill_while_the_store_misbehaves(private_cluster, s3, seed, run):
             time.sleep(rng.uniform(0.2, 1.5))
             killed[kill_something(cluster, db, clients, rng)] += 1
             if rng.random() < 0.5:
-                try_to_flush(cluster, db)
+                try_to_flush(cluster, db, rng.random() < 0.5)
         for thread in [*clients, deleter]:
             thread.ended.set()
         for thread in [*clients, deleter]:

@@ -18,7 +18,14 @@ from harness.queries import COLUMNS, random_row
 PROJECT = "acme"
 # A statement of fewer rows leaves them to the digest (src/fdw/bulk.rs).
 FIRST_ROWS = 512
-WIDE = {"n": "bigint", "price": "numeric(10,2)", "ratio": "double precision", "tags": "text[]", "doc": "jsonb", "word": "text"}
+WIDE = {
+    "n": "bigint",
+    "price": "numeric(10,2)",
+    "ratio": "double precision",
+    "tags": "text[]",
+    "doc": "jsonb",
+    "word": "text",
+}
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +114,7 @@ def difference(connection: psycopg.Connection, one_table: str, other: str, colum
 
 
 @pytest.mark.parametrize("kind", ["copy", "insert"])
-@pytest.mark.parametrize(
-    ("rows", "where"), [(FIRST_ROWS - 1, "inbox"), (FIRST_ROWS, "chunks"), (4_000, "chunks")]
-)
+@pytest.mark.parametrize(("rows", "where"), [(FIRST_ROWS - 1, "inbox"), (FIRST_ROWS, "chunks"), (4_000, "chunks")])
 def test_few_rows_go_to_the_inbox_and_many_become_a_chunk(db, keys, session, kind, rows, where):
     table = make(db, f"road_{kind}_{rows}", {"n": "bigint"})
     if kind == "copy":
@@ -196,9 +201,7 @@ def test_an_event_has_one_limit_of_size(db, session, table):
                     f"INSERT INTO {table} (word) SELECT CASE WHEN g = {rows} THEN {long} END"
                     f" FROM generate_series(1, {rows}) g"
                 )
-        session.execute(
-            f"INSERT INTO {table} (word) SELECT repeat('x', 9000) FROM generate_series(1, {rows}) g"
-        )
+        session.execute(f"INSERT INTO {table} (word) SELECT repeat('x', 9000) FROM generate_series(1, {rows}) g")
     assert count(session, table) == 2_001
 
 
@@ -372,9 +375,7 @@ def test_cancel(session, table):
     session.execute("SAVEPOINT s")
     session.execute("SET LOCAL statement_timeout = '300ms'")
     with refused("57014"):
-        session.execute(
-            f"INSERT INTO {table} (n, word) SELECT g, md5(g::text) FROM generate_series(1, 100000000) g"
-        )
+        session.execute(f"INSERT INTO {table} (n, word) SELECT g, md5(g::text) FROM generate_series(1, 100000000) g")
     session.execute("ROLLBACK TO s")
     assert count(session, table) == 0
 
@@ -484,7 +485,9 @@ def test_triggers_see_what_was_inserted(db, session, table):
           INSERT INTO told SELECT TG_LEVEL, count(*) FROM {table};
           RETURN NULL;
         END $$""")
-    session.execute(f"CREATE TRIGGER of_row AFTER INSERT ON {table} FOR EACH ROW WHEN (NEW.n = 1) EXECUTE FUNCTION tell()")
+    session.execute(
+        f"CREATE TRIGGER of_row AFTER INSERT ON {table} FOR EACH ROW WHEN (NEW.n = 1) EXECUTE FUNCTION tell()"
+    )
     session.execute(f"CREATE TRIGGER of_all AFTER INSERT ON {table} FOR EACH STATEMENT EXECUTE FUNCTION tell()")
     session.execute(f"""
         CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -561,7 +564,9 @@ def source(db, keys):
             db.admin, PROJECT, "source",
             {"_id": f"odd{start}", "big": "not a number", "Other Name": [1, {"a": None}], "xmin": 1, "_ip": "10.0.0.1"},
         )  # fmt: skip
-        collect(db.admin, PROJECT, "source", {"_device_id": "d", "_session_id": "s", "_referrer": "r", "_user_agent": "a"})
+        collect(
+            db.admin, PROJECT, "source", {"_device_id": "d", "_session_id": "s", "_referrer": "r", "_user_agent": "a"}
+        )
         (db.flush if start == 0 else db.tick)()
     db.admin.execute(
         f"INSERT INTO {table} (_received_at, words) SELECT '2026-02-01'::timestamptz + g * interval '1 second', 'old'"
@@ -687,13 +692,15 @@ def test_many_targets_share_one_bound(db, keys, session):
     """Partitions that take turns: the largest buffer gives way, and no chunk is of a few rows."""
     tables = [make(db, f"crowd_{n}", {"n": "bigint"}) for n in range(12)]
     columns = ", ".join(
-        f'"{name}" {kind} ' + ('COLLATE "C"' if kind == "text" else "") for name, kind in columns_of(db, tables[0]).items()
+        f'"{name}" {kind} ' + ('COLLATE "C"' if kind == "text" else "")
+        for name, kind in columns_of(db, tables[0]).items()
     )
     session.execute(f"CREATE TABLE crowd ({columns}) PARTITION BY LIST (n)")
     for n, table in enumerate(tables):
         session.execute(f"ALTER TABLE crowd ATTACH PARTITION {table} FOR VALUES IN ({n})")
     grown = grown_mb(
-        session, "INSERT INTO crowd (n, _user) SELECT g % 12, repeat(md5(g::text), 256) FROM generate_series(1, 24000) g"
+        session,
+        "INSERT INTO crowd (n, _user) SELECT g % 12, repeat(md5(g::text), 256) FROM generate_series(1, 24000) g",
     )
     assert grown < 140
     for table in tables:

@@ -152,10 +152,12 @@ def test_events_deleted_while_their_file_is_merged(db, lake):
         send(db, "lakeside", "raced", range(number * 50, number * 50 + 50))
         db.flush("lakeside", "raced")
     announced = "SELECT count(*) FROM rakam_internal.file_intent WHERE purpose = 'compact'"
-    db.admin.execute(f'ALTER DATABASE "{db.name}" SET rakam.failpoint = \'compact.after_upload=sleep(1500)\'')
+    db.admin.execute(f"ALTER DATABASE \"{db.name}\" SET rakam.failpoint = 'compact.after_upload=sleep(1500)'")
     done: list = []
     with db.cluster.connect(db.name) as session:
-        caller = threading.Thread(target=lambda: done.extend(session.execute(COMPACT, ("lakeside", "raced")).fetchall()))
+        caller = threading.Thread(
+            target=lambda: done.extend(session.execute(COMPACT, ("lakeside", "raced")).fetchall())
+        )
         caller.start()
         try:
             wait_until(lambda: db.one(announced) > 0 or done, "the merge")
@@ -262,7 +264,7 @@ def test_cancelled(db, lake):
         send(db, "lakeside", "cut", range(number * 10, number * 10 + 10))
         db.flush("lakeside", "cut")
     session = db.connect()
-    db.admin.execute(f'ALTER DATABASE "{db.name}" SET rakam.failpoint = \'compact.after_intent=sleep(60000)\'')
+    db.admin.execute(f"ALTER DATABASE \"{db.name}\" SET rakam.failpoint = 'compact.after_intent=sleep(60000)'")
     try:
         session.execute("SET statement_timeout = '500ms'")
         with refused("57014"):
@@ -301,8 +303,12 @@ def test_crashes(private_cluster):
         assert compact(db, project, collection)[collection][:2] == [60, 1], point
         assert numbers(db.admin, f"{project}.{collection}") == list(range(60)), point
         assert db.tiers(project, collection) == {"inbox": 0, "hot": 0, "cold": 60}
-    manifest = {p.removeprefix("file://") for (p,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'lakeside'")}
-    wait_until(lambda: (db.tick(), {str(p) for p in folder.rglob("*.parquet")} == manifest)[1], "only the manifest's objects")
+    manifest = {
+        p.removeprefix("file://") for (p,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'lakeside'")
+    }
+    wait_until(
+        lambda: (db.tick(), {str(p) for p in folder.rglob("*.parquet")} == manifest)[1], "only the manifest's objects"
+    )
 
 
 def alive(db: Database) -> bool:
@@ -367,7 +373,8 @@ def test_random_steps_against_a_heap_table(db, lake, seed):
         # At noon of a day before today: no horizon of whole days falls upon them.
         days = [rng.randrange(1, 500) for _ in range(rng.randrange(1, 60))]
         rows = db.all(
-            "SELECT (date_trunc('hour', now()) - d * '1 day'::interval - '12 hours'::interval)::text FROM unnest(%s::int[]) d", days
+            "SELECT (date_trunc('hour', now()) - d * '1 day'::interval - '12 hours'::interval)::text FROM unnest(%s::int[]) d",
+            days,
         )
         events = [("twin", {"n": sent + i, "_time": at}) for i, (at,) in enumerate(rows)]
         assert collect_batch(db.admin, "lakeside", events)[0] == len(events)
@@ -405,5 +412,7 @@ def test_random_steps_against_a_heap_table(db, lake, seed):
             db.admin.execute("DELETE FROM twin WHERE _time < now() - %s * '1 day'::interval", (keep,))
         for query in ("SELECT n::int8, _time FROM {} ORDER BY n", "SELECT count(*) FROM {} WHERE n > 50"):
             assert db.all(query.format("lakeside.twin")) == db.all(query.format("twin")), f"seed {seed}: {done}, {keep}"
-        assert db.one("SELECT count(*) FROM lakeside._all WHERE _collection = 'twin'") == db.one("SELECT count(*) FROM twin")
+        assert db.one("SELECT count(*) FROM lakeside._all WHERE _collection = 'twin'") == db.one(
+            "SELECT count(*) FROM twin"
+        )
     print(f"seed {seed}: {done}; {sent} events, {db.one('SELECT count(*) FROM twin')} left")

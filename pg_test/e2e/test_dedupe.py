@@ -102,7 +102,9 @@ def test_every_pair_of_paths(db, project, table, place):
         own = f"FROM acme.{table} WHERE _id LIKE '{place}-%'"
         assert db.one(f"SELECT count(*) {own}") == len(once), stage
         assert db.one(f"SELECT count(n) {own} AND n = 1") == len(once), f"{stage}: another than the first copy"
-        assert db.one("SELECT count(*) FROM acme._all WHERE _collection = %s AND _id LIKE %s", table, f"{place}-%") == len(once)
+        assert db.one(
+            "SELECT count(*) FROM acme._all WHERE _collection = %s AND _id LIKE %s", table, f"{place}-%"
+        ) == len(once)
         if stage == "at once":
             db.tick()
         elif stage == "digested":
@@ -439,7 +441,12 @@ def test_the_edge_of_the_window_is_exact(db, project, table, digested):
     """Received a window apart is a copy, a microsecond more is not; in both directions of time."""
     now = datetime.now(UTC) - timedelta(hours=1)
     window, tick = timedelta(days=7), timedelta(microseconds=1)
-    cases = {"edge": (window, 1), "past": (window + tick, 2), "before": (-window, 1), "long_before": (-window - tick, 2)}
+    cases = {
+        "edge": (window, 1),
+        "past": (window + tick, 2),
+        "before": (-window, 1),
+        "long_before": (-window - tick, 2),
+    }
     ids = {name: f"{name}-{digested}" for name in cases}
     for name in cases:
         insert_at(db, table, ids[name], now - timedelta(days=3))

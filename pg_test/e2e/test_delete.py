@@ -17,6 +17,8 @@ from harness.database import collect, collect_batch, one, refused, wait_until
 from harness.numbered import DELETE, delete, fill, numbers, send
 
 RACE_SECONDS = float(os.environ.get("RAKAM_DELETE_SECONDS", "6"))
+
+
 @pytest.fixture(scope="module")
 def stores(cluster, db) -> list[str]:
     """Two projects: one in the default storage, one in a directory."""
@@ -72,7 +74,9 @@ def test_every_tier(db, stores, project):
     assert flushed["page"] == len([n for n in left if n >= 300])
     assert numbers(db.admin, table) == left
     assert db.tiers(project, "page") == {"inbox": 0, "hot": 0, "cold": len(left)}
-    stored, files = db.all("SELECT sum(n), count(*) FROM rakam.data_files WHERE project = %s AND collection = 'page'", project)[0]
+    stored, files = db.all(
+        "SELECT sum(n), count(*) FROM rakam.data_files WHERE project = %s AND collection = 'page'", project
+    )[0]
     assert stored == len(left)
     sizes = "SELECT cold_bytes, files FROM rakam.stat_collection WHERE project = %s AND collection = 'page'"
     assert db.all(sizes, project) == [
@@ -312,8 +316,14 @@ def test_code_in_a_condition_gains_nothing(db, stores):
 
     become = "PERFORM set_config('role', 'postgres', false); RETURN true;"
     assert tries("becomes", become).sqlstate == "42501"
-    assert tries("session", "PERFORM set_config('session_authorization', 'postgres', true); RETURN true;").sqlstate == "42501"
-    assert tries("who", "IF current_user <> 'mallory_deletes' THEN RAISE 'ran as %', current_user; END IF; RETURN n = 1;") == 1
+    assert (
+        tries("session", "PERFORM set_config('session_authorization', 'postgres', true); RETURN true;").sqlstate
+        == "42501"
+    )
+    assert (
+        tries("who", "IF current_user <> 'mallory_deletes' THEN RAISE 'ran as %', current_user; END IF; RETURN n = 1;")
+        == 1
+    )
     assert tries("drops", "EXECUTE 'DROP TABLE acme.notes'; RETURN true;").sqlstate in ("0A000", "25006", "42501")
     # Declared as something it is not: the transaction is read-only all the same.
     mallory.execute(
@@ -321,7 +331,11 @@ def test_code_in_a_condition_gains_nothing(db, stores):
         " $$ BEGIN INSERT INTO acme.notes VALUES (current_user); RETURN true; END $$"
     )
     assert tries("writes", "RETURN acme.really_writes();").sqlstate in ("0A000", "25006")
-    assert tries("opens", "EXECUTE 'SET TRANSACTION READ WRITE'; RETURN acme.really_writes();").sqlstate in ("0A000", "25001", "25006")
+    assert tries("opens", "EXECUTE 'SET TRANSACTION READ WRITE'; RETURN acme.really_writes();").sqlstate in (
+        "0A000",
+        "25001",
+        "25006",
+    )
     assert tries("temps", "EXECUTE 'CREATE TEMP TABLE t (x int)'; RETURN true;").sqlstate in ("0A000", "25006", "42501")
     assert tries("sets", "PERFORM set_config('search_path', 'acme', false); RETURN n = 2;") == 1
     assert tries("peeks", "RETURN EXISTS (SELECT FROM lakeside.secret);").sqlstate == "42501"
@@ -330,9 +344,14 @@ def test_code_in_a_condition_gains_nothing(db, stores):
         "CREATE FOREIGN TABLE acme.forged (n bigint) SERVER rakam OPTIONS (project 'lakeside', collection 'secret')"
     )
     assert delete(mallory, "acme", "code", "EXISTS (SELECT FROM acme.forged)") == 0
-    assert delete(mallory, "acme", "code", "n IN (SELECT object_id FROM rakam_internal.deletion WHERE project_id <> 1)") == 0
+    assert (
+        delete(mallory, "acme", "code", "n IN (SELECT object_id FROM rakam_internal.deletion WHERE project_id <> 1)")
+        == 0
+    )
     # An operator of the caller's schema does not stand in for Postgres'.
-    mallory.execute("CREATE FUNCTION acme.never(bigint, integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false'")
+    mallory.execute(
+        "CREATE FUNCTION acme.never(bigint, integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false'"
+    )
     mallory.execute("CREATE OPERATOR acme.= (LEFTARG = bigint, RIGHTARG = integer, FUNCTION = acme.never)")
     assert delete(mallory, "acme", "code", "n = 0 OR n = 3") == 2
     assert one(mallory, "SELECT count(*) FROM acme.notes") == 0
@@ -391,7 +410,8 @@ def test_cancel(db, stores):
         # All of it takes 50 s.
         assert time.monotonic() - start < 30
     wait_until(
-        lambda: db.one("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task'") == 0, "the worker's end"
+        lambda: db.one("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task'") == 0,
+        "the worker's end",
     )
     assert len(numbers(db.admin, "acme.slow")) == 500
 
@@ -424,7 +444,9 @@ def test_races(db, stores):
         batch = [next(sent) for _ in range(25)]
         with lock:
             under_way.add(batch[0])
-        collect_batch(session, "acme", [("raced", {"n": n, "_time": f"2026-01-{n % 5 + 1:02}T00:00:00Z"}) for n in batch])
+        collect_batch(
+            session, "acme", [("raced", {"n": n, "_time": f"2026-01-{n % 5 + 1:02}T00:00:00Z"}) for n in batch]
+        )
         with lock:
             committed.extend(batch)
             under_way.remove(batch[0])

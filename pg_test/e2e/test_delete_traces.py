@@ -77,7 +77,9 @@ def test_crashes(private_cluster):
 
 
 def manifest(db: Database) -> list[str]:
-    return [p.removeprefix("file://") for (p,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'lakeside'")]
+    return [
+        p.removeprefix("file://") for (p,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'lakeside'")
+    ]
 
 
 def alive(db: Database) -> bool:
@@ -102,7 +104,12 @@ def test_the_bytes_are_gone(private_cluster, storage):
     cluster: Cluster = private_cluster(
         # Nobody but the calls: a worker's or autovacuum's transaction would be an old snapshot that delays it.
         f"bytes-{storage}",
-        {"shared_preload_libraries": "", "rakam.file_retention": "0", "rakam.rotation_interval": "1h", "autovacuum": "off"},
+        {
+            "shared_preload_libraries": "",
+            "rakam.file_retention": "0",
+            "rakam.rotation_interval": "1h",
+            "autovacuum": "off",
+        },
     )
     db = Database(cluster, "bytes").create()
     folder = Path(cluster.make_folder("bytes-lake"))
@@ -196,7 +203,12 @@ def test_an_old_snapshot_only_delays_it(private_cluster):
     def gone() -> bool:
         db.admin.execute("CHECKPOINT")
         # One event is kept, and its bytes with it.
-        return all(f"{marker} {n}".encode() not in path.read_bytes() for n in (0, 7, 198) for path in base.rglob("*") if path.is_file())
+        return all(
+            f"{marker} {n}".encode() not in path.read_bytes()
+            for n in (0, 7, 198)
+            for path in base.rglob("*")
+            if path.is_file()
+        )
 
     wait_until(gone, "the bytes to go", timeout_s=180, pause_s=1)
 

@@ -135,7 +135,11 @@ def world(db):
     db.tick()
     db.admin.execute("CREATE VIEW err.of_n AS SELECT n FROM err.known")
     db.admin.execute("SELECT rakam.set_schema_mode('rigid', 'fixed')")
-    for project, quota in (("full", (None, None, 1, 1)), ("slow", (0, None, None, None)), ("small", (None, 1, None, None))):
+    for project, quota in (
+        ("full", (None, None, 1, 1)),
+        ("slow", (0, None, None, None)),
+        ("small", (None, 1, None, None)),
+    ):
         db.admin.execute("SELECT rakam.set_quota(%s, %s, %s, %s, %s)", (project, *quota))
     sessions = {"super": db.admin}
     for name, kinds in {"reader": ["read"], "writer": ["write"], "admin": ["admin"], "stranger": []}.items():

@@ -275,7 +275,12 @@ def test_bad_rows_and_misfits_are_told_with_file_and_line(db, lake, folder):
 
 
 def test_a_field_that_exists_keeps_its_type(db, lake, folder):
-    columns = {"n": [1, 2**60], "when": ["2025-01-01", "never"], "deep": [{"a": [1, 2]}, None], "f": [1.5, float("nan")]}
+    columns = {
+        "n": [1, 2**60],
+        "when": ["2025-01-01", "never"],
+        "deep": [{"a": [1, 2]}, None],
+        "f": [1.5, float("nan")],
+    }
     table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, folder / "types.parquet")
     for field, kind in (("n", "integer"), ("when", "timestamptz")):
@@ -293,7 +298,7 @@ def test_a_field_that_exists_keeps_its_type(db, lake, folder):
 
 def test_received_at_is_for_the_admin(db, lake, folder):
     path = folder / "restored.csv"
-    path.write_text("_received_at,_time,n,_extra\n2020-02-03T04:05:06Z,2020-02-03T04:05:00Z,1,\"{\"\"k\"\": 1}\"\n")
+    path.write_text('_received_at,_time,n,_extra\n2020-02-03T04:05:06Z,2020-02-03T04:05:00Z,1,"{""k"": 1}"\n')
     writer = db.login(PROJECT, "write", name="login_acme_loader")
     db.admin.execute("GRANT pg_read_server_files TO login_acme_loader")
     with refused("42501", hint="_received_at"):
@@ -322,15 +327,15 @@ def test_received_at_is_for_the_admin(db, lake, folder):
     at = datetime.datetime(2020, 2, 3, 4, 5, 7, tzinfo=datetime.UTC)
     assert rows[:2] == [(2, at), (3, at + datetime.timedelta(seconds=1))]
     assert rows[2][1] > at + datetime.timedelta(days=365)
-    assert db.all(
-        "SELECT value FROM rakam.invalid_value WHERE collection = 'restored' AND field = '_received_at'"
-    ) == [("then",)]
+    assert db.all("SELECT value FROM rakam.invalid_value WHERE collection = 'restored' AND field = '_received_at'") == [
+        ("then",)
+    ]
 
 
 def test_ids_and_mappers_take_the_inbox(db, lake, folder):
     """Copies of an event with an `_id` are looked for by the digest, and a mapper takes JSON."""
     path = folder / "ids.csv"
-    lines = [f"2025-01-01,{'' if n % 4 else n},{n},\"a, b\"" for n in range(400)]
+    lines = [f'2025-01-01,{"" if n % 4 else n},{n},"a, b"' for n in range(400)]
     path.write_text("\n".join(["_time,_id,n,word", *lines]) + "\n")
     assert load(db.admin, "with_ids", path) == 400
     db.tick()
@@ -364,8 +369,10 @@ def test_a_fixed_schema_and_the_audit_log(db, lake, folder):
     noted = db.all("SELECT call, object, outcome FROM rakam.audit_log WHERE project = 'settled' AND call = 'copy_from'")
     assert ("copy_from", "c", "ok") in noted
     wait_until(
-        lambda: ("copy_from", "c", "error 42703")
-        in db.all("SELECT call, object, outcome FROM rakam.audit_log WHERE project = 'settled'"),
+        lambda: (
+            ("copy_from", "c", "error 42703")
+            in db.all("SELECT call, object, outcome FROM rakam.audit_log WHERE project = 'settled'")
+        ),
         "the refused call in the log",
         20,
     )
@@ -477,7 +484,10 @@ def test_values_keep_their_type_in_parquet(db, lake, folder):
     query = """SELECT ARRAY[true, NULL] AS a, ARRAY[1.5, NULL]::float8[] AS b, ARRAY[0.25]::real[] AS c,
                       ARRAY['x,y', NULL, 'say "z"'] AS d, ARRAY[1, NULL]::int2[] AS e, ARRAY[7]::int[] AS f,
                       ARRAY[9007199254740993]::bigint[] AS g, '{}'::text[] AS h, NULL::int[] AS i, gen_random_uuid() AS u"""
-    assert save(db.admin, query + " UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL", path) == 2
+    assert (
+        save(db.admin, query + " UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL", path)
+        == 2
+    )
     schema = pyarrow.parquet.read_schema(path)
     assert [str(schema.field(c).type.value_type) for c in "abcdefgh"] == [
         "bool", "double", "double", "string", "int32", "int32", "int64", "string",
@@ -802,7 +812,9 @@ def test_a_backlog_in_any_order_is_written_month_by_month(private_cluster):
     assert db.admin.execute(summary).fetchone() == before == (rows, rows, sum(range(rows)))
     assert flushed[0][1] == rows and flushed[0][2] <= 64, flushed
     assert db.tiers(PROJECT, "h") == {"inbox": 0, "hot": 0, "cold": rows}
-    months = db.one("SELECT count(DISTINCT first_day) FROM rakam.data_files WHERE collection = 'h' AND period = 'month'")
+    months = db.one(
+        "SELECT count(DISTINCT first_day) FROM rakam.data_files WHERE collection = 'h' AND period = 'month'"
+    )
     assert months == 36
     few_files(db, "h")
     db.close()

@@ -79,7 +79,8 @@ def test_the_default_storage_compared_with_its_manifest(lake):
     db.admin.execute("DELETE FROM rakam_internal.local_object WHERE path = %s", (paths[0],))
     db.admin.execute("UPDATE rakam_internal.local_object SET data = data || 'x' WHERE path = %s", (paths[1],))
     db.admin.execute(
-        "UPDATE rakam_internal.local_object SET data = set_byte(data, length(data) - 30, 7) WHERE path = %s", (paths[2],)
+        "UPDATE rakam_internal.local_object SET data = set_byte(data, length(data) - 30, 7) WHERE path = %s",
+        (paths[2],),
     )
     db.admin.execute("INSERT INTO rakam_internal.local_object VALUES ('stray', 0, 1, 'x')")
     found = {(path, problem) for path, problem, _ in check(db, "rakam_local")}

@@ -72,7 +72,7 @@ def test_a_full_hot_tier_refuses_events_until_there_is_room(lake):
     set_limit(db, 0)
     wait_until(lambda: is_refused(db, "SELECT rakam.collect('acme', 'seen', '{\"n\": 1}')"), "the first refusal")
     for statement in (
-        "SELECT rakam.collect_batch('acme', '[{\"collection\": \"seen\", \"properties\": {}}]')",
+        'SELECT rakam.collect_batch(\'acme\', \'[{"collection": "seen", "properties": {}}]\')',
         "INSERT INTO acme.seen (n) VALUES (1)",
         "INSERT INTO acme.seen (n) SELECT generate_series(1, 20000)",
     ):

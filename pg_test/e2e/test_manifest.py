@@ -48,9 +48,7 @@ def test_a_day_is_found_among_many_files(many, role, analyzed):
         many.admin.execute("ANALYZE rakam_internal.data_file, rakam_internal.data_file_stat")
     session = many.connect(role)
     for year in (2023, 2024, 2025):
-        query = (
-            f"SELECT n FROM many.hit WHERE _time >= '{year}-03-04' AND _time < '{year}-03-05' AND n > 100"
-        )
+        query = f"SELECT n FROM many.hit WHERE _time >= '{year}-03-04' AND _time < '{year}-03-05' AND n > 100"
         with session.transaction():
             assert session.execute(query).fetchall() == [(year,)]
             begun = scans(many, session)

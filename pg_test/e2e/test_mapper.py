@@ -60,9 +60,7 @@ def events(db, collection, expression="properties", order="1"):
     """The events as JSON, whichever columns there are."""
     return [
         row[0]
-        for row in db.all(
-            f"SELECT {expression} FROM acme._all WHERE _collection = '{collection}' ORDER BY {order}"
-        )
+        for row in db.all(f"SELECT {expression} FROM acme._all WHERE _collection = '{collection}' ORDER BY {order}")
     ]
 
 
@@ -82,7 +80,9 @@ def test_every_way_in_is_mapped(db, owner, writer, keys, collection):
     make(owner, "mark", "BEGIN RETURN event || '{\"mapped\": true}'; END")
     set_mapper(owner, collection, "acme.mark")
     collect(writer, PROJECT, collection, {"n": 1})
-    assert collect_batch(writer, PROJECT, [(collection, {"n": 2}), ("other", {"n": 9}), (collection, {"n": 3})])[:2] == (3, 0)
+    assert collect_batch(writer, PROJECT, [(collection, {"n": 2}), ("other", {"n": 9}), (collection, {"n": 3})])[
+        :2
+    ] == (3, 0)
     writer.execute(
         "SELECT rakam.collect_batch(%s, %s::jsonb)",
         (PROJECT, json.dumps([{"collection": collection, "properties": {"n": 4}}])),
@@ -105,13 +105,18 @@ def test_every_way_in_is_mapped(db, owner, writer, keys, collection):
 def test_large_inserts_and_copy_are_mapped(db, owner, writer, collection):
     """Rows that would have become chunks at once take the way of events."""
     db.admin.execute("SELECT rakam.add_field(%s, %s, 'n', 'integer')", (PROJECT, collection))
-    make(owner, "third", "BEGIN RETURN CASE WHEN (event->>'n')::int % 3 = 0 THEN event || '{\"mapped\": true}' END; END")
+    make(
+        owner, "third", "BEGIN RETURN CASE WHEN (event->>'n')::int % 3 = 0 THEN event || '{\"mapped\": true}' END; END"
+    )
     set_mapper(owner, collection, "acme.third")
     writer.execute(f"INSERT INTO acme.{collection} (n) SELECT generate_series(1, 1500)")
     with writer.cursor().copy(f"COPY acme.{collection} (n) FROM STDIN") as copy:
         for n in range(1501, 3001):
             copy.write_row((n,))
-    assert db.one(f"SELECT count(*) FROM acme._all WHERE _collection = '{collection}' AND properties->>'mapped' = 'true'") == 1000
+    assert (
+        db.one(f"SELECT count(*) FROM acme._all WHERE _collection = '{collection}' AND properties->>'mapped' = 'true'")
+        == 1000
+    )
     assert dropped(db, collection) == 2000
     db.tick()
     assert db.all(f"SELECT count(*), sum(n), bool_and(mapped) FROM acme.{collection}") == [(1000, 1501500, True)]
@@ -281,7 +286,9 @@ def test_a_cancel_and_the_statements_own_timeout_are_not_swallowed(db, owner, co
     thread = threading.Thread(target=run)
     thread.start()
     wait_until(
-        lambda: db.one("SELECT state = 'active' AND query LIKE '%%collect_batch%%' FROM pg_stat_activity WHERE pid = %s", pid),
+        lambda: db.one(
+            "SELECT state = 'active' AND query LIKE '%%collect_batch%%' FROM pg_stat_activity WHERE pid = %s", pid
+        ),
         "the call runs",
     )
     time.sleep(0.2)
@@ -354,7 +361,9 @@ def test_a_mapper_runs_as_who_set_it_in_pinned_surroundings(db, owner, writer, c
                        " 'zone', current_setting('TimeZone'), 'at', 'at ' || '2024-03-01 12:00'::timestamptz,"
                        " 'rls', current_setting('row_security'), 'memory', current_setting('work_mem')); END")  # fmt: skip
     set_mapper(owner, collection, "acme.who")
-    writer.execute("SET TimeZone = 'Asia/Tokyo'; SET search_path = public; SET work_mem = '64kB'; SET DateStyle = german")
+    writer.execute(
+        "SET TimeZone = 'Asia/Tokyo'; SET search_path = public; SET work_mem = '64kB'; SET DateStyle = german"
+    )
     collect(writer, PROJECT, collection, {})
     collect_batch(writer, PROJECT, [(collection, {}), (collection, {})])
     shown = db.all("SHOW work_mem")[0][0]
@@ -363,7 +372,11 @@ def test_a_mapper_runs_as_who_set_it_in_pinned_surroundings(db, owner, writer, c
         assert event["path"] == 'pg_catalog, "acme", pg_temp'
         assert (event["zone"], event["at"], event["rls"]) == ("UTC", "at 2024-03-01 12:00:00+00", "on")
         assert event["memory"] == shown
-    assert [one(writer, f"SHOW {name}") for name in ("TimeZone", "search_path", "work_mem")] == ["Asia/Tokyo", "public", "64kB"]
+    assert [one(writer, f"SHOW {name}") for name in ("TimeZone", "search_path", "work_mem")] == [
+        "Asia/Tokyo",
+        "public",
+        "64kB",
+    ]
     assert one(writer, "SELECT current_user") == "login_acme_write"
     writer.execute("RESET ALL")
 
@@ -526,7 +539,11 @@ def test_replay_is_exact(db, owner, writer, collection):
 
 
 def test_replay_begins_at_the_mapper_that_failed(db, owner, writer, collection):
-    make(owner, "first", "BEGIN RETURN event || jsonb_build_object('first', coalesce((event->>'first')::int, 0) + 1); END")
+    make(
+        owner,
+        "first",
+        "BEGIN RETURN event || jsonb_build_object('first', coalesce((event->>'first')::int, 0) + 1); END",
+    )
     make(owner, "second", "BEGIN RAISE 'not yet'; END")
     set_mapper(owner, None, "acme.first")
     set_mapper(owner, collection, "acme.second")
@@ -567,7 +584,9 @@ def test_replay_of_sources_that_are_not_there(owner, collection):
 
 # -- the mappers that come with rakam ----------------------------------------------------------------------------------------
 
-CHROME = "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/120.0.0.0 Safari/537.36"
+CHROME = (
+    "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/120.0.0.0 Safari/537.36"
+)
 
 
 def test_user_agent_and_referrer(db, owner, writer, collection):
@@ -702,7 +721,9 @@ def test_sessions_of_projects_and_of_callers_are_their_own(db, owner, writer, co
     collect(writer, PROJECT, collection, event)
     spans = db.one("SELECT count(*) FROM rakam_internal.session_span")
     # By hand nothing is looked up and nothing is remembered.
-    found = one(writer, "SELECT rakam.map_session(ARRAY[%s::jsonb, NULL, %s::jsonb])", json.dumps(event), json.dumps(event))
+    found = one(
+        writer, "SELECT rakam.map_session(ARRAY[%s::jsonb, NULL, %s::jsonb])", json.dumps(event), json.dumps(event)
+    )
     assert found[1] is None and found[0]["_session_id"] == found[2]["_session_id"]
     assert found[0]["_session_id"] != events(db, collection, "properties->>'_session_id'")[0]
     assert db.one("SELECT count(*) FROM rakam_internal.session_span") == spans
@@ -731,7 +752,11 @@ def test_calls_are_in_the_audit_log(db, owner, writer, collection):
         set_mapper(writer, collection, None)
     owner.execute("SELECT rakam.replay_dead_letters('acme', NULL)")
     noted = "SELECT call, role FROM rakam.audit_log WHERE project = 'acme' AND (object = %s OR call = 'replay_dead_letters')"
-    expected = {("set_mapper", "login_acme_admin"), ("set_mapper", "login_acme_write"), ("replay_dead_letters", "login_acme_admin")}
+    expected = {
+        ("set_mapper", "login_acme_admin"),
+        ("set_mapper", "login_acme_write"),
+        ("replay_dead_letters", "login_acme_admin"),
+    }
     wait_until(lambda: set(db.all(noted, collection)) >= expected, "the calls are noted")
 
 
@@ -751,7 +776,9 @@ def test_mappers_and_letters_go_with_their_project(db):
     db.project("brief")
     db.admin.execute("SELECT rakam.set_mapper('brief', NULL, 'rakam.map_session(jsonb[])', true)")
     collect(db.admin, "brief", "x", {"_user": "ada"})
-    db.admin.execute("CREATE FUNCTION public.failing(jsonb) RETURNS jsonb LANGUAGE plpgsql AS 'BEGIN RAISE ''no''; END'")
+    db.admin.execute(
+        "CREATE FUNCTION public.failing(jsonb) RETURNS jsonb LANGUAGE plpgsql AS 'BEGIN RAISE ''no''; END'"
+    )
     db.admin.execute("SELECT rakam.set_mapper('brief', 'x', 'public.failing(jsonb)')")
     collect(db.admin, "brief", "x", {"_user": "ada"})
     project_id = db.one("SELECT project_id FROM rakam_internal.project WHERE name = 'brief'")

@@ -45,7 +45,11 @@ def lost(cluster, request):
 
 def events(db: Database, project: str, collection: str, numbers, **more) -> None:
     batch = [
-        (collection, {"_id": f"{collection}-{n}", "_user": f"u{n % 7}", "_time": f"2026-01-{n % 28 + 1:02}T10:00:00Z", "n": n} | more)
+        (
+            collection,
+            {"_id": f"{collection}-{n}", "_user": f"u{n % 7}", "_time": f"2026-01-{n % 28 + 1:02}T10:00:00Z", "n": n}
+            | more,
+        )
         for n in numbers
     ]
     for start in range(0, len(batch), 500):
@@ -61,21 +65,38 @@ def content(db: Database) -> dict[str, object]:
     found: dict[str, object] = {
         "projects": db.all("SELECT project, storage, schema_mode FROM rakam.projects ORDER BY 1"),
         "collections": db.all("SELECT project, collection FROM rakam.collections ORDER BY 1, 2"),
-        "fields": db.all("SELECT project, collection, field, field_id, type, declared FROM rakam.fields ORDER BY 1, 2, 4"),
-        "versions": db.all("SELECT project, collection, version, avro_schema::text FROM rakam.schema_versions ORDER BY 1, 2, 3"),
-        "files": db.all("SELECT project, collection, path, n, bytes, period, first_day FROM rakam.data_files ORDER BY path"),
-        "stats": db.all("SELECT project, collection, cold_events, cold_bytes, files FROM rakam.stat_collection ORDER BY 1, 2"),
+        "fields": db.all(
+            "SELECT project, collection, field, field_id, type, declared FROM rakam.fields ORDER BY 1, 2, 4"
+        ),
+        "versions": db.all(
+            "SELECT project, collection, version, avro_schema::text FROM rakam.schema_versions ORDER BY 1, 2, 3"
+        ),
+        "files": db.all(
+            "SELECT project, collection, path, n, bytes, period, first_day FROM rakam.data_files ORDER BY path"
+        ),
+        "stats": db.all(
+            "SELECT project, collection, cold_events, cold_bytes, files FROM rakam.stat_collection ORDER BY 1, 2"
+        ),
     }
     for project, collection in found["collections"]:
         table = f'{project}."{collection}"'
         found[table] = db.all(f"SELECT to_jsonb(t)::text FROM {table} t ORDER BY 1")
         for condition in ("n < 40", "n IS NULL", "_user = 'u3'", "_time >= '2026-01-20'"):
-            found[f"{table} {condition}"] = db.one(f"SELECT count(*) FROM {table} WHERE {condition}") if _has_n(db, project, collection) else None
+            found[f"{table} {condition}"] = (
+                db.one(f"SELECT count(*) FROM {table} WHERE {condition}") if _has_n(db, project, collection) else None
+            )
     return found
 
 
 def _has_n(db: Database, project: str, collection: str) -> bool:
-    return db.one("SELECT count(*) FROM rakam.fields WHERE project = %s AND collection = %s AND field = 'n'", project, collection) > 0
+    return (
+        db.one(
+            "SELECT count(*) FROM rakam.fields WHERE project = %s AND collection = %s AND field = 'n'",
+            project,
+            collection,
+        )
+        > 0
+    )
 
 
 def every_kind_of_change(db: Database) -> None:
@@ -252,7 +273,9 @@ def test_damage_is_told_and_left_out(lost):
     paths[1].write_bytes(paths[1].read_bytes()[:-20])
     (folder / "acme/page/somebody.txt").write_text("x")
     again, _ = lost(folder)
-    told = [n.message for n in notices_of(again.admin, "SELECT rakam.rebuild_catalog('lake')") if n.severity == "WARNING"]
+    told = [
+        n.message for n in notices_of(again.admin, "SELECT rakam.rebuild_catalog('lake')") if n.severity == "WARNING"
+    ]
     assert len(told) == 2, told
     assert any(paths[0].name in text and "missing" in text for text in told)
     assert any(paths[1].name in text and "left out" in text for text in told)
@@ -285,7 +308,13 @@ def test_many_projects_and_an_interrupted_rebuild(lost):
         assert again.one(f"SELECT count(*) FROM {name}.page") == 20
 
 
-POINTS = ["describe.before_put", "describe.after_put", "flush.after_upload", "rewrite.before_commit", "rewrite.after_upload"]
+POINTS = [
+    "describe.before_put",
+    "describe.after_put",
+    "flush.after_upload",
+    "rewrite.before_commit",
+    "rewrite.after_upload",
+]
 
 
 @pytest.mark.parametrize("point", POINTS)

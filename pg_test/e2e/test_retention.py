@@ -26,7 +26,9 @@ def keep(db, project: str, collection: str, interval: str | None) -> None:
 
 def send(db, project: str, collection: str, days: range, first: int = 0) -> None:
     """An event for each of these days ago, 12 hours more: far from any horizon of whole days."""
-    ages = db.all("SELECT d, (now() - d * '1 day'::interval - '12 hours'::interval)::text FROM unnest(%s::int[]) d", list(days))
+    ages = db.all(
+        "SELECT d, (now() - d * '1 day'::interval - '12 hours'::interval)::text FROM unnest(%s::int[]) d", list(days)
+    )
     events = [(collection, {"age": age, "n": first + age, "_time": at}) for age, at in ages]
     stored, rejected, _, errors = collect_batch(db.admin, project, events)
     assert rejected == 0, errors
@@ -44,7 +46,10 @@ def test_every_tier_is_exact(db, lake, project):
     send(db, project, "page", range(40))
     db.tick()
     send(db, project, "page", range(40))
-    wait_until(lambda: db.one("SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = 'age'", table), "age")
+    wait_until(
+        lambda: db.one("SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = 'age'", table),
+        "age",
+    )
     session = db.connect()
     session.execute(f"PREPARE young (int) AS SELECT count(*) FROM {table} WHERE age < $1")
     for _ in range(6):
@@ -67,10 +72,18 @@ def test_every_tier_is_exact(db, lake, project):
     db.admin.execute("SET rakam.enable_pushdown = off")
     assert ages(db.admin, table) == kept
     db.admin.execute("RESET rakam.enable_pushdown")
-    assert db.one("SELECT retention::text FROM rakam.collections WHERE project = %s AND collection = 'page'", project) == "10 days"
+    assert (
+        db.one("SELECT retention::text FROM rakam.collections WHERE project = %s AND collection = 'page'", project)
+        == "10 days"
+    )
 
     # Moving and removing what is too old changes no answer.
-    for step in (db.tick, lambda: db.flush(project, "page"), lambda: db.all("SELECT rakam.compact(%s, 'page')", project), db.tick):
+    for step in (
+        db.tick,
+        lambda: db.flush(project, "page"),
+        lambda: db.all("SELECT rakam.compact(%s, 'page')", project),
+        db.tick,
+    ):
         step()
         assert ages(db.admin, table) == kept
     assert db.tiers(project, "page") == {"inbox": 0, "hot": 0, "cold": 30}
@@ -79,7 +92,8 @@ def test_every_tier_is_exact(db, lake, project):
     )[0]
     assert stored == 30
     assert db.all(
-        "SELECT cold_events, cold_bytes, files FROM rakam.stat_collection WHERE project = %s AND collection = 'page'", project
+        "SELECT cold_events, cold_bytes, files FROM rakam.stat_collection WHERE project = %s AND collection = 'page'",
+        project,
     ) == [(30, size, files)]
 
 
@@ -99,7 +113,9 @@ def test_what_is_gone_does_not_come_back(db, lake):
         send(db, project, "undone", range(30))
         assert ages(db.admin, table) == sorted([age for age in range(5) for _ in range(3)] + list(range(20)))
         keep(db, project, "undone", None)
-        assert db.one("SELECT retention IS NULL FROM rakam.collections WHERE project = %s AND collection = 'undone'", project)
+        assert db.one(
+            "SELECT retention IS NULL FROM rakam.collections WHERE project = %s AND collection = 'undone'", project
+        )
         assert ages(db.admin, table) == sorted([age for age in range(5) for _ in range(3)] + list(range(20)))
         send(db, project, "undone", range(25, 30))
         assert ages(db.admin, table)[-5:] == [25, 26, 27, 28, 29]
@@ -188,9 +204,12 @@ def test_rights_and_errors(db, lake):
         with refused(sqlstate):
             keep(db, project, collection, interval)
     assert db.one(shown) == "1 year"
-    assert db.one(
-        "SELECT count(*) FROM rakam.audit_log WHERE call = 'set_retention' AND object = 'ruled' AND outcome = 'ok'"
-    ) == 1
+    assert (
+        db.one(
+            "SELECT count(*) FROM rakam.audit_log WHERE call = 'set_retention' AND object = 'ruled' AND outcome = 'ok'"
+        )
+        == 1
+    )
 
 
 def test_a_result_written_to_a_file(db, lake, cluster):
@@ -199,7 +218,10 @@ def test_a_result_written_to_a_file(db, lake, cluster):
     keep(db, "acme", "copied", "4 days")
     plan = json.dumps(db.all("EXPLAIN (VERBOSE) SELECT * FROM acme.copied"))
     assert "Foreign Scan" in plan
-    with db.connect().cursor() as cursor, cursor.copy("COPY (SELECT age FROM acme.copied ORDER BY age) TO STDOUT") as copy:
+    with (
+        db.connect().cursor() as cursor,
+        cursor.copy("COPY (SELECT age FROM acme.copied ORDER BY age) TO STDOUT") as copy,
+    ):
         assert [float(line) for line in b"".join(copy).decode().split()] == [0, 1, 2, 3]
     view = db.connect()
     view.execute("CREATE VIEW recent AS SELECT count(*) AS n FROM acme.copied")

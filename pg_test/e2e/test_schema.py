@@ -386,7 +386,8 @@ def test_a_poison_event_parks_alone(db, project):
     collect(db.admin, PROJECT, "poisoned", {"_id": "good 2"})
     db.tick()
     assert (
-        db.one("SELECT (SELECT count(*) FROM rakam_internal.inbox_parked) + (SELECT count(*) FROM rakam.dead_letter)") == 1
+        db.one("SELECT (SELECT count(*) FROM rakam_internal.inbox_parked) + (SELECT count(*) FROM rakam.dead_letter)")
+        == 1
     )
     assert db.tiers(PROJECT, "poisoned")["hot"] == 2
     assert db.all("SELECT _id FROM acme.poisoned WHERE _id IS NOT NULL ORDER BY 1") == [("good 1",), ("good 2",)]

@@ -101,7 +101,7 @@ def test_few_events_answer_alike_in_every_form(alone):
     assert db.all(late) == [("12.35",), ("5.00",), ("1.00",)]
     # Every column alone, conditions, and none at all.
     for (column,) in db.all("SELECT attname FROM pg_attribute WHERE attrelid = 'forms.few'::regclass AND attnum > 0"):
-        query = f'SELECT "{column}"::text, count(*) FROM forms.{{}} WHERE _extra ? \'odd\' GROUP BY 1 ORDER BY 1'
+        query = f"SELECT \"{column}\"::text, count(*) FROM forms.{{}} WHERE _extra ? 'odd' GROUP BY 1 ORDER BY 1"
         if column not in ("_time", "_received_at"):
             assert db.all(query.format("few")) == db.all(query.format("many")), column
     assert db.one("SELECT count(*) FROM forms.few") == 1 + len(ODD)
@@ -214,7 +214,7 @@ def test_a_flood_delays_its_own_project_only(alone):
     assert behind["inbox"] > 0 and sum(behind.values()) == flooded[0]
     assert db.all(total.format("flood")) == [flooded]
     assert db.all(total.format("thin")) == [(2, 1)]
-    found = dict(db.all("SELECT \"check\", status FROM rakam.health()"))
+    found = dict(db.all('SELECT "check", status FROM rakam.health()'))
     assert found["inbox"] == "warning"
 
     # A member of one project does not learn of the other's lag; its own is right.
@@ -354,7 +354,7 @@ def test_ten_thousand_projects(private_cluster):
     began = time.monotonic()
     for n in range(PROJECTS):
         db.admin.execute("SELECT rakam.create_project(%s)", (f"p{n}",))
-        db.admin.execute("SELECT rakam.collect(%s, 'c', '{\"n\": 1, \"word\": \"a\"}')", (f"p{n}",))
+        db.admin.execute('SELECT rakam.collect(%s, \'c\', \'{"n": 1, "word": "a"}\')', (f"p{n}",))
     print(f"{PROJECTS} projects made in {time.monotonic() - began:.0f} s")
     db.tick()
     missing = "SELECT count(*) FROM rakam_internal.collection WHERE ft IS NULL"

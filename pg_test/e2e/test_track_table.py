@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from harness.database import Database, collect, notices_of, one, refused
+from harness.database import Database, notices_of, one, refused
 
 PROJECT = "acme"
 
@@ -102,12 +102,16 @@ def test_every_kind_of_write(db, owner, clerk, table):
     with clerk.cursor().copy(f"COPY shop.{table} FROM STDIN") as copy:
         for n in range(3):
             copy.write_row((n, f"n{n}", None))
-    clerk.execute(f"INSERT INTO shop.{table} VALUES (2, 'two'), (3, 'three') ON CONFLICT (id) DO UPDATE SET name = excluded.name")
+    clerk.execute(
+        f"INSERT INTO shop.{table} VALUES (2, 'two'), (3, 'three') ON CONFLICT (id) DO UPDATE SET name = excluded.name"
+    )
     clerk.execute(f"INSERT INTO shop.{table} VALUES (3, 'no') ON CONFLICT DO NOTHING")
     clerk.execute(f"""MERGE INTO shop.{table} t USING (VALUES (0, 'gone'), (1, 'one'), (4, 'four')) v(id, name) ON t.id = v.id
         WHEN MATCHED AND v.name = 'gone' THEN DELETE WHEN MATCHED THEN UPDATE SET name = v.name
         WHEN NOT MATCHED THEN INSERT VALUES (v.id, v.name)""")
-    clerk.execute(f"WITH d AS (DELETE FROM shop.{table} WHERE id = 4 RETURNING *) INSERT INTO shop.{table} SELECT 5, name FROM d")
+    clerk.execute(
+        f"WITH d AS (DELETE FROM shop.{table} WHERE id = 4 RETURNING *) INSERT INTO shop.{table} SELECT 5, name FROM d"
+    )
     assert events(db, table, "id", "name") == [
         ("delete", "0", "n0"), ("delete", "4", "four"),
         ("insert", "0", "n0"), ("insert", "1", "n1"), ("insert", "2", "n2"), ("insert", "3", "three"),
@@ -122,7 +126,9 @@ def test_types_become_their_json(db, owner, clerk, table):
         twice int GENERATED ALWAYS AS (id * 2) STORED""")  # fmt: skip
     owner.execute(f"ALTER TABLE shop.{table} ADD gone int; ALTER TABLE shop.{table} DROP gone")
     track(owner, table)
-    clerk.execute("SET extra_float_digits = -10; SET bytea_output = escape; SET TimeZone = 'Asia/Tokyo'; SET IntervalStyle = iso_8601")
+    clerk.execute(
+        "SET extra_float_digits = -10; SET bytea_output = escape; SET TimeZone = 'Asia/Tokyo'; SET IntervalStyle = iso_8601"
+    )
     clerk.execute(f"""INSERT INTO shop.{table} VALUES (7, 9007199254740993, 0.1234567890123456, true, '2024-02-29',
         '2024-02-29 12:00+00', '2024-02-29 12:00', '1 day', '\\x00ff', '{{a,NULL}}', '{{"a": [1]}}', E'{{"b":\\n2}}', '10.0.0.1',
         'ada', 'w')""")
@@ -136,9 +142,9 @@ def test_types_become_their_json(db, owner, clerk, table):
     assert (found["net"], found["user_name"], found["weird_name"]) == ("10.0.0.1", "ada", "w")
     assert "gone" not in found
     db.tick()
-    assert db.all(f"SELECT big, ratio, flag, day::text, extract(epoch from at)::bigint, user_name, twice FROM acme.{table}") == [
-        (9007199254740993, 0.1234567890123456, True, "2024-02-29", 1709208000, "ada", 14)
-    ]
+    assert db.all(
+        f"SELECT big, ratio, flag, day::text, extract(epoch from at)::bigint, user_name, twice FROM acme.{table}"
+    ) == [(9007199254740993, 0.1234567890123456, True, "2024-02-29", 1709208000, "ada", 14)]
 
 
 def test_columns_with_names_that_mean_something_else(db, owner, clerk, table):
@@ -148,17 +154,19 @@ def test_columns_with_names_that_mean_something_else(db, owner, clerk, table):
     clerk.execute(f"UPDATE shop.{table} SET v = 2")
     clerk.execute(f"UPDATE shop.{table} SET v = 3")
     db.tick()
-    rows = db.all(f"SELECT op, _id, table_id, table_op, table_received_at, table_server_time, _user, v FROM acme.{table} ORDER BY v")
-    assert rows == [
-        (op, None, 1, "x", "then", 5, "ada", v) for op, v in (("insert", 1), ("update", 2), ("update", 3))
-    ]
+    rows = db.all(
+        f"SELECT op, _id, table_id, table_op, table_received_at, table_server_time, _user, v FROM acme.{table} ORDER BY v"
+    )
+    assert rows == [(op, None, 1, "x", "then", 5, "ada", v) for op, v in (("insert", 1), ("update", 2), ("update", 3))]
     assert db.all("SELECT * FROM rakam.dead_letter") == []
 
 
 def test_an_event_that_is_refused_does_not_stop_the_writer(db, owner, clerk, table):
     create(owner, table, "id int, doc text")
     track(owner, table)
-    clerk.execute(f"INSERT INTO shop.{table} SELECT n, CASE n WHEN 2 THEN repeat('x', 1100000) ELSE 'small' END FROM generate_series(1, 3) n")
+    clerk.execute(
+        f"INSERT INTO shop.{table} SELECT n, CASE n WHEN 2 THEN repeat('x', 1100000) ELSE 'small' END FROM generate_series(1, 3) n"
+    )
     assert one(clerk, f"SELECT count(*) FROM shop.{table}") == 3
     assert events(db, table, "id") == [("insert", "1"), ("insert", "3")]
     ((payload, error, source),) = db.all("SELECT payload, error, source FROM rakam.dead_letter")
@@ -234,12 +242,17 @@ def test_partitions(db, owner, clerk, table):
     clerk.execute(f"INSERT INTO shop.{table}_asia VALUES (5, 'asia')")
     track(owner, table)
     clerk.execute(f"INSERT INTO shop.{table}_asia VALUES (6, 'asia')")
-    assert [e for e in events(db, table, "id", "region") if e[2] == "asia"] == [("insert", "4", "asia"), ("insert", "6", "asia")]
+    assert [e for e in events(db, table, "id", "region") if e[2] == "asia"] == [
+        ("insert", "4", "asia"),
+        ("insert", "6", "asia"),
+    ]
 
 
 def test_inheritance(db, owner, clerk, table):
     create(owner, table, "id int")
-    owner.execute(f"CREATE TABLE shop.{table}_heir (more text) INHERITS (shop.{table}); GRANT ALL ON shop.{table}_heir TO login_clerk")
+    owner.execute(
+        f"CREATE TABLE shop.{table}_heir (more text) INHERITS (shop.{table}); GRANT ALL ON shop.{table}_heir TO login_clerk"
+    )
     track(owner, table)
     clerk.execute(f"INSERT INTO shop.{table} VALUES (1)")
     clerk.execute(f"INSERT INTO shop.{table}_heir VALUES (2, 'more')")
@@ -301,7 +314,9 @@ def test_nobody_can_put_our_trigger_on_a_table(db, owner, table):
     with refused("42501"):
         thief.execute("SELECT rakam_internal.track_change()")
     # Even a superuser's mistake harms nobody: the function looks at how it is called.
-    db.admin.execute(f"CREATE TRIGGER wrong BEFORE INSERT ON shop.{table} FOR EACH ROW EXECUTE FUNCTION rakam_internal.track_change('acme', 'x')")
+    db.admin.execute(
+        f"CREATE TRIGGER wrong BEFORE INSERT ON shop.{table} FOR EACH ROW EXECUTE FUNCTION rakam_internal.track_change('acme', 'x')"
+    )
     with refused("39P01"):
         owner.execute(f"INSERT INTO shop.{table} VALUES (1)")
     assert db.one("SELECT count(*) FROM acme._all WHERE _collection = 'forged'") == 0

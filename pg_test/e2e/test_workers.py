@@ -72,9 +72,7 @@ def test_autovacuum_learns_what_workers_wrote(db):
 
     def counted() -> bool:
         collect(db.admin, "counts", "page", {"n": 1})
-        return db.one(
-            "SELECT n_tup_ins > 0 FROM pg_stat_all_tables WHERE relid = 'rakam_internal.hot_chunk'::regclass"
-        )
+        return db.one("SELECT n_tup_ins > 0 FROM pg_stat_all_tables WHERE relid = 'rakam_internal.hot_chunk'::regclass")
 
     db.project("counts")
     wait_until(counted, "rows written by the worker in the statistics", pause_s=0.5)
@@ -108,13 +106,15 @@ def test_errors_of_utility_statements_are_as_without_the_extension(db):
         db.admin.execute("DO $$ BEGIN PERFORM 1 / 0; END $$")
     assert "PL/pgSQL function inline_code_block line 1" in error.value.diag.context
     db.admin.execute("CREATE TABLE plain (n int CONSTRAINT small CHECK (n < 10))")
-    with pytest.raises(psycopg.errors.InvalidTextRepresentation) as error:
-        with db.admin.cursor().copy("COPY plain FROM STDIN") as copy:
-            copy.write("1\nx\n")
+    copy_in = "COPY plain FROM STDIN"
+    with (
+        pytest.raises(psycopg.errors.InvalidTextRepresentation) as error,
+        db.admin.cursor().copy(copy_in) as copy,
+    ):
+        copy.write("1\nx\n")
     assert 'COPY plain, line 2, column n: "x"' in error.value.diag.context
-    with pytest.raises(psycopg.errors.CheckViolation) as error:
-        with db.admin.cursor().copy("COPY plain FROM STDIN") as copy:
-            copy.write("11\n")
+    with pytest.raises(psycopg.errors.CheckViolation) as error, db.admin.cursor().copy(copy_in) as copy:
+        copy.write("11\n")
     assert (error.value.diag.constraint_name, error.value.diag.table_name) == ("small", "plain")
     with pytest.raises(psycopg.errors.UndefinedTable) as error:
         db.admin.execute("CREATE VIEW v AS SELECT * FROM nothing_there")

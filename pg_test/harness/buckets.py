@@ -53,7 +53,11 @@ class Bucket:
 
         scheme, _, where = self.s3.endpoint.partition("://")
         return pyarrow.fs.S3FileSystem(
-            access_key=self.s3.key, secret_key=self.s3.secret, endpoint_override=where, scheme=scheme, region="us-east-1"
+            access_key=self.s3.key,
+            secret_key=self.s3.secret,
+            endpoint_override=where,
+            scheme=scheme,
+            region="us-east-1",
         )
 
     def objects(self) -> dict[str, int]:

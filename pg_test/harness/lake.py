@@ -41,7 +41,9 @@ def check(db: Database, storage: str = "lake") -> list[tuple]:
 
 def stat(db: Database, storage: str = "lake") -> dict:
     columns = ("url", "reachable", "last_error", "pending_bytes", "orphans", "deferred", "owner")
-    row = db.admin.execute(f"SELECT {', '.join(columns)} FROM rakam.stat_lake WHERE storage = %s", (storage,)).fetchone()
+    row = db.admin.execute(
+        f"SELECT {', '.join(columns)} FROM rakam.stat_lake WHERE storage = %s", (storage,)
+    ).fetchone()
     return dict(zip(columns, row, strict=True))
 
 

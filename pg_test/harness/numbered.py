@@ -23,7 +23,10 @@ def send(db: Database, project: str, collection: str, numbers, **more) -> None:
     if db.one("SELECT to_regclass(%s) IS NULL", f"{project}.{collection}"):
         make(db, project, collection)
     events = [
-        (collection, {"n": n, "_user": f"u{n % 7}", "_time": f"2026-01-{n % 28 + 1:02}T10:00:00Z", "text": f"t {n}"} | more)
+        (
+            collection,
+            {"n": n, "_user": f"u{n % 7}", "_time": f"2026-01-{n % 28 + 1:02}T10:00:00Z", "text": f"t {n}"} | more,
+        )
         for n in numbers
     ]
     for start in range(0, len(events), 400):
