@@ -163,7 +163,7 @@ fn rows_go_to_the_files_of_the_plan() {
 fn no_file_but_the_last_is_small() {
     let mut schema = all_types();
     schema.fields.truncate(SYSTEM_FIELDS.len() + 4);
-    let (batches, files) = lake(&schema, &[35_000, 35_000, 35_000], 7);
+    let (batches, files) = lake(&schema, &[90_000, 90_000], 7);
     let counts = BTreeMap::from_iter((0..40_000).map(|day| (day, 1)));
     let target = 1 << 20;
     let plan = plan_inside(Period::Year, &counts, u64::MAX);
