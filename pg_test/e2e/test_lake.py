@@ -247,7 +247,7 @@ def test_in_the_background_storages_are_compared_once_a_week(lake):
     (folder / "acme" / "export.parquet").write_bytes(b"1")
     (folder / "acme" / "export.csv").write_bytes(b"1")
     db.admin.execute("UPDATE rakam_internal.storage_state SET checked_at = now() - interval '8 days'")
-    wait_until(lambda: not left.exists(), "the deletion of an orphan by the background", 45, 0.2)
+    wait_until(lambda: not left.exists(), "the deletion of an orphan by the background", pause_s=0.2)
     assert objects(folder) == files(db) | {"acme/export.csv", "acme/export.parquet"}
     assert check(db) == [("acme/export.parquet", "orphan", 1)]
     # What copy_to writes is known, and what is attached.
@@ -256,6 +256,7 @@ def test_in_the_background_storages_are_compared_once_a_week(lake):
     theirs = folder / "acme" / "theirs" / "x.parquet"
     theirs.parent.mkdir()
     shutil.copy(folder / "acme" / "mine.parquet", theirs)
+    shutil.chown(theirs, folder.owner(), folder.group())
     db.admin.execute("SELECT rakam.attach('acme', 'theirs', 'theirs/*.parquet')")
     assert check(db) == []
     db.admin.execute("SELECT rakam.detach('acme', 'theirs')")
