@@ -256,7 +256,8 @@ def test_in_the_background_storages_are_compared_once_a_week(lake):
     theirs = folder / "acme" / "theirs" / "x.parquet"
     theirs.parent.mkdir()
     shutil.copy(folder / "acme" / "mine.parquet", theirs)
-    shutil.chown(theirs, folder.owner(), folder.group())
+    for path in (theirs.parent, theirs):
+        shutil.chown(path, folder.owner(), folder.group())
     db.admin.execute("SELECT rakam.attach('acme', 'theirs', 'theirs/*.parquet')")
     assert check(db) == []
     db.admin.execute("SELECT rakam.detach('acme', 'theirs')")
