@@ -171,7 +171,8 @@ def test_nothing_is_lost_by_power_cuts(private_cluster, seed):
         check(db)
         db.tick()
         assert check(db) == [], what
-        assert objects(folder) == {path for (path,) in db.all("SELECT path FROM rakam_internal.data_file")}, what
+        # The background merges files meanwhile: what they were made of goes with the next round.
+        wait_until(lambda: settled(db, folder), f"{what}: the files of the manifest and no others")
         assert db.one("SELECT owner FROM rakam.stat_lake WHERE storage = 'lake'") == "this database", what
         told["events"] = len(acknowledged)
     print(dict(told))
@@ -208,6 +209,11 @@ def die(db: Database, cluster: Cluster, rng: random.Random, point: str | None, r
     db.close()
     auto = cluster.data / "postgresql.auto.conf"
     auto.write_text("".join(line for line in auto.read_text().splitlines(True) if "failpoint" not in line))
+
+
+def settled(db: Database, folder: Path) -> bool:
+    db.tick()
+    return objects(folder) == {path for (path,) in db.all("SELECT path FROM rakam_internal.data_file")}
 
 
 def check(db: Database) -> list[tuple]:
