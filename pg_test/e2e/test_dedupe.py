@@ -596,7 +596,8 @@ def test_many_ids(private_cluster):
     db.close()
 
 
-@pytest.mark.skipif(IDS == 0, reason="RAKAM_DEDUPE_IDS is not set")
+# The heavy form: 50,000,000 ids take a quarter of an hour. test_many_ids is the slice for every run.
+@pytest.mark.skipif(IDS == 0, reason="heavy: runs with RAKAM_DEDUPE_IDS, of which 50,000,000 take a quarter of an hour")
 def test_the_cost_of_an_id_is_flat(private_cluster):
     """Loads RAKAM_DEDUPE_IDS ids and prints, step by step: bytes kept and WAL written per id, CPU of the worker per event.
     CPU of the last quarter must stay within one and a half times that of the second."""

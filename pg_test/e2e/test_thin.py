@@ -298,7 +298,8 @@ class Session(threading.Thread):
         return self.results
 
 
-@pytest.mark.skipif(not FLOOD_SECONDS, reason="RAKAM_FLOOD_SECONDS is not set")
+# The heavy form: it measures, and wants the machine for itself. test_a_flood_delays_its_own_project_only is the slice.
+@pytest.mark.skipif(not FLOOD_SECONDS, reason="heavy: measures for RAKAM_FLOOD_SECONDS on a machine of its own")
 def test_flood(private_cluster):
     """One project sends as fast as three sessions can, another one an event a second."""
     cluster = private_cluster("flood", {"rakam.digest_interval": "1s", "rakam.digest_max_age": "30s"})
@@ -347,7 +348,8 @@ def test_flood(private_cluster):
     db.close()
 
 
-@pytest.mark.skipif(not PROJECTS, reason="RAKAM_PROJECTS is not set")
+# The heavy form: it takes five minutes. test_few_events_answer_alike_in_every_form is the slice.
+@pytest.mark.skipif(not PROJECTS, reason="heavy: RAKAM_PROJECTS=10000 takes five minutes")
 def test_ten_thousand_projects(private_cluster):
     """Each project sends an event a minute. Rows, WAL and CPU of the workers per minute are printed."""
     cluster = private_cluster("many", {"rakam.digest_interval": "1s", "rakam.digest_max_age": "30s",

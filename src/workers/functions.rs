@@ -63,12 +63,7 @@ fn flush(
     >,
     ErrorReport,
 > {
-    let rows = audit::call("flush", project, collection, || {
-        let scope = scope(project, collection)?;
-        task::run(&Task::Flush { scope })
-    })?;
-    let rows: Vec<(String, i64, i64, i64)> = serde_json::from_value(rows)
-        .map_err(|e| PgError::internal(format!("malformed reply of a flush: {e}")))?;
+    let rows = by_collection("flush", project, collection, |scope| Task::Flush { scope })?;
     Ok(TableIterator::new(rows))
 }
 
@@ -93,12 +88,9 @@ fn compact(
     >,
     ErrorReport,
 > {
-    let rows = audit::call("compact", project, collection, || {
-        let scope = scope(project, collection)?;
-        task::run(&Task::Compact { scope })
+    let rows = by_collection("compact", project, collection, |scope| Task::Compact {
+        scope,
     })?;
-    let rows: Vec<(String, i64, i64, i64)> = serde_json::from_value(rows)
-        .map_err(|e| PgError::internal(format!("malformed reply of a compaction: {e}")))?;
     Ok(TableIterator::new(rows))
 }
 
@@ -135,6 +127,20 @@ fn set_retention(
         })?;
         Ok(())
     })?)
+}
+
+/// Runs a task over what the caller may of what it asked for, and gives what it wrote: collection, events, files, bytes.
+fn by_collection(
+    call: &'static str,
+    project: Option<&str>,
+    collection: Option<&str>,
+    task: impl FnOnce(Scope) -> Task,
+) -> Result<Vec<(String, i64, i64, i64)>> {
+    let rows = audit::call(call, project, collection, || {
+        task::run(&task(scope(project, collection)?))
+    })?;
+    serde_json::from_value(rows)
+        .map_err(|e| PgError::internal(format!("malformed reply of {call}: {e}")))
 }
 
 /// What the caller may flush or compact of what it asked for.

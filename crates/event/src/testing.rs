@@ -1,5 +1,35 @@
 //! Random events for the tests of this crate, and as a beginning for the fuzz targets.
 
+use crate::types::FieldType;
+
+/// Every type a field can have, with these (precision, scale) of numeric.
+pub fn every_type(numerics: &[(u8, u8)]) -> Vec<FieldType> {
+    let numerics = numerics
+        .iter()
+        .map(|&(precision, scale)| FieldType::Numeric { precision, scale });
+    [
+        FieldType::Bool,
+        FieldType::Int4,
+        FieldType::Int8,
+        FieldType::Float4,
+        FieldType::Float8,
+    ]
+    .into_iter()
+    .chain(numerics)
+    .chain([
+        FieldType::Text,
+        FieldType::Date,
+        FieldType::Timestamptz,
+        FieldType::Uuid,
+        FieldType::Inet,
+        FieldType::Jsonb,
+        FieldType::BoolArray,
+        FieldType::Float8Array,
+        FieldType::TextArray,
+    ])
+    .collect()
+}
+
 /// A small generator of random numbers (splitmix64), so that a failing seed can be run again.
 pub struct Random(pub u64);
 

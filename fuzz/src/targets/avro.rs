@@ -56,26 +56,7 @@ fn records_of(choice: u8, schema: &[u8], mut rest: &[u8]) {
 }
 
 fn target() -> Schema {
-    let types = [
-        FieldType::Bool,
-        FieldType::Int4,
-        FieldType::Int8,
-        FieldType::Float4,
-        FieldType::Float8,
-        FieldType::Numeric {
-            precision: 20,
-            scale: 4,
-        },
-        FieldType::Text,
-        FieldType::Date,
-        FieldType::Timestamptz,
-        FieldType::Uuid,
-        FieldType::Inet,
-        FieldType::Jsonb,
-        FieldType::BoolArray,
-        FieldType::Float8Array,
-        FieldType::TextArray,
-    ];
+    let types = rakam_event::testing::every_type(&[(20, 4)]);
     let fields: Vec<(String, FieldType)> = (0..).map(|n| format!("a{n}")).zip(types).collect();
     let mut schema = roads::schema(true, &fields);
     schema.version = 2;

@@ -11,7 +11,7 @@ use rakam_event::json::{self, Cutter};
 use rakam_event::names::{self, CollectionName, ProjectName};
 use rakam_event::number::Number;
 use rakam_event::types::FieldType;
-use rakam_event::{net, time};
+use rakam_event::{net, testing, time};
 use rakam_files::format::{Compression, Format, Options};
 use rakam_files::locate;
 use rakam_lake::chunk::ChunkFormat;
@@ -122,7 +122,7 @@ fn values(text: &str) {
         return;
     }
     infer(raw);
-    for ty in TYPES {
+    for ty in testing::every_type(&[(9, 3), (38, 0)]) {
         let Ok(value) = coerce(raw, ty, &mut Cutter::off()) else {
             continue;
         };
@@ -135,31 +135,6 @@ fn values(text: &str) {
         assert_eq!(twice, printed, "{raw} as {ty}");
     }
 }
-
-const TYPES: [FieldType; 16] = [
-    FieldType::Bool,
-    FieldType::Int4,
-    FieldType::Int8,
-    FieldType::Float4,
-    FieldType::Float8,
-    FieldType::Numeric {
-        precision: 9,
-        scale: 3,
-    },
-    FieldType::Numeric {
-        precision: 38,
-        scale: 0,
-    },
-    FieldType::Text,
-    FieldType::Date,
-    FieldType::Timestamptz,
-    FieldType::Uuid,
-    FieldType::Inet,
-    FieldType::Jsonb,
-    FieldType::BoolArray,
-    FieldType::Float8Array,
-    FieldType::TextArray,
-];
 
 fn numbers_and_times(text: &str) {
     if let Some(number) = Number::parse(text) {

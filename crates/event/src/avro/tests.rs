@@ -15,26 +15,7 @@ fn field(position: i32, name: &str, ty: FieldType, version: i32) -> Field {
 }
 
 fn every_type() -> Schema {
-    let types = [
-        FieldType::Bool,
-        FieldType::Int4,
-        FieldType::Int8,
-        FieldType::Float4,
-        FieldType::Float8,
-        FieldType::Numeric {
-            precision: 20,
-            scale: 4,
-        },
-        FieldType::Text,
-        FieldType::Date,
-        FieldType::Timestamptz,
-        FieldType::Uuid,
-        FieldType::Inet,
-        FieldType::Jsonb,
-        FieldType::BoolArray,
-        FieldType::Float8Array,
-        FieldType::TextArray,
-    ];
+    let types = crate::testing::every_type(&[(20, 4)]);
     let fields = types
         .iter()
         .enumerate()

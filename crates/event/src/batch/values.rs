@@ -117,26 +117,7 @@ mod tests {
     };
 
     fn schema() -> Schema {
-        let types = [
-            FieldType::Bool,
-            FieldType::Int4,
-            FieldType::Int8,
-            FieldType::Float4,
-            FieldType::Float8,
-            FieldType::Numeric {
-                precision: 10,
-                scale: 2,
-            },
-            FieldType::Text,
-            FieldType::Date,
-            FieldType::Timestamptz,
-            FieldType::Uuid,
-            FieldType::Inet,
-            FieldType::Jsonb,
-            FieldType::BoolArray,
-            FieldType::Float8Array,
-            FieldType::TextArray,
-        ];
+        let types = crate::testing::every_type(&[(10, 2)]);
         let field = |(i, ty): (usize, FieldType)| Field {
             id: 16 + i as i32,
             name: format!("f{i}"),
