@@ -429,6 +429,20 @@ pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
     Ok(file_id)
 }
 
+/// So many entries the log keeps: far more than are written between two looks at it. Who has looked longer ago reads
+/// the manifest itself.
+const LOG_ENTRIES: i64 = 100_000;
+
+/// Forgets the oldest entries of the log.
+pub fn forget_log() -> Result<()> {
+    spi::execute(
+        "DELETE FROM rakam_internal.manifest_log
+         WHERE seq < (SELECT max(seq) FROM rakam_internal.manifest_log) - $1",
+        &[arg(LOG_ENTRIES)],
+    )?;
+    Ok(())
+}
+
 /// The stored size of a file.
 pub fn file_bytes(file_id: i64) -> Result<Option<i64>> {
     spi::first(

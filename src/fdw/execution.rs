@@ -392,7 +392,7 @@ fn check_truncation(tick: &inbox::Tick) -> Result<()> {
         return Ok(());
     }
     let latest = Registered::latest();
-    if inbox::truncated_to(View::Under(latest.get()))? > tick.id {
+    if inbox::rotation::truncated_to(View::Under(latest.get()))? > tick.id {
         return Err(PgError::new(
             "40001",
             "could not read recent events: the snapshot is too old for this standby",

@@ -458,14 +458,14 @@ fn refuse(project: &ProjectRow, row: &TailRow) -> Result<()> {
         None => "collection could not be registered".to_owned(),
     };
     for event in row.payload.split(|&b| b == b'\n').filter(|e| !e.is_empty()) {
-        inbox::add_dead_letter(row, event, &why)?;
+        inbox::parked::add_dead_letter(row, event, &why)?;
     }
     Ok(())
 }
 
 /// Tries parked events again, each in a transaction of its own. Returns how many left the parking.
 pub fn retry_parked() -> std::result::Result<u64, Failure> {
-    let due = xact::worker(|| inbox::parked_due(View::Current, 100))?;
+    let due = xact::worker(|| inbox::parked::due(View::Current, 100))?;
     let mut left = 0;
     for parked in due {
         let outcome = xact::worker(|| retry(&parked))?;
@@ -474,21 +474,21 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
     Ok(left)
 }
 
-fn retry(parked: &inbox::Parked) -> Result<bool> {
+fn retry(parked: &inbox::parked::Parked) -> Result<bool> {
     let row = &parked.row;
     let dedupe = Rc::new(RefCell::new(Deduper::open([row.project_id])));
     let Found::Place(place) = Registry::new(View::Current).find(row)? else {
-        inbox::unpark(row.id)?;
+        inbox::parked::forget(row.id)?;
         return Ok(true);
     };
     match Making::new(place, Rc::clone(&dedupe)).retry(row)? {
         None => {
             dedupe.borrow_mut().finish()?;
-            inbox::unpark(row.id).map(|_| true)
+            inbox::parked::forget(row.id).map(|_| true)
         }
         Some(error) if parked.attempts >= ATTEMPTS_MAX => {
-            inbox::to_dead_letter(row, &error).map(|()| true)
+            inbox::parked::to_dead_letter(row, &error).map(|()| true)
         }
-        Some(error) => inbox::park_again(row.id, &error).map(|()| false),
+        Some(error) => inbox::parked::again(row.id, &error).map(|()| false),
     }
 }

@@ -297,7 +297,7 @@ impl Making {
             shift_us: origin.shift_us,
             payload: Vec::new(),
         };
-        inbox::park(&row, event, collection.id, error)
+        inbox::parked::park(&row, event, collection.id, error)
     }
 
     /// Another attempt on the events of a parked row: those that are fine are written. None: some were; else why not.

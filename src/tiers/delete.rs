@@ -118,5 +118,5 @@ pub fn delete_parked(collection: &Collection, ids: &[i64]) -> Result<u64> {
 fn leave_no_traces(collection: &Collection) -> Result<()> {
     deletion::drop_samples(collection.id)?;
     deletion::require_erasure()?;
-    inbox::empty_soon()
+    inbox::rotation::empty_soon()
 }

@@ -28,6 +28,7 @@ pub fn tables() -> std::result::Result<(), Failure> {
     xact::worker(|| {
         mapper::fold_dropped()?;
         load::tidy()?;
+        manifest::forget_log()?;
         session::tidy((2 * guc::session_gap() + LATE_VISITS).as_secs_f64())
     })
 }

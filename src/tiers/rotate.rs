@@ -7,7 +7,7 @@
 //! can write a table any more and a tick covers all its rows, readers that see that tick need not open it. Truncate:
 //! once that tick is past the horizon, no snapshot can miss the rows.
 
-use crate::catalog::inbox;
+use crate::catalog::inbox::{self, rotation};
 use crate::pg::locks::Mode;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
@@ -33,13 +33,13 @@ pub fn run() -> std::result::Result<Rotated, Failure> {
         done.truncated |= xact::worker(|| truncate(k))?;
     }
     xact::worker(|| {
-        inbox::forget_ticks(xact::horizon(relation::oid("rakam_internal", "inbox_tick")))
+        rotation::forget_ticks(xact::horizon(relation::oid("rakam_internal", "inbox_tick")))
     })?;
     Ok(done)
 }
 
 fn switch() -> Result<bool> {
-    let state = inbox::rotation(View::Current)?;
+    let state = rotation::state(View::Current)?;
     let age_us = xact::now_us() - state.switched_at_us;
     let next = (state.current + 1) % 3;
     let forced = state.to_empty[state.current];
@@ -48,25 +48,25 @@ fn switch() -> Result<bool> {
         return Ok(false);
     }
     if forced && relation::blocks(inbox::table_oid(state.current)) == 0 {
-        inbox::is_empty(state.current)?;
+        rotation::is_empty(state.current)?;
         return Ok(false);
     }
     let tick = inbox::tick(View::Current)?;
-    let (next_has_rows, _) = inbox::table_content(View::Current, next, &tick.snapshot)?;
-    let (has_rows, _) = inbox::table_content(View::Current, state.current, &tick.snapshot)?;
+    let (next_has_rows, _) = rotation::table_content(View::Current, next, &tick.snapshot)?;
+    let (has_rows, _) = rotation::table_content(View::Current, state.current, &tick.snapshot)?;
     if !(has_rows || forced) || next_has_rows {
         return Ok(false);
     }
     if relation::blocks(inbox::table_oid(next)) == 0 {
-        inbox::is_empty(next)?;
+        rotation::is_empty(next)?;
     }
-    inbox::switch_to(next)?;
+    rotation::switch_to(next)?;
     failpoint::hit("rotate.before_switch");
     Ok(true)
 }
 
 fn seal(k: usize) -> Result<bool> {
-    let state = inbox::rotation(View::Current)?;
+    let state = rotation::state(View::Current)?;
     if k == state.current || state.sealed[k] != 0 {
         return Ok(false);
     }
@@ -77,25 +77,25 @@ fn seal(k: usize) -> Result<bool> {
     let latest = Registered::latest();
     let view = View::Under(latest.get());
     let tick = inbox::tick(view)?;
-    let (any, uncovered) = inbox::table_content(view, k, &tick.snapshot)?;
+    let (any, uncovered) = rotation::table_content(view, k, &tick.snapshot)?;
     if !any && state.to_empty[k] && relation::blocks(inbox::table_oid(k)) == 0 {
-        inbox::is_empty(k)?;
+        rotation::is_empty(k)?;
         return Ok(false);
     }
-    if !(any || state.to_empty[k]) || uncovered || inbox::table_lags(view, k)? {
+    if !(any || state.to_empty[k]) || uncovered || rotation::table_lags(view, k)? {
         return Ok(false);
     }
-    inbox::seal(k, tick.id)?;
+    rotation::seal(k, tick.id)?;
     Ok(true)
 }
 
 fn truncate(k: usize) -> Result<bool> {
-    let state = inbox::rotation(View::Current)?;
+    let state = rotation::state(View::Current)?;
     let tick = state.sealed[k];
     if tick == 0 || k == state.current {
         return Ok(false);
     }
-    let Some((created_xid, snapshot)) = inbox::tick_by_id(View::Current, tick)? else {
+    let Some((created_xid, snapshot)) = rotation::tick_by_id(View::Current, tick)? else {
         return Ok(false);
     };
     if created_xid >= xact::horizon(relation::oid("rakam_internal", "inbox_tick")) {
@@ -106,11 +106,11 @@ fn truncate(k: usize) -> Result<bool> {
     }
     // Nobody holds the table now: what is in it is all there will be.
     let latest = Registered::latest();
-    let (_, uncovered) = inbox::table_content(View::Under(latest.get()), k, &snapshot)?;
+    let (_, uncovered) = rotation::table_content(View::Under(latest.get()), k, &snapshot)?;
     if uncovered {
         return Ok(false);
     }
-    inbox::truncate(k, tick)?;
+    rotation::truncate(k, tick)?;
     failpoint::hit("rotate.before_truncate_commit");
     Ok(true)
 }

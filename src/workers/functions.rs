@@ -448,7 +448,7 @@ fn perform_keep(
 
 /// Empties what can be emptied of the inbox, where deleted events still are.
 fn rotate_inbox() -> std::result::Result<(), Failure> {
-    if xact::worker(|| inbox::rotation(View::Current))?.to_empty == [false; 3] {
+    if xact::worker(|| inbox::rotation::state(View::Current))?.to_empty == [false; 3] {
         return Ok(());
     }
     let _lock = SessionLock::take(LockOn::Digest);
