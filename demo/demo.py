@@ -1,7 +1,9 @@
-"""What rakam does, on real data: freshness, tiers, size, a query and its plan, isolation, files that others can read.
+"""What rakam does, on real data: freshness, tiers, size, a query and its plan, isolation, files that others can read, a
+bucket that goes away and comes back.
 
 Project `flights` keeps 336,776 real departures in the default storage, inside Postgres; project `shop` keeps a generated
-clickstream of 120,000 events in a folder (a `file://` storage). Everything shown is sent to the server as it is printed.
+clickstream of 120,000 events in a folder (a `file://` storage); `web` one of 40,000 in a bucket (far.py). Everything
+shown is sent to the server as it is printed.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "pg_test")]
 
 import clickstream  # noqa: E402
 import duckdb  # noqa: E402
+import far  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database  # noqa: E402
+from show import note, title  # noqa: E402
 
 CLICKS = 120_000
 BATCH = 400
@@ -32,19 +36,13 @@ FRESHNESS_ROUNDS = 50
 SETTINGS = {"rakam.digest_max_age": "1s"}
 
 
-def title(text: str) -> None:
-    print(f"\n\033[1m── {text}\033[0m", flush=True)
-
-
-def note(text: str) -> None:
-    print(f"   {text}", flush=True)
-
-
 class Demo:
     def __init__(self) -> None:
         self.cluster = Cluster("demo")
         self.cluster.start(SETTINGS)
         self.db = Database(self.cluster, "demo")
+        # What was sent of each project.
+        self.json_bytes: dict[str, int] = {}
 
     def psql(self, statement: str, user: str = "postgres") -> str:
         """Runs a statement in psql and shows both, an error included."""
@@ -80,13 +78,14 @@ class Demo:
         self.query()
         self.isolation()
         self.files()
+        far.chapter(self)
         title("Health")
         self.psql('SELECT "check", status, detail FROM rakam.health()')
         events = self.db.one("SELECT sum(events) FROM rakam.stat_collection")
         title(f"Done: {events:,} events in {time.monotonic() - began:.0f} s. Go on with")
         print(f"   {' '.join(self.cluster.psql_command('demo'))}")
         note("SELECT origin, count(*), avg(dep_delay) FROM flights.departure GROUP BY 1;")
-        note("stop it with: scripts/cluster.sh stop demo")
+        note("stop it with: demo/run.sh stop")
 
     def prepare(self) -> None:
         title("Two projects: one inside Postgres, one in a folder of Parquet files")
@@ -135,24 +134,27 @@ class Demo:
 
     def load(self) -> None:
         title(f"Sending {flights.COUNT:,} flights and {CLICKS:,} clicks, {BATCH} in a call, while the tiers fill")
-        self.json_bytes = {"flights": 0, "shop": 0}
         departures = ((flights.COLLECTION, properties) for properties in flights.events())
         self.send("flights", departures, flights.COUNT)
         self.send("shop", clickstream.events(CLICKS), CLICKS)
 
-    def send(self, project: str, events: Iterable[tuple[str, dict]], total: int) -> None:
+    def send(self, project: str, events: Iterable[tuple[str, dict]], total: int) -> list[float]:
+        """Sends events in batches, one transaction each, and returns how long each took, in milliseconds."""
         connection = self.db.connect()
         began = shown = time.monotonic()
         sent = 0
+        taken_ms = []
         for batch in batches(events, BATCH):
             items = []
             for collection, properties in batch:
                 text = json.dumps(properties, separators=(",", ":"))
-                self.json_bytes[project] += len(text) + 1
+                self.json_bytes[project] = self.json_bytes.get(project, 0) + len(text) + 1
                 items.append(f'{{"collection":"{collection}","properties":{text}}}')
+            before = time.perf_counter()
             stored, rejected = connection.execute(
                 "SELECT stored, rejected FROM rakam.collect_batch(%s, %s)", (project, f"[{','.join(items)}]")
             ).fetchone()
+            taken_ms.append((time.perf_counter() - before) * 1000)
             if rejected:
                 sys.exit(f"{rejected} events of project {project} were rejected")
             sent += stored
@@ -167,6 +169,7 @@ class Demo:
                     f"{project}: {sent:,} of {total:,} sent, {sent / (shown - began):,.0f}/s;"
                     f" inbox {inbox:,}, chunks {hot:,}, files {cold:,}"
                 )
+        return taken_ms
 
     def tiers(self) -> None:
         title("Digest and flush: the same events, now in data files; no query ever sees a difference")

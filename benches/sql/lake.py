@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import venv
 from pathlib import Path
 
 from harness import manifest
 from harness.database import one
+from harness.duck_s3 import DuckS3
 from harness.services import Services
 from measure import interleaved, wall_s
 
@@ -19,35 +18,6 @@ LATENCY_MS = 30
 # Years of flights: one is five megabytes.
 YEARS = int(os.environ.get("RAKAM_BUCKET_YEARS", "8"))
 FILES = 100_000
-DUCKDB = ["duckdb==1.5.5", "duckdb-extension-httpfs==1.5.5"]
-
-
-class DuckS3:
-    """A DuckDB with the extension for S3, which packages have for this version only, in an environment of its own."""
-
-    def __init__(self, environment: dict[str, str]):
-        folder = (
-            Path(os.environ.get("RAKAM_SERVICES_DIR", Path.home() / ".cache/rakam-services")) / "cache/venv-duckdb-s3"
-        )
-        python = folder / "bin/python"
-        if not (folder / ".installed").exists():
-            venv.create(folder, with_pip=True, clear=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *DUCKDB], check=True)
-            (folder / ".installed").touch()
-        self.process = subprocess.Popen(
-            [python, Path(__file__).with_name("duck_s3.py")],
-            env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(self, query: str) -> tuple[float, list]:
-        self.process.stdin.write(json.dumps({"query": query}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["seconds"], answer["rows"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def bucket(bench) -> None:
@@ -88,7 +58,7 @@ def _bucket(bench, services: Services) -> None:
     count, size = db.admin.execute("SELECT count(*), sum(bytes) FROM rakam.data_files WHERE project = 'far'").fetchone()
     print(f"  far: {count} files, {size / 1e6:.1f} MB", flush=True)
     paths = [path for (path,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'far'")]
-    duck = DuckS3({**env, "BENCH_ENDPOINT": env["FAULTPROXY_URL"]})
+    duck = DuckS3(env, env["FAULTPROXY_URL"])
     services.faults([{"match": {"method": "GET"}, "fault": {"delay_ms": LATENCY_MS}}])
     queries = {
         "by carrier, all": "SELECT carrier, count(*), sum(distance) FROM {t} GROUP BY 1 ORDER BY 1",

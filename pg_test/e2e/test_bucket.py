@@ -236,7 +236,7 @@ def test_a_missing_bucket_and_a_missing_object(db, s3, lake, quick):
     (path,) = s3.storage(f"bucket/{lake}").objects()
     store = s3.storage(f"bucket/{lake}").filesystem
     store.move(f"{s3.bucket}/bucket/{lake}/{path}", f"{s3.bucket}/aside")
-    with refused("58P01", hint="check_storage"):
+    with refused("58P01", hint="Try again; if the file stays away, see what rakam.check_storage()"):
         db.admin.execute(f"SELECT sum(n) FROM {lake}.c")
     store.move(f"{s3.bucket}/aside", f"{s3.bucket}/bucket/{lake}/{path}")
     assert db.one(f"SELECT sum(n) FROM {lake}.c") == 45
@@ -375,9 +375,9 @@ def test_an_outage_stops_nobody(db, s3, fault_proxy, quick):
     wait_until(lambda: db.one("SELECT to_regclass(%s) IS NOT NULL", f"{project}.hot"), "the table")
     assert db.one(f"SELECT sum(n) FROM {project}.hot") == sum(range(100))
     assert db.one(f"SELECT count(*) FROM {project}.c WHERE _time > now() + interval '1 day'") == 0
-    with refused("58030"):
+    with refused("58030", hint="can be reached"):
         db.admin.execute(f"SELECT sum(n) FROM {project}.c")
-    with refused("58030"):
+    with refused("58030", hint="collecting goes on meanwhile"):
         db.flush(project, "hot")
     assert db.one(f"SELECT sum(n) FROM {project}.hot") == sum(range(100))
     fault_proxy.clear()

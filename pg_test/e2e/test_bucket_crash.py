@@ -1,5 +1,6 @@
 """kill -9 of workers, backends and the postmaster while the files lie in a bucket that misbehaves: every acknowledged event
-is there once, every file of the manifest is in the bucket, and nothing else is once garbage was collected.
+is there once, every file of the manifest is in the bucket, and nothing else is once `check_storage` has compared and a
+`tick` has collected garbage.
 
 RAKAM_S3_CRASH_RUNS (default 2) sets the number of seeded runs; the full run is 150. RAKAM_LEDGER names a file to which each
 run appends a line: see ledger/s3_crash.tsv.
@@ -19,6 +20,7 @@ import pytest
 from harness.buckets import Bucket, FaultProxy
 from harness.cluster import Cluster
 from harness.database import Database, collect_batch, wait_until
+from harness.numbered import make, send
 from test_crash import Client, kill_something, try_to_flush
 
 RUNS = int(os.environ.get("RAKAM_S3_CRASH_RUNS", "2"))
@@ -144,25 +146,102 @@ def test_kill_while_the_store_misbehaves(private_cluster, s3, seed, run):
         check(db, clients, deleter, "after the kills")
 
         db.flush("acme")
+        left = problems(db, "lake")
         wait_until(lambda: is_clean(db, there), "the objects of the manifest and no others", 60, 0.5)
         check(db, clients, deleter, "after a flush")
         events = len({key for client in clients for key in client.acknowledged}) + len(deleter.kept)
         files = len(there.objects())
         if LEDGER:
-            line = [seed, run, sum(killed.values()), sum(fired), events, files]
+            line = [seed, run, sum(killed.values()), sum(fired), events, files, left["missing"], left["orphan"]]
             with Path(LEDGER).open("a") as ledger:
                 ledger.write("\t".join(map(str, line)) + "\n")
         db.close()
 
 
+def problems(db: Database, storage: str) -> Counter:
+    """What `check_storage` finds: orphans of uploads that a kill cut off, which it queues, but never a file that is missing
+    or harmed."""
+    found = db.all("SELECT path, problem FROM rakam.check_storage(%s)", storage)
+    assert not [row for row in found if row[1] != "orphan"], found
+    return Counter(problem for _, problem in found)
+
+
 def is_clean(db: Database, there: Bucket) -> bool:
-    """After garbage was collected every file of the manifest is there, whole, and nothing else is."""
+    """After garbage was collected every file of the manifest is there, whole, and nothing else is; `check_storage` says
+    the same."""
     db.tick()
     files, objects = manifest(db, there.url), there.objects()
-    assert files.items() <= objects.items(), f"missing: {sorted(files.items() - objects.items())[:3]}"
-    return files == objects
+    # Files that the background has merged since are gone from both.
+    missing = (files.items() - objects.items()) & manifest(db, there.url).items()
+    assert not missing, f"missing: {sorted(missing)[:3]}"
+    return files == objects and problems(db, "lake").total() == 0
 
 
 def manifest(db: Database, url: str) -> dict[str, int]:
-    found = db.all("SELECT path, bytes FROM rakam.data_files")
+    found = db.all("SELECT path, bytes FROM rakam.data_files WHERE path LIKE %s", f"{url}/%")
     return {path.removeprefix(f"{url}/"): size for path, size in found}
+
+
+def test_kill_before_expired_files_go(private_cluster, s3):
+    """The worker that takes out of the manifest what is kept no longer is killed before its commit, again and again: the
+    answers stay the same, then the events go for good, and their objects."""
+    cluster: Cluster = private_cluster("s3-expiry", {"rakam.file_retention": "0", "rakam.min_file_events": "1"})
+    db = Database(cluster, "expiry").create()
+    there = s3.storage("expiry")
+    there.create(db.admin, "lake")
+    for project, storage in (("far", "lake"), ("near", None)):
+        db.project(project, storage)
+        make(db, project, "page")
+        for first, year in ((200, 2026), (0, 2020), (100, 2021)):
+            send(db, project, "page", range(first, first + 50), _time=f"{year}-01-01T10:00:00Z")
+            db.flush(project)
+            send(db, project, "page", range(first + 50, first + 100), _time=f"{year}-01-01T11:00:00Z")
+            db.tick()
+    kept = list(range(200, 300))
+    keep = f"{db.one('SELECT extract(year FROM now())::int') - 2024} years"
+    expired = "SELECT count(*) FROM rakam.data_files WHERE project = %s AND max_time < '2024-01-01'"
+    mark = cluster.log_mark()
+    # Before there is anything to remove: workers of the background come upon it, too.
+    db.admin.execute("ALTER DATABASE expiry SET rakam.failpoint = 'compact.before_expiry=exit'")
+    for project in ("far", "near"):
+        steady(db, "SELECT rakam.set_retention(%s, 'page', %s::interval)", project, keep)
+        with pytest.raises(psycopg.OperationalError):
+            db.admin.execute("SELECT rakam.compact(%s, 'page')", (project,))
+        db.close()
+        cluster.wait_ready()
+        assert steady(db, content(project)) == kept
+        assert steady(db, expired, project) == 3
+    assert cluster.log_since(mark).count("was terminated by signal 9") >= 2
+    steady(db, "ALTER DATABASE expiry RESET rakam.failpoint")
+    # Workers that began before are the last to be killed.
+    for project in ("far", "near"):
+        steady(db, "SELECT count(*) FROM rakam.flush(%s)", project)
+        steady(db, "SELECT count(*) FROM rakam.compact(%s)", project)
+        assert steady(db, content(project)) == kept
+        assert db.tiers(project, "page") == {"inbox": 0, "hot": 0, "cold": 100}
+        assert db.one(expired, project) == 0
+    problems(db, "lake")
+    wait_until(lambda: is_clean(db, there), "the objects of the manifest and no others", 60, 0.5)
+    assert [db.one(content(project)) for project in ("far", "near")] == [kept, kept]
+    db.close()
+
+
+def content(project: str) -> str:
+    return f"SELECT array_agg(n ORDER BY n) FROM {project}.page"
+
+
+def steady(db: Database, statement: str, *values: str) -> object:
+    """The first value of a statement's answer; it is repeated while a killed worker takes the server with it."""
+    answers = []
+
+    def answered() -> bool:
+        try:
+            row = db.admin.execute(statement, values or None)
+        except psycopg.OperationalError:
+            db.close()
+            return False
+        answers.append(row.fetchone()[0] if row.description else None)
+        return True
+
+    wait_until(answered, statement)
+    return answers[0]

@@ -232,7 +232,7 @@ def test_standby(private_cluster):
     caught_up()
     odd = list(range(1, 300, 2))
     assert numbers(replica.admin, "acme.page") == odd
-    with refused("25006"):
+    with refused("55000", hint="primary server"):
         delete(replica.admin, "acme", "page", "true")
     db.flush()
     db.tick()

@@ -117,11 +117,11 @@ def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
     collect(served.admin, f"p_{served.name}", "c", {"n": 1})
     wait_until(lambda: served.one(f"SELECT to_regclass('p_{served.name}.c') IS NOT NULL"), "a table")
     wait_until(lambda: sum(d.worker_pid() is not None for d in databases) == 2, "two databases with a worker")
-    with refused("53000"):
+    with refused("53000", hint="max_worker_processes"):
         served.tick()
     starved = next(database for database in databases if database.worker_pid() is None)
     # It can still collect, and it shows in rakam.stat_worker, once and not in a loop in the log.
-    with refused("53000"):
+    with refused("53000", hint="max_worker_processes"):
         starved.admin.execute(f"SELECT rakam.create_collection('p_{starved.name}', 'c')")
     collect(starved.admin, f"p_{starved.name}", "c", {"n": 1})
     assert starved.one(f"SELECT count(*) FROM p_{starved.name}._all") == 1

@@ -1,4 +1,4 @@
-"""The services of pg_test/services for one test module: started apart from all others, stopped at the end."""
+"""The services of pg_test/services: started apart from all others and stopped at the end, as a test wants them, or kept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "services"
 
 
 class Services:
-    """A set of services. `env` holds what the started ones say a client needs."""
+    """A set of services. `env` holds what the started ones say a client needs. With `kept`, a folder, they outlive this
+    object: the next one of that folder finds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Path | None = None) -> None:
         self.env: dict[str, str] = {}
         self._started: list[tuple[str, dict[str, str]]] = []
-        self._run = Path(tempfile.mkdtemp(prefix="rakam-services-"))
+        self._run = kept or Path(tempfile.mkdtemp(prefix="rakam-services-"))
 
     def __enter__(self) -> Services:
         return self
@@ -39,6 +40,10 @@ class Services:
             if variable:
                 self.env[variable] = shlex.split(value)[0] if value else ""
         return self.env
+
+    def stop(self, name: str) -> None:
+        """Stops `name`.sh if it runs."""
+        self._script(name, "stop", {})
 
     def faults(self, rules: list[dict]) -> None:
         """Replaces the rules of the proxy."""

@@ -21,7 +21,7 @@ def connect() -> duckdb.DuckDBPyConnection:
     (extension,) = glob.glob(f"{site}/duckdb_extension_httpfs/extensions/*/*.duckdb_extension")
     connection.execute(f"LOAD '{extension}'")
     connection.execute("SET TimeZone = 'UTC'")
-    endpoint = os.environ["BENCH_ENDPOINT"].split("://")[1]
+    endpoint = os.environ["DUCK_ENDPOINT"].split("://")[1]
     connection.execute(
         f"CREATE SECRET (TYPE s3, KEY_ID '{os.environ['AWS_ACCESS_KEY_ID']}',"
         f" SECRET '{os.environ['AWS_SECRET_ACCESS_KEY']}', REGION 'us-east-1', ENDPOINT '{endpoint}',"
