@@ -232,7 +232,10 @@ pub fn key(text: &str) -> Result<Key> {
         },
         |cache, key| limited(&mut cache.keys).insert(hash, key),
     )?;
-    found.ok_or_else(|| PgError::new("28000", "key is unknown or revoked"))
+    found.ok_or_else(|| {
+        PgError::new("28000", "key is unknown or revoked")
+            .hint("Ask the project's admin for a key: rakam.create_keys makes new ones.")
+    })
 }
 
 /// Which projects a role sees.

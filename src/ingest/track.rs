@@ -136,7 +136,8 @@ fn stop(project: &Project, source: Oid) -> pg::Result<()> {
                 "table {name} is not tracked in project \"{}\"",
                 project.name
             ),
-        ));
+        )
+        .hint("rakam.track_table begins to track a table."));
     }
     Ok(())
 }

@@ -135,7 +135,22 @@ impl From<rakam_files::FilesError> for PgError {
 
 /// The value of an argument that must not be NULL.
 pub fn not_null<T>(value: Option<T>, argument: &str) -> Result<T> {
-    value.ok_or_else(|| PgError::new("22004", format!("argument \"{argument}\" must not be null")))
+    value.ok_or_else(|| {
+        let mut error = PgError::new("22004", format!("argument \"{argument}\" must not be null"));
+        error.hint = instead_of_null(argument).map(Into::into);
+        error
+    })
+}
+
+/// What may be given for an argument that must not be NULL, where its name does not say it.
+fn instead_of_null(argument: &str) -> Option<&'static str> {
+    Some(match argument {
+        "project" => "The view rakam.projects lists the projects that the current role can read.",
+        "collection" => "The view rakam.collections lists a project's collections.",
+        "properties" => "An event without properties has {}.",
+        "events" => "A batch without events is [].",
+        _ => return None,
+    })
 }
 
 /// `?` in a `#[pg_extern]` function that returns `Result<_, ErrorReport>` keeps SQLSTATE, detail and hint.

@@ -116,7 +116,8 @@ pub fn set(role: &str, local: bool) -> Result<()> {
         return Err(PgError::new(
             "42501",
             "cannot change the role within a security-definer function or a security-restricted operation",
-        ));
+        )
+        .hint("Call rakam.authenticate outside of such functions, where SET ROLE is allowed too."));
     }
     let value = CString::new(role).map_err(|_| PgError::internal("NUL byte in a role's name"))?;
     let _session = SessionAs::owner();

@@ -184,11 +184,11 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
-/// An error for functions that write, on a standby or in a read-only transaction.
+/// An error for functions that write: 55000 on a standby, 25006 in a read-only transaction.
 pub fn ensure_writable(what: &str) -> Result<(), PgError> {
     if in_recovery() {
         return Err(
-            PgError::new("25006", format!("cannot {what} during recovery"))
+            PgError::new("55000", format!("cannot {what} during recovery"))
                 .hint("Connect to the primary server."),
         );
     }

@@ -117,6 +117,7 @@ fn table(project_id: i32, name: &str) -> Result<Option<Oid>> {
 
 fn unknown(name: &str) -> PgError {
     PgError::new("42704", format!("collection \"{name}\" does not exist"))
+        .hint("The view rakam.collections lists a project's collections.")
 }
 
 /// The search path of a condition, then the caller's settings.

@@ -81,6 +81,17 @@ impl EventError {
 
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
+            Self::NulCharacter => "Remove the character: text in Postgres cannot hold it.",
+            Self::NumberOutOfRange => "Send the number as text.",
+            Self::TooDeep { .. } => "Send what lies deeper as text.",
+            Self::NotAnObject(_) => {
+                "The properties of an event are an object, such as {\"url\": \"/\"}."
+            }
+            Self::EmptyCollectionName
+            | Self::CollectionNameTooLong { .. }
+            | Self::NulInCollectionName => {
+                "The name of a collection has 1 to 63 bytes, none of them NUL."
+            }
             Self::TooLarge { .. } => "Send less in one event, or raise \"rakam.max_event_bytes\".",
             Self::NotAnArray(_) => {
                 "Send [{\"collection\": \"pageview\", \"properties\": {\"url\": \"/\"}}, ...]."

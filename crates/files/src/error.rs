@@ -150,8 +150,19 @@ impl FilesError {
                 "The path is one on the server; *, ? and [] match within a name, ** matches folders."
                     .to_owned()
             }
-            Self::Io { .. }
-            | Self::Malformed { .. }
+            Self::Io { kind, .. } => match kind {
+                io::ErrorKind::NotFound => "The path is one on the server.",
+                io::ErrorKind::AlreadyExists => "In a storage nothing is replaced: choose another name.",
+                io::ErrorKind::PermissionDenied => {
+                    "The system user of the server needs the right to the file and its folders."
+                }
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    "Free space where the file is to be."
+                }
+                _ => "Check the disk or the mount that the file is on.",
+            }
+            .to_owned(),
+            Self::Malformed { .. }
             | Self::Path { .. }
             | Self::Arrow(_)
             | Self::BadRow { .. }
