@@ -158,6 +158,9 @@ fn charge(
     quota::charge(project, events, bytes)
 }
 
+/// What a checksum is.
+const CHECKSUM: &str = "It is the MD5 of the text of the events, in hexadecimal digits.";
+
 /// Options of a batch.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Api {
@@ -171,12 +174,11 @@ impl Api {
         let Some(text) = text else {
             return Ok(Self::default());
         };
-        let invalid = |message: String| Err(PgError::new("22023", message));
+        let options = "Valid options are upload_time and checksum.";
+        let invalid = |message: String, hint: &str| Err(PgError::new("22023", message).hint(hint));
         if json::kind(text) != json::Kind::Object {
-            return invalid(format!(
-                "api must be a JSON object, not {}",
-                json::kind(text)
-            ));
+            let message = format!("api must be a JSON object, not {}", json::kind(text));
+            return invalid(message, options);
         }
         let mut entries = Vec::new();
         json::object_entries(text, |key, raw| entries.push((key.to_owned(), raw)))?;
@@ -186,18 +188,18 @@ impl Api {
                 "upload_time" | "checksum" if json::kind(raw) == json::Kind::Null => {}
                 "upload_time" => match time::event_time(raw) {
                     Some(us) => api.upload_time_us = Some(us),
-                    None => return invalid(format!("invalid upload_time: {raw:.100}")),
+                    None => {
+                        return invalid(
+                            format!("invalid upload_time: {raw:.100}"),
+                            "It is a time as in _time: ISO 8601, or milliseconds since 1970.",
+                        );
+                    }
                 },
                 "checksum" => match json::string(raw) {
                     Some(sum) => api.checksum = Some(sum.into_owned()),
-                    None => return invalid("checksum must be a string".to_owned()),
+                    None => return invalid("checksum must be a string".to_owned(), CHECKSUM),
                 },
-                _ => {
-                    return Err(
-                        PgError::new("22023", format!("unknown option \"{key}\" in api"))
-                            .hint("Valid options are upload_time and checksum."),
-                    );
-                }
+                _ => return invalid(format!("unknown option \"{key}\" in api"), options),
             }
         }
         Ok(api)
@@ -216,8 +218,7 @@ impl Api {
         if actual.is_some_and(|actual| actual.eq_ignore_ascii_case(expected)) {
             return Ok(());
         }
-        Err(PgError::new("22023", "checksum does not match the events")
-            .hint("It is the MD5 of the text of the events, in hexadecimal digits."))
+        Err(PgError::new("22023", "checksum does not match the events").hint(CHECKSUM))
     }
 }
 

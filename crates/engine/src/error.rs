@@ -58,9 +58,9 @@ impl EngineError {
             Self::OutOfMemory => Some(
                 "Raise rakam.memory_limit, read fewer columns or a shorter time range, or run fewer queries at a time.",
             ),
-            Self::FileMissing => Some(
-                "Try again; if the file stays away, see what rakam.check_storage() lists.",
-            ),
+            Self::FileMissing => {
+                Some("Try again; if the file stays away, see what rakam.check_storage() lists.")
+            }
             Self::Storage { .. } => Some("Check that the storage can be reached and try again."),
             Self::Host { hint, .. } => hint.as_deref(),
             Self::CorruptFile { .. }
