@@ -3,6 +3,7 @@
 -- Called by triggers only, which need no right to it.
 REVOKE EXECUTE ON FUNCTION rakam_internal.announce_change() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.set_apart() FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION rakam_internal.follow_roles() FROM PUBLIC;
 -- Who could put it on a table would write into the project that the trigger names.
 REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;
 
@@ -14,6 +15,7 @@ COMMENT ON FUNCTION rakam_internal.readable_projects() IS 'Projects whose data t
 COMMENT ON FUNCTION rakam_internal.member_projects() IS 'Projects of which the current role is a member; row-level policies call it';
 COMMENT ON FUNCTION rakam.create_project(text, text) IS 'Creates a project: schema, roles, users table, one key set, shown this once';
 COMMENT ON FUNCTION rakam.drop_project(text) IS 'Drops a project with all its events (needs rakam.allow_project_drop)';
+COMMENT ON FUNCTION rakam.repair_roles() IS 'Makes the roles of projects that are missing, as after a restore without pg_dumpall -g, with their privileges';
 COMMENT ON FUNCTION rakam.create_keys(text) IS 'Makes another key set of a project, shown this once';
 COMMENT ON FUNCTION rakam.revoke_keys(text, uuid) IS 'Revokes a key set at once, for every session';
 COMMENT ON FUNCTION rakam.authenticate(text, boolean) IS 'Becomes the role that a key stands for, to the end of the transaction or (local => false) of the session';

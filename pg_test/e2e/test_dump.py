@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.database import Database, collect, wait_until
+from harness.database import Database, collect, one, refused, wait_until
 
 
 def test_a_dump_is_restored_and_goes_on(db, cluster):
@@ -85,3 +85,58 @@ def test_a_dump_has_what_is_not_digested(private_cluster):
     assert rows(again) == rows(db)
     for database in (again, restored, db):
         database.close()
+
+
+def test_roles_that_are_missing_are_made_again(db, private_cluster):
+    """A dump restored where nobody has run pg_dumpall -g: everything is there for superusers, and for all others later."""
+    keys = db.project("roles")
+    collect(db.admin, "roles", "page", {"n": 1})
+    db.flush("roles")
+    files = private_cluster("dump_roles")
+    folder = files.make_folder("dump_files")
+    (folder / "a.csv").write_text("n\n1\n")
+    dump = db.cluster.make_folder("dump_roles") / "whole.sql"
+    db.cluster.run("pg_dump", "-f", dump, db.name, env=db.cluster.environment())
+    restored = Database(files, "roles").create(extension=False)
+    target = folder / "whole.sql"
+    target.write_text(dump.read_text())
+    done = files.run("psql", "-X", "-q", "-f", target, restored.name, env=files.environment())
+    errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    assert all('role "rakam_' in line and line.endswith("does not exist") for line in errors), errors
+    assert restored.one("SELECT sum(n) FROM roles.page") == 1
+    found = restored.all("SELECT status, hint FROM rakam.health() WHERE \"check\" = 'roles'")
+    assert [row[0] for row in found] == ["error"] and "rakam.repair_roles()" in found[0][1]
+    # A role that somebody else has made is not taken over.
+    restored.admin.execute("CREATE ROLE rakam_roles_write")
+    with refused("42710", message='role "rakam_roles_write"'):
+        restored.admin.execute("SELECT * FROM rakam.repair_roles()")
+    restored.admin.execute("DROP ROLE rakam_roles_write")
+    made = [("roles", f"rakam_roles_{kind}") for kind in ("read", "write", "admin")]
+    repaired = restored.all("SELECT * FROM rakam.repair_roles()")
+    assert [row for row in repaired if row[0] == "roles"] == made
+    assert restored.all("SELECT * FROM rakam.repair_roles()") == []
+    reader, writer = restored.login("roles", "read"), restored.login("roles", "write")
+    collect(writer, "roles", "page", {"n": 2})
+    writer.execute("INSERT INTO roles.page (n) VALUES (3)")
+    writer.execute("INSERT INTO roles.users (id) VALUES ('ada')")
+    assert one(reader, "SELECT sum(n) FROM roles.page") == 6
+    assert one(reader, "SELECT count(*) FROM roles._all") == 3
+    assert one(reader, "SELECT id FROM roles.users") == "ada"
+    with refused("42501"):
+        one(writer, "SELECT count(*) FROM roles.page")
+    with reader.transaction():
+        reader.execute("SELECT rakam.authenticate(%s)", (keys["master_key"],))
+        assert one(reader, "SELECT current_user::text") == "rakam_roles_admin"
+        reader.execute("CREATE VIEW roles.mine AS SELECT n FROM roles.page")
+    # One role alone, dropped by hand; one that was renamed stays the project's.
+    restored.admin.execute("DROP OWNED BY rakam_roles_read; DROP ROLE rakam_roles_read")
+    restored.admin.execute("ALTER ROLE rakam_roles_write RENAME TO renamed_writer")
+    assert restored.all("SELECT * FROM rakam.repair_roles()") == [("roles", "rakam_roles_read")]
+    restored.admin.execute("GRANT rakam_roles_read TO login_roles_read")
+    assert one(reader, "SELECT sum(n) FROM roles.page") == 6
+    restored.admin.execute("SELECT rakam.set_quota('roles', NULL, NULL, NULL, NULL)")
+    collect(writer, "roles", "page", {"n": 4})
+    with refused("42501"):
+        reader.execute("SELECT * FROM rakam.repair_roles()")
+    assert restored.one("SELECT status FROM rakam.health() WHERE \"check\" = 'roles'") == "ok"
+    restored.close()

@@ -305,7 +305,7 @@ def test_internal_tables_show_and_take_nothing(db, world):
         "INSERT INTO rakam_internal.inbox_0 (project_id, collection_id, collection, n, received_at, payload)"
         f" VALUES ({acme}, 0, 'pageview', 1, now(), '{{}}')",
         "UPDATE rakam_internal.project SET name = 'mine'",
-        "UPDATE rakam_internal.project SET read_role = 'login_mallory'::regrole",
+        "UPDATE rakam_internal.project SET read_role_name = 'login_mallory'",
     ):
         assert outcome(mallory, statement)[0] == "42501", statement
 

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import psycopg
-from harness.database import refused, wait_until
+from harness.database import collect, notices_of, refused, wait_until
 from harness.lake import check, files, fill, health, make_storage, objects, rewritten, stat, wait_ready
 
 
@@ -265,3 +265,24 @@ def test_in_the_background_storages_are_compared_once_a_week(lake):
     db.tick()
     assert not theirs.exists()
     assert (objects(folder), check(db)) == (files(db) | {"acme/export.csv", "acme/mine.parquet"}, [])
+
+
+def test_dropping_the_extension_tells_first_what_stays_outside(lake):
+    db, folder = lake
+    collect(db.admin, "acme", "page", {"n": 1})
+    db.flush("acme")
+    db.tick()
+    count, size = db.all("SELECT count(*), sum(bytes)::int8 FROM rakam.data_files WHERE storage = 'lake'")[0]
+    notices = notices_of(db.admin, "BEGIN; DROP EXTENSION rakam CASCADE; ROLLBACK")
+    expected = f'{count} data files of {size} bytes stay in storage "lake", file://{folder}'
+    assert (notices[0].message, notices[0].severity) == (expected, "NOTICE")
+    assert "rakam.rebuild_catalog" in notices[0].hint
+    assert db.one("SELECT count(*) FROM acme.page") == 1
+    # Not to whoever may not drop it.
+    reader = db.login("acme", "read")
+    told: list[str] = []
+    reader.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    with refused("42501"):
+        reader.execute("DROP EXTENSION rakam")
+    assert told == []
+    assert notices_of(db.admin, "DROP EXTENSION IF EXISTS no_such_extension")[0].message.startswith("extension")

@@ -434,3 +434,33 @@ def test_schema_versions(db, project):
         [("gr_uf6__udf_e", "text"), ("tags", "text[]")],
         [("gr_uf6__udf_e", "text"), ("tags", "text[]"), ("price", "text")],
     ]
+
+
+def test_tables_that_the_owner_has_changed_by_hand(db, project):
+    """Renamed, moved and dropped: the collection's events stay readable, and what comes new has its place."""
+    for n in range(3):
+        collect(db.admin, project, "byhand", {"n": n})
+    db.tick()
+    db.admin.execute("ALTER FOREIGN TABLE acme.byhand RENAME TO other; CREATE SCHEMA elsewhere")
+    db.admin.execute("ALTER FOREIGN TABLE acme.other SET SCHEMA elsewhere")
+    collect(db.admin, project, "byhand", {"n": 3, "later": "x"})
+    db.tick()
+    assert db.all("SELECT n, later FROM elsewhere.other WHERE n > 1 ORDER BY n") == [(2, None), (3, "x")]
+    db.admin.execute("DROP FOREIGN TABLE elsewhere.other")
+    assert db.one("SELECT count(*) FROM acme._all WHERE _collection = 'byhand'") == 4
+    db.admin.execute("SELECT rakam.create_collection('acme', 'byhand')")
+    reader = db.login(project, "read")
+    assert reader.execute("SELECT n, later FROM acme.byhand WHERE n > 1 ORDER BY n").fetchall() == [(2, None), (3, "x")]
+    # By a new field alone.
+    db.admin.execute("DROP FOREIGN TABLE acme.byhand")
+    collect(db.admin, project, "byhand", {"n": 4, "latest": True})
+    db.tick()
+    assert one(reader, "SELECT count(*) FROM acme.byhand WHERE latest OR n < 3") == 4
+
+
+def test_a_fields_type_is_an_argument_by_name(db, project):
+    db.admin.execute(
+        "SELECT rakam.add_field(project => 'acme', collection => 'named', field => 'f', type => 'inet')"
+        " FROM rakam.create_collection(project => 'acme', collection => 'named')"
+    )
+    assert column_type(db, "acme.named", "f") == "inet"

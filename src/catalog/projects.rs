@@ -416,11 +416,47 @@ pub fn insert(name: &str, storage_id: i32) -> Result<Option<i32>> {
 pub fn set_roles(project_id: i32, read: &str, write: &str, admin: &str) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.project
-         SET read_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $2),
-             write_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $3),
-             admin_role = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = $4)
-         WHERE project_id = $1",
+         SET read_role_name = $2, write_role_name = $3, admin_role_name = $4 WHERE project_id = $1",
         &[arg(project_id), arg(read), arg(write), arg(admin)],
+    )?;
+    Ok(())
+}
+
+/// A project that lacks a role, with the names of its roles for reading, writing and administration.
+pub struct Lacking {
+    pub project_id: i32,
+    pub name: String,
+    pub roles: [String; 3],
+}
+
+/// The projects of which a role is not there (any more).
+pub fn lacking_roles(view: View) -> Result<Vec<Lacking>> {
+    spi::query(
+        view,
+        "SELECT project_id, name, read_role_name, write_role_name, admin_role_name FROM rakam_internal.project p
+         WHERE (SELECT count(*) FROM pg_catalog.pg_roles WHERE oid IN (p.read_role, p.write_role, p.admin_role)) < 3
+           AND (read_role_name || write_role_name || admin_role_name) IS NOT NULL
+         ORDER BY name",
+        &[],
+        |row| {
+            Ok(Lacking {
+                project_id: row.must(1)?,
+                name: row.must(2)?,
+                roles: [row.must(3)?, row.must(4)?, row.must(5)?],
+            })
+        },
+    )
+}
+
+/// Notes the present names of roles that were renamed: a dump has the names.
+pub fn follow_renamed_roles() -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.project p SET name = name
+         WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r
+                       WHERE (r.oid = p.read_role AND r.rolname <> p.read_role_name)
+                          OR (r.oid = p.write_role AND r.rolname <> p.write_role_name)
+                          OR (r.oid = p.admin_role AND r.rolname <> p.admin_role_name))",
+        &[],
     )?;
     Ok(())
 }

@@ -31,6 +31,21 @@ pub fn all(view: View) -> Result<Vec<i32>> {
     )
 }
 
+/// What lies outside of Postgres: each storage's name, its url where its server is still there, data files and their bytes.
+pub fn outside(view: View) -> Result<Vec<(String, Option<String>, i64, i64)>> {
+    spi::query(
+        view,
+        "SELECT s.name, o.option_value, count(f.file_id), coalesce(sum(f.bytes), 0)::int8
+         FROM rakam_internal.storage s
+         LEFT JOIN rakam_internal.data_file f USING (storage_id)
+         LEFT JOIN pg_catalog.pg_foreign_server v ON v.srvname = s.name
+         LEFT JOIN LATERAL pg_catalog.pg_options_to_table(v.srvoptions) o ON o.option_name = 'url'
+         WHERE s.kind <> 'local' GROUP BY 1, 2 ORDER BY 1",
+        &[],
+        |row| Ok((row.must(1)?, row.get(2), row.must(3)?, row.must(4)?)),
+    )
+}
+
 /// Where a collection's files go, if its project has a storage outside of Postgres.
 pub fn of_collection(collection_id: i32) -> Result<Option<i32>> {
     spi::first(

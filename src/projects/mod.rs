@@ -16,6 +16,7 @@ use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
 use crate::catalog::track;
 use crate::pg::security::{self, ActAs};
+use crate::pg::spi::View;
 use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
 use keys::KeySet;
 
@@ -97,6 +98,30 @@ fn drop_by_name(name: &str) -> Result<()> {
     track::drop_triggers(&project.name, None)?;
     catalog::delete(project.id)?;
     objects::drop(&project)
+}
+
+/// Makes the roles of projects that are missing, with the privileges that they have from the start on tables of rakam; members and
+/// other privileges come back with `pg_dumpall -g` only. Returns which.
+/// SQL: `rakam.repair_roles() → TABLE(project text, role text)`.
+/// Errors: 42501 neither superuser nor rakam_admin, 42710 somebody else has made a role of that name.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity, reason = "the shape of a SQL table")]
+fn repair_roles() -> std::result::Result<
+    TableIterator<'static, (name!(project, String), name!(role, String))>,
+    ErrorReport,
+> {
+    let repaired = audit::call("repair_roles", None, None, || {
+        ensure_server_admin("repair roles")?;
+        xact::ensure_writable("repair roles")?;
+        let _owner = ActAs::owner();
+        let mut repaired = Vec::new();
+        for project in catalog::lacking_roles(View::Current)? {
+            let made = objects::repair(&project)?;
+            repaired.extend(made.into_iter().map(|role| (project.name.clone(), role)));
+        }
+        Ok(repaired)
+    })?;
+    Ok(TableIterator::new(repaired))
 }
 
 /// Makes another key set of a project. SQL: `rakam.create_keys(project text)`.

@@ -3,9 +3,9 @@
 
 use rakam_lake::storage::StorageUrl;
 
-use crate::catalog::projects::{self as catalog, Project};
-use crate::catalog::rebuild;
-use crate::pg::spi::{self, quote_ident, quote_literal};
+use crate::catalog::projects::{self as catalog, Lacking, Project};
+use crate::catalog::{rebuild, registry};
+use crate::pg::spi::{self, View, quote_ident, quote_literal};
 use crate::pg::{Oid, PgError, Result, guc, relation, roles, security};
 
 /// `rakam_local`: the default storage, inside Postgres.
@@ -36,27 +36,62 @@ pub fn restore(project_id: i32, name: &str, installation: Option<&str>) -> Resul
     ensure_new_schema(name)?;
     let roles = role_names(name);
     for role in &roles {
-        if security::role_named(role).is_none() {
-            spi::execute_text(&format!("CREATE ROLE {} NOLOGIN", quote_ident(role)))?;
-            continue;
-        }
-        let made_by = rebuild::role_maker(role)?;
-        let user = rebuild::role_user(role)?;
-        match (made_by, user) {
-            (Some(maker), None) if Some(maker.as_str()) == installation => {}
-            (_, Some(database)) => {
-                return Err(
-                    taken(role).detail(format!("Database \"{database}\" has objects of it."))
-                );
-            }
-            _ => {
-                return Err(
-                    taken(role).detail("The database that wrote the storage has not made it.")
-                );
+        take_over(role, |maker| Some(maker) == installation)?;
+    }
+    make(project_id, name, [&roles[0], &roles[1], &roles[2]])
+}
+
+/// Makes the roles that a project lacks, and gives all three their rights again; the names of those that it lacked. A role of
+/// that name is taken over as in [`restore`], whichever installation made it: this one may be a restored dump.
+pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
+    let project =
+        catalog::by_name(&lacking.name)?.ok_or_else(|| PgError::no_project(&lacking.name))?;
+    let mut missing = Vec::new();
+    let present = [project.read_role, project.write_role, project.admin_role];
+    let mut names = lacking.roles.clone();
+    for (name, role) in names.iter_mut().zip(present) {
+        match roles::name(role) {
+            Some(present) => *name = present,
+            None => {
+                take_over(name, |_| true)?;
+                missing.push(name.clone());
             }
         }
     }
-    make(project_id, name, [&roles[0], &roles[1], &roles[2]])
+    let schema = quote_ident(&project.name);
+    let [r, w, a] = [0, 1, 2].map(|kind| quote_ident(&names[kind]));
+    let mut statements = rights(&schema, [&r, &w, &a]);
+    for collection in registry::collections(View::Current, &project.name)? {
+        if let Some(table) = collection.ft.and_then(relation::qualified_name) {
+            statements.push(format!("GRANT SELECT ON {table} TO {r}, {a}"));
+            statements.push(format!("GRANT INSERT ON {table} TO {w}, {a}"));
+        }
+    }
+    for name in &project.attached {
+        let table = format!("{schema}.{}", quote_ident(name));
+        statements.push(format!("GRANT SELECT ON {table} TO {r}, {a}"));
+        statements.push(format!("GRANT INSERT ON {table} TO {a}"));
+    }
+    statements.extend(marks([&r, &w, &a])?);
+    for statement in statements {
+        spi::execute_text(&statement)?;
+    }
+    catalog::set_roles(project.id, &names[0], &names[1], &names[2])?;
+    Ok(missing)
+}
+
+/// Makes a role, or takes over one of a project that no other database uses, if its maker (an installation) is `accepted`.
+fn take_over(role: &str, accepted: impl FnOnce(&str) -> bool) -> Result<()> {
+    if security::role_named(role).is_none() {
+        return spi::execute_text(&format!("CREATE ROLE {} NOLOGIN", quote_ident(role)));
+    }
+    if let Some(database) = rebuild::role_user(role)? {
+        return Err(taken(role).detail(format!("Database \"{database}\" has objects of it.")));
+    }
+    match rebuild::role_maker(role)? {
+        Some(maker) if accepted(&maker) => Ok(()),
+        _ => Err(taken(role).detail("It was made by somebody else.")),
+    }
 }
 
 fn taken(role: &str) -> PgError {
@@ -83,19 +118,12 @@ fn ensure_new_schema(name: &str) -> Result<()> {
 /// Makes schema, rights and tables of a project, whose roles exist, and notes whose roles they are.
 fn make(project_id: i32, name: &str, [read, write, admin]: [&str; 3]) -> Result<()> {
     let schema = quote_ident(name);
-    let [r, w, a] = [read, write, admin].map(quote_ident);
-    for statement in [
+    let quoted = [read, write, admin].map(quote_ident);
+    let roles = [&quoted[0], &quoted[1], &quoted[2]].map(String::as_str);
+    let tables = [
         format!("CREATE SCHEMA {schema}"),
-        format!("GRANT USAGE ON SCHEMA {schema} TO {r}, {w}, {a}"),
-        format!("GRANT CREATE ON SCHEMA {schema} TO {a}"),
         format!(
             "CREATE TABLE {schema}.users (id text COLLATE \"C\" PRIMARY KEY, created_at timestamptz)"
-        ),
-        format!("GRANT SELECT ON {schema}.users TO {r}"),
-        format!("GRANT INSERT ON {schema}.users TO {w}"),
-        // All but TRIGGER: functions of ours write this table as its owner, and would run the trigger so.
-        format!(
-            "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES ON {schema}.users TO {a}"
         ),
         format!(
             "CREATE FOREIGN TABLE {schema}._all (_collection text COLLATE \"C\", _time timestamptz, \
@@ -103,17 +131,38 @@ fn make(project_id: i32, name: &str, [read, write, admin]: [&str; 3]) -> Result<
              SERVER rakam OPTIONS (project {})",
             quote_literal(name)
         ),
-        format!("GRANT SELECT ON {schema}._all TO {r}, {a}"),
-        format!("GRANT INSERT ON {schema}._all TO {w}, {a}"),
-    ] {
+    ];
+    for statement in (tables.into_iter())
+        .chain(rights(&schema, roles))
+        .chain(marks(roles)?)
+    {
         spi::execute_text(&statement)?;
     }
-    // Roles outlive their database: who rebuilds its catalogue finds by this which were its own.
-    let mark = quote_literal(&rebuild::maker_mark()?);
-    for role in [&r, &w, &a] {
-        spi::execute_text(&format!("COMMENT ON ROLE {role} IS {mark}"))?;
-    }
     catalog::set_roles(project_id, read, write, admin)
+}
+
+/// The rights of a project's roles (for reading, writing, administration) on what every project has.
+fn rights(schema: &str, [r, w, a]: [&str; 3]) -> Vec<String> {
+    vec![
+        format!("GRANT USAGE ON SCHEMA {schema} TO {r}, {w}, {a}"),
+        format!("GRANT CREATE ON SCHEMA {schema} TO {a}"),
+        format!("GRANT SELECT ON {schema}.users TO {r}"),
+        format!("GRANT INSERT ON {schema}.users TO {w}"),
+        // All but TRIGGER: functions of ours write this table as its owner, and would run the trigger so.
+        format!(
+            "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES ON {schema}.users TO {a}"
+        ),
+        format!("GRANT SELECT ON {schema}._all TO {r}, {a}"),
+        format!("GRANT INSERT ON {schema}._all TO {w}, {a}"),
+    ]
+}
+
+/// Comments that say which installation made the roles: they outlive their database, and who rebuilds its catalogue finds by
+/// this which were its own.
+fn marks(roles: [&str; 3]) -> Result<impl Iterator<Item = String>> {
+    let mark = quote_literal(&rebuild::maker_mark()?);
+    let statements = roles.map(|role| format!("COMMENT ON ROLE {role} IS {mark}"));
+    Ok(statements.into_iter())
 }
 
 fn ensure_new_role(role: &str) -> Result<()> {

@@ -66,9 +66,10 @@ pub fn sync(collection_id: i32) -> Result<()> {
         return Ok(());
     };
     spi::execute_text(LOCK_TIMEOUT)?;
-    match collection.ft {
+    // A table that its owner has renamed or moved is the collection's all the same; one that was dropped is made again.
+    match collection.ft.and_then(relation::qualified_name) {
         None => create(&project, &collection),
-        Some(_) => add_columns(&project, &collection),
+        Some(table) => add_columns(&table, &collection),
     }
 }
 
@@ -171,7 +172,7 @@ pub fn create_attached(
     )
 }
 
-fn add_columns(project: &ProjectRow, collection: &Collection) -> Result<()> {
+fn add_columns(table: &str, collection: &Collection) -> Result<()> {
     let schema = registry::schema(View::Current, collection)?;
     let columns: Vec<String> = schema
         .fields
@@ -182,7 +183,6 @@ fn add_columns(project: &ProjectRow, collection: &Collection) -> Result<()> {
     if columns.is_empty() {
         return Ok(());
     }
-    let table = table_name(project, collection);
     spi::execute_text(&format!(
         "ALTER FOREIGN TABLE {table} {}",
         columns.join(", ")

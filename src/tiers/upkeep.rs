@@ -1,6 +1,6 @@
 //! Rows of ours that have served: logs beyond their age, counters to be summed up, names that nothing is under any more.
 
-use crate::catalog::{backlog, former, inbox, logs, usage};
+use crate::catalog::{backlog, former, inbox, logs, projects, usage};
 use crate::pg::spi::View;
 use crate::pg::wait;
 use crate::pg::xact::{self, Failure};
@@ -9,6 +9,7 @@ use crate::pg::xact::{self, Failure};
 pub fn run() -> Result<(), Failure> {
     xact::worker(|| {
         usage::sum_up()?;
+        projects::follow_renamed_roles()?;
         // Below the oldest transaction that ran when the tick was taken everything is digested, but for projects
         // that lag behind it.
         let mut digested_below = inbox::tick(View::Current)?.snapshot.xmin;

@@ -200,7 +200,10 @@ fn create_collection(
 /// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
 /// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
 /// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota.
-#[pg_extern(volatile, parallel_unsafe)]
+#[pg_extern(sql = "
+CREATE FUNCTION rakam.add_field(project text, collection text, field text, type text) RETURNS void
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn add_field(
     project: Option<&str>,
     collection: Option<&str>,

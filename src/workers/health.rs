@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, inbox, mapper, storages};
+use crate::catalog::{deletion, inbox, mapper, projects, storages};
 use crate::ingest::room;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
@@ -179,13 +179,10 @@ pub fn of_server() -> Result<Vec<Finding>> {
     findings.push(deletion_finding(view)?);
     findings.push(horizon_finding(view)?);
     findings.push(memory_finding());
-    let missing = spi::query(
-        view,
-        "SELECT name FROM rakam_internal.project p WHERE read_role IS NULL OR write_role IS NULL OR admin_role IS NULL
-           OR (SELECT count(*) FROM pg_catalog.pg_roles WHERE oid IN (p.read_role, p.write_role, p.admin_role)) < 3",
-        &[],
-        |row| row.must::<String>(1),
-    )?;
+    let missing: Vec<String> = projects::lacking_roles(view)?
+        .into_iter()
+        .map(|project| project.name)
+        .collect();
     findings.push(if missing.is_empty() {
         Finding::ok("roles", "every project has its roles")
     } else {
@@ -193,7 +190,7 @@ pub fn of_server() -> Result<Vec<Finding>> {
             "roles",
             format!("roles are missing of: {}", missing.join(", ")),
         )
-        .hint("Nobody but superusers can use these projects.")
+        .hint("rakam.repair_roles() makes them again; until then only superusers can use all of these projects.")
     });
     Ok(findings)
 }

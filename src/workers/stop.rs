@@ -1,5 +1,6 @@
 //! DROP DATABASE, CREATE DATABASE (its template), ALTER DATABASE … RENAME and … SET TABLESPACE need a database without
 //! connections: the resident worker leaves first. Afterwards, or if the statement fails, the launcher starts it again.
+//! DROP EXTENSION says before what of it stays behind outside of Postgres.
 
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::Ordering;
@@ -7,7 +8,12 @@ use std::time::{Duration, Instant};
 
 use pgrx::{pg_guard, pg_sys};
 
-use crate::pg::{relation, security, shared, wait, xact};
+use crate::catalog::storages;
+use crate::pg::error::OrRaise;
+use crate::pg::security::{self, ActAs};
+use crate::pg::snapshot::Registered;
+use crate::pg::spi::View;
+use crate::pg::{PgError, Result, relation, shared, wait, xact};
 
 static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
 
@@ -75,6 +81,9 @@ unsafe extern "C-unwind" fn make_way(statement: *mut pg_sys::PlannedStmt) {
         if node.is_null() {
             return;
         }
+        if drops_extension(node) {
+            tell_what_stays().or_raise();
+        }
         let (name, copied) = needed(node);
         if name.is_null() {
             return;
@@ -84,6 +93,50 @@ unsafe extern "C-unwind" fn make_way(statement: *mut pg_sys::PlannedStmt) {
             stop(oid);
         }
     }
+}
+
+/// Whether the statement is a DROP EXTENSION of ours.
+///
+/// # Safety
+/// `node` must be a live parse node.
+unsafe fn drops_extension(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: the node's tag says its type; DROP EXTENSION has a list of names as String nodes.
+    unsafe {
+        if (*node).type_ != pg_sys::NodeTag::T_DropStmt {
+            return false;
+        }
+        let statement = node.cast::<pg_sys::DropStmt>();
+        (*statement).removeType == pg_sys::ObjectType::OBJECT_EXTENSION
+            && (*statement).objects.as_ref().is_some_and(|names| {
+                (0..names.length as usize).any(|i| {
+                    let name = (*names.elements.add(i)).ptr_value.cast::<pg_sys::String>();
+                    CStr::from_ptr((*name).sval) == c"rakam"
+                })
+            })
+    }
+}
+
+/// Lists the storages whose files will be nobody's, to whoever may drop the extension.
+fn tell_what_stays() -> Result<()> {
+    if security::extension_oid().is_none() {
+        return Ok(());
+    }
+    let (user, owner) = (security::current_user(), security::extension_owner());
+    if user != owner && !security::is_superuser(user) {
+        return Ok(());
+    }
+    let _owner = ActAs::owner();
+    let latest = Registered::latest();
+    for (name, url, files, bytes) in storages::outside(View::Under(latest.get()))? {
+        let place = url.map(|url| format!(", {url}")).unwrap_or_default();
+        PgError::new(
+            "00000",
+            format!("{files} data files of {bytes} bytes stay in storage \"{name}\"{place}"),
+        )
+        .hint("rakam.rebuild_catalog makes a catalog of them in an empty database.")
+        .notice();
+    }
+    Ok(())
 }
 
 /// The name of the database that the statement needs for itself (null: none), and whether it only copies it.
