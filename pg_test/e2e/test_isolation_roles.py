@@ -541,3 +541,20 @@ def test_nobody_is_stopped(db, world):
     assert not failures
     assert slowest[0] < 15, f"the victim waited {slowest[0]:.1f} s"
     wait_until(lambda: db.one("SELECT count(*) FROM acme.heartbeat") > 5, "the victim's events")
+
+
+def test_a_reader_may_turn_row_security_off(db, world):
+    """As pg_dump does: the policies are those of tables behind the collection, not of the collection. They stay in force."""
+    honest = db.login("acme", "read", name="login_without_row_security")
+    for session, expected in ((honest, EVENTS), (world["sessions"]["mallory"], 0)):
+        before = one(session, "SELECT count(*) FROM play.forged")
+        session.execute("SET row_security = off")
+        assert one(session, "SELECT count(*) FROM play.forged") == before >= expected
+        # The internal tables themselves say that they have policies.
+        with refused("42501"):
+            session.execute("SELECT count(*) FROM rakam_internal.hot_chunk")
+        session.execute("RESET row_security")
+    honest.execute("SET row_security = off")
+    assert one(honest, "SELECT count(*) FROM acme.pageview") >= EVENTS
+    assert one(honest, "SELECT count(*) FROM rakam.field_values('acme', 'pageview', 'page')") == 1
+    assert one(world["sessions"]["mallory"], "SELECT count(*) FROM play.forged") == 0

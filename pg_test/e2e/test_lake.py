@@ -286,3 +286,50 @@ def test_dropping_the_extension_tells_first_what_stays_outside(lake):
         reader.execute("DROP EXTENSION rakam")
     assert told == []
     assert notices_of(db.admin, "DROP EXTENSION IF EXISTS no_such_extension")[0].message.startswith("extension")
+
+
+def test_a_server_in_use_is_not_dropped_and_may_be_renamed(lake):
+    db, _folder = lake
+    collect(db.admin, "acme", "page", {"n": 1})
+    db.flush("acme")
+    with refused("2BP01", hint="CASCADE"):
+        db.admin.execute("DROP SERVER lake")
+    db.admin.execute("ALTER SERVER lake RENAME TO sea")
+    # By the background, or now.
+    db.tick()
+    assert db.one("SELECT count(*) FROM acme.page") == 1
+    assert db.one("SELECT storage FROM rakam.projects WHERE project = 'acme'") == "sea"
+    collect(db.admin, "acme", "page", {"n": 2})
+    db.flush("acme")
+    assert db.one("SELECT sum(n) FROM acme.page") == 3
+    assert db.one("SELECT count(*) FROM rakam.stat_lake WHERE storage = 'sea' AND owner = 'this database'") == 1
+    # What CASCADE takes away is said by its absence, without naming the place.
+    db.admin.execute("BEGIN; DROP SERVER sea CASCADE")
+    with refused("58030", message='storage "sea" cannot be read'):
+        db.admin.execute("SELECT sum(n) FROM acme.page")
+    db.admin.execute("ROLLBACK")
+    # A restored dump has no such dependency: a worker makes it again.
+    db.admin.execute(
+        "DELETE FROM pg_depend WHERE objid = 'acme._all'::regclass AND refclassid = 'pg_foreign_server'::regclass"
+        " AND refobjid = (SELECT oid FROM pg_foreign_server WHERE srvname = 'sea')"
+    )
+    db.tick()
+    with refused("2BP01"):
+        db.admin.execute("DROP SERVER sea")
+
+
+def test_a_tick_does_not_tell_of_the_storages_of_others(lake):
+    db, folder = lake
+    db.project("other")
+    collect(db.admin, "acme", "secret_page", {"n": 1})
+    db.flush("acme")
+    db.admin.execute("ALTER SERVER lake OPTIONS (SET url 'file:///nowhere/at/all')")
+    with refused("58030"):
+        db.admin.execute("SELECT rakam.tick()")
+    member = db.login("other", "write")
+    member.execute("SELECT rakam.tick()")
+    collect(member, "other", "page", {"n": 1})
+    member.execute("SELECT rakam.tick()")
+    assert db.one("SELECT n FROM other.page") == 1
+    db.admin.execute(f"ALTER SERVER lake OPTIONS (SET url 'file://{folder}')")
+    db.admin.execute("SELECT rakam.tick()")

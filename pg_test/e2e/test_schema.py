@@ -464,3 +464,26 @@ def test_a_fields_type_is_an_argument_by_name(db, project):
         " FROM rakam.create_collection(project => 'acme', collection => 'named')"
     )
     assert column_type(db, "acme.named", "f") == "inet"
+
+
+def test_something_else_has_the_name_of_a_collection(db, project):
+    """Its events are in `_all`, others get their tables, and it gets its own once the name is free."""
+    db.admin.execute("CREATE VIEW acme.obstructed AS SELECT 1 AS x; CREATE TYPE acme.obstructed_too AS (x int)")
+    for name in ("obstructed", "obstructed_too", "unobstructed"):
+        collect(db.admin, project, name, {"n": 1})
+    db.wait_column("acme.unobstructed", "n")
+    mark = db.cluster.log_mark()
+    for _ in range(3):
+        db.tick()
+    assert db.one("SELECT count(*) FROM acme._all WHERE _collection LIKE 'obstructed%%'") == 2
+    finding = db.all("SELECT status, detail FROM rakam.health() WHERE \"check\" = 'schema'")
+    assert finding == [("warning", "tables that cannot be made: acme.obstructed, acme.obstructed_too")]
+    with refused("42P07", message='relation "obstructed" already exists'):
+        db.admin.execute("SELECT rakam.create_collection('acme', 'obstructed')")
+    # Each process says it, not each attempt.
+    told = [line for line in db.cluster.log_since(mark).splitlines() if "obstructed" in line and "LOG:" in line]
+    assert len(told) <= 12, told
+    db.admin.execute("DROP VIEW acme.obstructed; DROP TYPE acme.obstructed_too")
+    for name in ("obstructed", "obstructed_too"):
+        db.wait_column(f"acme.{name}", "n")
+        assert db.one(f"SELECT n FROM acme.{name}") == 1

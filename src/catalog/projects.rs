@@ -4,7 +4,7 @@
 //! Look-ups answer what is committed now, whatever the caller's snapshot, through a per-backend cache that
 //! [`invalidation`] keeps honest: a revoked key or a dropped project is gone at the very next call.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
@@ -448,16 +448,29 @@ pub fn lacking_roles(view: View) -> Result<Vec<Lacking>> {
     )
 }
 
-/// Notes the present names of roles that were renamed: a dump has the names.
+thread_local! {
+    /// The [`invalidation::generation`] up to which the names of roles were looked at.
+    static NAMED: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed.
 pub fn follow_renamed_roles() -> Result<()> {
+    invalidation::watch(relation::oid("rakam_internal", "project"));
+    let now = invalidation::generation();
+    if NAMED.get() == Some(now) {
+        return Ok(());
+    }
     spi::execute(
-        "UPDATE rakam_internal.project p SET name = name
-         WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r
-                       WHERE (r.oid = p.read_role AND r.rolname <> p.read_role_name)
-                          OR (r.oid = p.write_role AND r.rolname <> p.write_role_name)
-                          OR (r.oid = p.admin_role AND r.rolname <> p.admin_role_name))",
+        "UPDATE rakam_internal.project SET name = name WHERE project_id IN (
+           SELECT project_id FROM rakam_internal.project p
+           JOIN pg_catalog.pg_roles r ON r.oid = p.read_role WHERE r.rolname <> p.read_role_name
+           UNION SELECT project_id FROM rakam_internal.project p
+           JOIN pg_catalog.pg_roles r ON r.oid = p.write_role WHERE r.rolname <> p.write_role_name
+           UNION SELECT project_id FROM rakam_internal.project p
+           JOIN pg_catalog.pg_roles r ON r.oid = p.admin_role WHERE r.rolname <> p.admin_role_name)",
         &[],
     )?;
+    NAMED.set(Some(now));
     Ok(())
 }
 

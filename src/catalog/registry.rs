@@ -129,6 +129,23 @@ pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>>
     )
 }
 
+/// The first few collections without a table whose name something else has, or whose schema is gone; as the view's user
+/// may see them.
+pub fn obstructed(view: View) -> Result<Vec<String>> {
+    spi::query(
+        view,
+        "SELECT p.name || '.' || c.name
+         FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
+         LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+         WHERE c.ft IS NULL AND (n.oid IS NULL
+           OR EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.relnamespace = n.oid AND r.relname = c.name)
+           OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace = n.oid AND t.typname = c.name))
+         ORDER BY 1 LIMIT 10",
+        &[],
+        |row| row.must(1),
+    )
+}
+
 /// All collections of a project that the view's user may read, by name.
 pub fn collections(view: View, project: &str) -> Result<Vec<Collection>> {
     spi::query(

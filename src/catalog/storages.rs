@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use rakam_lake::owner::{Identity, Writer};
 
 use crate::pg::spi::{self, View, arg, xid8};
-use crate::pg::{PgError, Result};
+use crate::pg::{INVALID_OID, Oid, PgError, Result};
 
 /// `rakam_local`: the default storage, inside Postgres.
 pub const LOCAL: i32 = 1;
@@ -31,8 +31,17 @@ pub fn all(view: View) -> Result<Vec<i32>> {
     )
 }
 
-/// What lies outside of Postgres: each storage's name, its url where its server is still there, data files and their bytes.
-pub fn outside(view: View) -> Result<Vec<(String, Option<String>, i64, i64)>> {
+/// A storage outside of Postgres, and what lies in it.
+pub struct Outside {
+    pub name: String,
+    /// None: its server is gone.
+    pub url: Option<String>,
+    pub files: i64,
+    pub bytes: i64,
+}
+
+/// The storages outside of Postgres.
+pub fn outside(view: View) -> Result<Vec<Outside>> {
     spi::query(
         view,
         "SELECT s.name, o.option_value, count(f.file_id), coalesce(sum(f.bytes), 0)::int8
@@ -42,8 +51,53 @@ pub fn outside(view: View) -> Result<Vec<(String, Option<String>, i64, i64)>> {
          LEFT JOIN LATERAL pg_catalog.pg_options_to_table(v.srvoptions) o ON o.option_name = 'url'
          WHERE s.kind <> 'local' GROUP BY 1, 2 ORDER BY 1",
         &[],
-        |row| Ok((row.must(1)?, row.get(2), row.must(3)?, row.must(4)?)),
+        |row| {
+            Ok(Outside {
+                name: row.must(1)?,
+                url: row.get(2),
+                files: row.must(3)?,
+                bytes: row.must(4)?,
+            })
+        },
     )
+}
+
+/// The tables of all collections that do not depend on the server of their project's storage, and that server's name. By
+/// the dependency a server in use is not dropped by mistake, and found again under another name; a dump does not carry it.
+/// `project` NULL: of every project.
+pub fn without_dependency(project: Option<&str>) -> Result<Vec<(Oid, String)>> {
+    spi::query(
+        View::Current,
+        "SELECT c.oid, s.name
+         FROM rakam_internal.project p JOIN rakam_internal.storage s USING (storage_id)
+         JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name
+         JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+         JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all' AND c.relkind = 'f'
+         WHERE s.kind <> 'local' AND ($1 IS NULL OR p.name = $1) AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_depend d
+           WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
+             AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass AND d.refobjid = f.oid)",
+        &[arg(project)],
+        |row| Ok((row.oid(1).unwrap_or(INVALID_OID), row.must(2)?)),
+    )
+}
+
+/// Takes over the new names of servers that were renamed.
+pub fn follow_renamed_servers() -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.storage s SET name = f.srvname
+         FROM rakam_internal.project p
+         JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+         JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all'
+         JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
+           AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass
+         JOIN pg_catalog.pg_foreign_server f ON f.oid = d.refobjid AND f.srvname <> 'rakam'
+         WHERE p.storage_id = s.storage_id AND s.kind <> 'local'
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server old WHERE old.srvname = s.name)
+           AND NOT EXISTS (SELECT FROM rakam_internal.storage other WHERE other.name = f.srvname)",
+        &[],
+    )?;
+    Ok(())
 }
 
 /// Where a collection's files go, if its project has a storage outside of Postgres.

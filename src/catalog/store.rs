@@ -31,6 +31,13 @@ impl StorageRow {
         self.kind == "local"
     }
 
+    /// Whether it is the default storage, or its foreign server is there.
+    pub fn is_defined(&self) -> bool {
+        self.is_local()
+            || server::named(&self.name, WRAPPER)
+                .is_some_and(|server| server.options.iter().any(|(name, _)| name == "url"))
+    }
+
     /// Where the storage is and how it is entered, as of now; None for the default storage.
     pub fn config(&self) -> Result<Option<StorageConfig>> {
         if self.is_local() {

@@ -381,11 +381,15 @@ impl Stores {
         });
         let store = opened.map_err(|_| {
             // The cause names a directory or options, which a tenant need not know.
-            PgError::new(
+            let error = PgError::new(
                 "58030",
                 format!("storage \"{}\" cannot be read", storage.name),
-            )
-            .hint("Check that the storage is there and that the server may read it.")
+            );
+            if storage.is_defined() {
+                error.hint("Check that the storage is there and that the server may read it.")
+            } else {
+                error.detail("There is no foreign server of this name with the option url.")
+            }
         })?;
         self.opened.insert(storage_id, store.clone());
         Ok(store)

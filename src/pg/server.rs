@@ -35,6 +35,30 @@ pub fn named(name: &str, wrapper: &str) -> Option<Server> {
     }
 }
 
+/// Has a foreign table depend on a server besides its own, so that this one cannot be dropped under it. Nothing happens where
+/// there is no such server.
+pub fn keep_for(table: pg_sys::Oid, server: &str) {
+    let Ok(name) = CString::new(server) else {
+        return;
+    };
+    let object = |class: pg_sys::Oid, id: pg_sys::Oid| pg_sys::ObjectAddress {
+        classId: class,
+        objectId: id,
+        objectSubId: 0,
+    };
+    // SAFETY: a catalog look-up, missing_ok; two plain values that are copied into a row of pg_depend.
+    unsafe {
+        let server = pg_sys::GetForeignServerByName(name.as_ptr(), true);
+        if !server.is_null() {
+            pg_sys::recordDependencyOn(
+                &object(pg_sys::RelationRelationId, table),
+                &object(pg_sys::ForeignServerRelationId, (*server).serverid),
+                pg_sys::DependencyType::DEPENDENCY_NORMAL,
+            );
+        }
+    }
+}
+
 /// The options of a user's mapping; those of PUBLIC have no user.
 fn mapping(server: pg_sys::Oid, user: pg_sys::Oid) -> Option<Options> {
     // SAFETY: a syscache look-up; the tuple is released after its options were copied out of it.

@@ -361,7 +361,8 @@ impl Drop for Connection {
 
 const PINNED: &CStr = c"pg_catalog, pg_temp";
 
-/// `search_path = pg_catalog, pg_temp` for a while, restored also when an error unwinds.
+/// `search_path = pg_catalog, pg_temp` for a while, restored also when an error unwinds; and `row_security = on`, since our
+/// own tables are read through their policies, which the caller may have asked not to be used (as pg_dump does).
 ///
 /// [`run`] pins it for itself; who runs several statements pins it once around them, since changing it makes
 /// Postgres look its schemas up again.
@@ -371,32 +372,43 @@ pub struct PinnedPath {
 
 impl PinnedPath {
     pub fn enter() -> Self {
-        // SAFETY: the variable is a NUL-terminated string owned by the GUC machinery.
-        let pinned = unsafe {
-            !pg_sys::namespace_search_path.is_null()
-                && CStr::from_ptr(pg_sys::namespace_search_path) == PINNED
+        // SAFETY: the variables are the GUC machinery's; the path is a NUL-terminated string.
+        let (is_path, is_row_security) = unsafe {
+            let is_path = !pg_sys::namespace_search_path.is_null()
+                && CStr::from_ptr(pg_sys::namespace_search_path) == PINNED;
+            (is_path, pg_sys::row_security)
         };
-        if pinned {
+        if is_path && is_row_security {
             return Self { nest_level: None };
         }
         // SAFETY: a GUC nest level is closed in Drop, or by the transaction's end on error.
-        let nest_level = unsafe {
-            let level = pg_sys::NewGUCNestLevel();
-            pg_sys::set_config_option(
-                c"search_path".as_ptr(),
-                PINNED.as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_SESSION,
-                pg_sys::GucAction::GUC_ACTION_SAVE,
-                true,
-                0,
-                false,
-            );
-            level
-        };
+        let nest_level = unsafe { pg_sys::NewGUCNestLevel() };
+        if !is_path {
+            save(c"search_path", PINNED);
+        }
+        if !is_row_security {
+            save(c"row_security", c"on");
+        }
         Self {
             nest_level: Some(nest_level),
         }
+    }
+}
+
+/// Sets a variable until the present nest level ends.
+fn save(name: &CStr, value: &CStr) {
+    // SAFETY: NUL-terminated texts, copied; within a nest level that the caller has opened.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
     }
 }
 

@@ -4,9 +4,9 @@
 use rakam_lake::storage::StorageUrl;
 
 use crate::catalog::projects::{self as catalog, Lacking, Project};
-use crate::catalog::{rebuild, registry};
+use crate::catalog::{rebuild, registry, storages};
 use crate::pg::spi::{self, View, quote_ident, quote_literal};
-use crate::pg::{Oid, PgError, Result, guc, relation, roles, security};
+use crate::pg::{Oid, PgError, Result, guc, relation, roles, security, server};
 
 /// `rakam_local`: the default storage, inside Postgres.
 pub const DEFAULT_STORAGE_ID: i32 = 1;
@@ -137,6 +137,9 @@ fn make(project_id: i32, name: &str, [read, write, admin]: [&str; 3]) -> Result<
         .chain(marks(roles)?)
     {
         spi::execute_text(&statement)?;
+    }
+    for (table, storage) in storages::without_dependency(Some(name))? {
+        server::keep_for(table, &storage);
     }
     catalog::set_roles(project_id, read, write, admin)
 }

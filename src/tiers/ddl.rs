@@ -3,6 +3,10 @@
 //! Never in the way of anybody: a table that is being read is tried again later; the attempt gives up after 100 ms,
 //! so that new readers queue behind it no longer than that.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
 use rakam_event::error::EventError;
 
 use crate::catalog::registry::{self, Collection, ProjectRow};
@@ -22,35 +26,67 @@ pub struct Synced {
     pub done: u64,
     /// Tables whose lock was not to be had: try again.
     pub busy: u64,
+    /// Tables that could not be made or changed: somebody's relation of that name, a schema that is gone, a trigger that refuses.
+    pub failed: u64,
+}
+
+/// How long a process leaves a table that it could not make or change, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+thread_local! {
+    /// Tables that failed: when to try again, and the pause before.
+    static FAILED: RefCell<HashMap<i32, (Instant, Duration)>> = RefCell::default();
 }
 
 /// Makes all pending tables and columns, each table in a transaction of its own.
 pub fn run() -> std::result::Result<Synced, Failure> {
     let mut synced = Synced::default();
-    for id in xact::worker(pending)? {
+    // Left out of the list: so many of one project must not fill it.
+    let now = Instant::now();
+    let put_off: Vec<i32> = FAILED.with_borrow(|failed| {
+        let later = failed.iter().filter(|(_, (at, _))| *at > now);
+        later.map(|(id, _)| *id).collect()
+    });
+    synced.failed = put_off.len() as u64;
+    for id in xact::worker(|| pending(&put_off))? {
         match xact::worker(|| sync(id)) {
             Ok(()) => synced.done += 1,
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => synced.busy += 1,
+            // Others go on.
             Err(Failure::Error(error)) => {
-                // Somebody's relation of that name, or a trigger that refuses: others go on.
-                synced.busy += 1;
+                synced.failed += 1;
+                leave_for_later(id);
                 error.log();
+                continue;
             }
             Err(gone) => return Err(gone),
         }
+        FAILED.with_borrow_mut(|failed| failed.remove(&id));
     }
     Ok(synced)
 }
 
-/// Collections without a table or with fields that are no columns yet.
-fn pending() -> Result<Vec<i32>> {
+fn leave_for_later(collection_id: i32) {
+    FAILED.with_borrow_mut(|failed| {
+        let pause = match failed.get(&collection_id) {
+            Some((_, before)) => (*before * 2).min(LONGEST_PAUSE),
+            None => FIRST_PAUSE,
+        };
+        failed.insert(collection_id, (Instant::now() + pause, pause));
+    });
+}
+
+/// Collections without a table or with fields that are no columns yet, but for `put_off`.
+fn pending(put_off: &[i32]) -> Result<Vec<i32>> {
     spi::query(
         View::Current,
         // One that came in under the name of an attached table, while that was attached, waits until it is detached.
-        "SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND NOT EXISTS
+        "SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND collection_id <> ALL ($1) AND NOT EXISTS
            (SELECT FROM rakam_internal.attached_table a WHERE a.project_id = c.project_id AND a.name = c.name)
-         UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready ORDER BY 1 LIMIT 1000",
-        &[],
+         UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready AND collection_id <> ALL ($1)
+         ORDER BY 1 LIMIT 1000",
+        &[arg(put_off.to_vec())],
         |row| row.must(1),
     )
 }

@@ -1,15 +1,28 @@
 //! Rows of ours that have served: logs beyond their age, counters to be summed up, names that nothing is under any more.
 
-use crate::catalog::{backlog, former, inbox, logs, projects, usage};
+use std::cell::Cell;
+
+use crate::catalog::{backlog, former, inbox, logs, projects, storages, usage};
 use crate::pg::spi::View;
-use crate::pg::wait;
 use crate::pg::xact::{self, Failure};
+use crate::pg::{server, wait};
+
+thread_local! {
+    /// Whether the servers of storages were looked at: a process does so once, for the sake of a dump just restored.
+    static KEPT: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Cleans up. The caller holds a lock that lets only one do so.
 pub fn run() -> Result<(), Failure> {
     xact::worker(|| {
         usage::sum_up()?;
         projects::follow_renamed_roles()?;
+        storages::follow_renamed_servers()?;
+        if !KEPT.get() {
+            for (table, storage) in storages::without_dependency(None)? {
+                server::keep_for(table, &storage);
+            }
+        }
         // Below the oldest transaction that ran when the tick was taken everything is digested, but for projects
         // that lag behind it.
         let mut digested_below = inbox::tick(View::Current)?.snapshot.xmin;
@@ -18,6 +31,7 @@ pub fn run() -> Result<(), Failure> {
         }
         former::forget(digested_below)
     })?;
+    KEPT.set(true);
     while xact::worker(logs::run)? {
         wait::check_interrupts();
     }

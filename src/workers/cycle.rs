@@ -156,7 +156,7 @@ impl<'a> Cycle<'a> {
         }
         if self.ddl_pending && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
-            self.ddl_pending = done.is_none_or(|d| d.busy > 0);
+            self.ddl_pending = done.is_none_or(|d| d.busy + d.failed > 0);
         }
         let pause = if self.digested || self.helper.is_some() {
             TIERS_INTERVAL

@@ -28,17 +28,21 @@ use crate::tiers::{
     compact, ddl, describe, erase, flush, ids, merge, reach, rewrite, rotate, upkeep,
 };
 
-/// One round of all background work, covering everything committed before the call.
-/// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot.
+/// One round of all background work, covering everything committed before the call. What fails of projects that are not the
+/// caller's is told to the server's log only.
+/// SQL: `rakam.tick()`. Errors: 42501 no member of any project, 53000 no worker slot, 58030 a storage cannot be reached.
 #[pg_extern(volatile, parallel_unsafe)]
 fn tick() -> std::result::Result<(), ErrorReport> {
-    if !security::is_server_admin(security::current_user()) && projects::scope()?.member.is_empty()
-    {
+    let projects = match security::is_server_admin(security::current_user()) {
+        true => None,
+        false => Some(projects::scope()?.member.clone()),
+    };
+    if projects.as_ref().is_some_and(Vec::is_empty) {
         return Err(PgError::new("42501", "permission denied for function tick")
             .hint("The current role needs membership in a role of some project.")
             .into());
     }
-    task::run(&Task::Tick)?;
+    task::run(&Task::Tick { projects })?;
     Ok(())
 }
 
@@ -264,7 +268,7 @@ fn field_type(text: &str) -> Result<FieldType> {
 /// In the task worker: does it, and gives the value the caller waits for.
 pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
     match task {
-        Task::Tick => perform_tick().map(|()| json!(null)),
+        Task::Tick { projects } => perform_tick(projects.as_deref()).map(|()| json!(null)),
         Task::Flush { scope } => perform_flush(scope),
         Task::Compact { scope } => perform_compact(scope),
         Task::Keep {
@@ -316,7 +320,7 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
     }
 }
 
-fn perform_tick() -> std::result::Result<(), Failure> {
+fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
     digest::catch_up(None)?;
     sync_for(Duration::from_secs(1))?;
     {
@@ -329,10 +333,13 @@ fn perform_tick() -> std::result::Result<(), Failure> {
     let mut hot = Hot::default();
     hot.refresh()?;
     // What fails of one collection or storage must not keep the others from their turn.
-    let mut first = None;
+    let mut errors = Errors {
+        projects,
+        first: None,
+    };
     for (id, work) in hot.due() {
-        going_on(
-            &mut first,
+        errors.keep(
+            Some(id),
             match work {
                 Work::Flush => flush::try_collection(id).map(drop),
                 Work::Merge => merge::collection(id).map(drop),
@@ -341,28 +348,48 @@ fn perform_tick() -> std::result::Result<(), Failure> {
     }
     ids::run(None)?;
     for id in rewrite::due()? {
-        going_on(&mut first, rewrite::try_collection(id).map(drop))?;
+        errors.keep(Some(id), rewrite::try_collection(id).map(drop))?;
     }
     for id in compact::due(None)?.0 {
-        going_on(&mut first, compact::try_collection(id).map(drop))?;
+        errors.keep(Some(id), compact::try_collection(id).map(drop))?;
     }
     gc::tables()?;
-    going_on(&mut first, gc::storages(Asked::ByCall).map(drop))?;
+    errors.keep(None, gc::storages(Asked::ByCall).map(drop))?;
     erase::all()?;
-    first.map_or(Ok(()), |error| Err(Failure::Error(error)))
+    errors.first.map_or(Ok(()), |error| Err(Failure::Error(error)))
 }
 
-/// Keeps the first error for later.
-fn going_on(
-    first: &mut Option<PgError>,
-    outcome: std::result::Result<(), Failure>,
-) -> std::result::Result<(), Failure> {
-    match outcome {
-        Err(Failure::Error(error)) => {
-            first.get_or_insert(error);
-            Ok(())
+/// What failed while the rest went on: the first error that the caller may know of.
+struct Errors<'a> {
+    /// The caller's projects; None: whoever runs the server.
+    projects: Option<&'a [i32]>,
+    first: Option<PgError>,
+}
+
+impl Errors<'_> {
+    /// Keeps the error of a collection's work, or (None) of a storage's, for later.
+    fn keep(
+        &mut self,
+        collection: Option<i32>,
+        outcome: std::result::Result<(), Failure>,
+    ) -> std::result::Result<(), Failure> {
+        let Err(Failure::Error(error)) = outcome else {
+            return outcome;
+        };
+        let is_theirs = match (self.projects, collection) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(projects), Some(id)) => {
+                xact::worker(|| registry::collection_by_id(View::Current, id))?
+                    .is_some_and(|found| projects.contains(&found.project_id))
+            }
+        };
+        if is_theirs {
+            self.first.get_or_insert(error);
+        } else {
+            error.log();
         }
-        outcome => outcome,
+        Ok(())
     }
 }
 

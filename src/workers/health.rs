@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, inbox, mapper, projects, storages};
+use crate::catalog::{deletion, inbox, mapper, projects, registry, storages};
 use crate::ingest::room;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
@@ -101,7 +101,14 @@ pub fn of_projects() -> Result<Vec<Finding>> {
         |row| Ok((row.must(1)?, row.must(2)?)),
     )?
     .unwrap_or((0, 0));
-    findings.push(if tables + columns == 0 {
+    let in_the_way = registry::obstructed(view)?;
+    findings.push(if !in_the_way.is_empty() {
+        Finding::warning(
+            "schema",
+            format!("tables that cannot be made: {}", in_the_way.join(", ")),
+        )
+        .hint("Something else has the name, or the project's schema is gone; until then \"_all\" has the events.")
+    } else if tables + columns == 0 {
         Finding::ok("schema", "every collection and field is there")
     } else {
         Finding::info(

@@ -127,11 +127,17 @@ fn tell_what_stays() -> Result<()> {
     }
     let _owner = ActAs::owner();
     let latest = Registered::latest();
-    for (name, url, files, bytes) in storages::outside(View::Under(latest.get()))? {
-        let place = url.map(|url| format!(", {url}")).unwrap_or_default();
+    for storage in storages::outside(View::Under(latest.get()))? {
+        let place = storage
+            .url
+            .map(|url| format!(", {url}"))
+            .unwrap_or_default();
         PgError::new(
             "00000",
-            format!("{files} data files of {bytes} bytes stay in storage \"{name}\"{place}"),
+            format!(
+                "{} data files of {} bytes stay in storage \"{}\"{place}",
+                storage.files, storage.bytes, storage.name
+            ),
         )
         .hint("rakam.rebuild_catalog makes a catalog of them in an empty database.")
         .notice();

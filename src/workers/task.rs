@@ -22,8 +22,10 @@ use crate::pg::{PgError, Result, wait};
 /// What a task worker can be asked to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Task {
-    /// One round of all background work.
-    Tick,
+    /// One round of all background work; errors are told of these projects (None: of all).
+    Tick {
+        projects: Option<Vec<i32>>,
+    },
     /// Digest, then write everything of these collections to data files.
     Flush {
         scope: Scope,
