@@ -356,7 +356,9 @@ fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
     gc::tables()?;
     errors.keep(None, gc::storages(Asked::ByCall).map(drop))?;
     erase::all()?;
-    errors.first.map_or(Ok(()), |error| Err(Failure::Error(error)))
+    errors
+        .first
+        .map_or(Ok(()), |error| Err(Failure::Error(error)))
 }
 
 /// What failed while the rest went on: the first error that the caller may know of.
