@@ -60,6 +60,21 @@ class Bucket:
             region="us-east-1",
         )
 
+    def put(self, path: str, content: bytes) -> str:
+        """Writes an object; its URL."""
+        with self.filesystem.open_output_stream(f"{self.s3.bucket}/{self.prefix}/{path}") as out:
+            out.write(content)
+        return f"{self.url}/{path}"
+
+    def get(self, path: str) -> bytes:
+        with self.filesystem.open_input_stream(f"{self.s3.bucket}/{self.prefix}/{path}") as found:
+            return found.read()
+
+    def uploads(self) -> int:
+        """How many uploads below the prefix nobody has completed. Of moto only."""
+        with self.s3.request("GET", f"{self.s3.bucket}?uploads&prefix={self.prefix}") as answer:
+            return answer.read().count(b"<UploadId>")
+
     def objects(self) -> dict[str, int]:
         """Every object below the prefix with its size, but those of rakam's own."""
         import pyarrow.fs

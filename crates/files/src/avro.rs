@@ -4,15 +4,14 @@
 //! values, and what a hostile file claims is bounded before anything is allocated for it. [`schema`] reads the schema.
 
 use std::io::{self, BufRead, BufReader, Read};
-use std::path::Path;
 
 use rakam_event::types::FieldType;
 use rakam_event::{json, print};
 
 use crate::cell;
 use crate::error::FilesError;
-use crate::format::Compression;
 use crate::input::{self, Meter};
+use crate::locate::Found;
 use crate::source::{PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, TextEvent};
 
 mod schema;
@@ -74,16 +73,11 @@ fn wrong(reason: impl ToString) -> Fault {
 }
 
 impl AvroSource {
-    pub fn open(
-        path: &Path,
-        name: &str,
-        from: Position,
-        meter: &Meter,
-    ) -> Result<Self, FilesError> {
-        let input = input::open(path, name, Compression::of_name(name), 0, meter)?;
+    pub fn open(file: &Found, from: Position, meter: &Meter) -> Result<Self, FilesError> {
+        let input = input::open(file, 0, meter)?;
         let mut source = Self {
             input: BufReader::new(input),
-            name: name.to_owned(),
+            name: file.name.clone(),
             types: Types::default(),
             codec: Codec::Null,
             sync: [0; 16],
