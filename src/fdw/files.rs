@@ -347,7 +347,10 @@ impl Job {
         let job = Arc::clone(self);
         let is_first = part.part == 0;
         let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning);
-        let reader = blocking(open).await.and_then(|opened| opened).map_err(failed)?;
+        let reader = blocking(open)
+            .await
+            .and_then(|opened| opened)
+            .map_err(failed)?;
         let read = reader.read;
         if is_first {
             match read.skipped {

@@ -45,7 +45,10 @@ pub struct Place {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Root {
     /// If confined nothing outside of the directory is meant, not even through a symbolic link.
-    Directory { path: PathBuf, confined: bool },
+    Directory {
+        path: PathBuf,
+        confined: bool,
+    },
     Bucket(InBucket),
 }
 
@@ -139,7 +142,8 @@ pub fn permitted(project: &Project, url: &str, access: Access) -> Result<(Place,
     let user = security::current_user();
     if let Target::File(path) = &target {
         let role = security::role_named(access.role());
-        if security::is_superuser(user) || role.is_some_and(|r| security::has_privileges_of(user, r))
+        if security::is_superuser(user)
+            || role.is_some_and(|r| security::has_privileges_of(user, r))
         {
             return Ok((anywhere(path), None));
         }
@@ -282,7 +286,8 @@ fn in_project(view: View, project: &str, storage_id: i32, path: &str) -> Result<
     let storage =
         storage.ok_or_else(|| PgError::internal("a project's storage is not registered"))?;
     let pattern = locate::relative(path).map_err(|e| {
-        PgError::from(e).hint("A file elsewhere is named by its url, file:///path or s3://bucket/path.")
+        PgError::from(e)
+            .hint("A file elsewhere is named by its url, file:///path or s3://bucket/path.")
     })?;
     if storage.is_local() {
         return Err(PgError::new(

@@ -220,7 +220,10 @@ async fn objects_below(
                 && !is_marker(file, bytes);
             count += usize::from(wanted);
             if count > MAX_FILES {
-                return Err(too_many(prefix, "there are more than 100,000 files below it"));
+                return Err(too_many(
+                    prefix,
+                    "there are more than 100,000 files below it",
+                ));
             }
             Ok(wanted)
         })
@@ -383,7 +386,10 @@ pub fn below(
                 found.push(file);
             }
             if found.len() > MAX_FILES {
-                return Err(too_many(prefix, "there are more than 100,000 files below it"));
+                return Err(too_many(
+                    prefix,
+                    "there are more than 100,000 files below it",
+                ));
             }
         }
     }

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::path::Path;
 use object_store::ObjectStore;
+use object_store::path::Path;
 use rakam_lake::LakeError;
 use rakam_lake::cache::{BLOCK_BYTES, CachedStore, Counters, Directory, Fetcher};
 use rakam_lake::storage::{ObjectInfo, Storage};
@@ -155,7 +155,8 @@ impl Objects {
         let head = async {
             match self.0.storage.head(&self.path(name)).await {
                 Ok(info) => Ok(Some(self.found(name.to_owned(), info))),
-                Err(LakeError::Missing { .. }) => Ok(None),
+                // What no object can be called is a pattern, or nothing.
+                Err(LakeError::Missing { .. } | LakeError::InvalidPath { .. }) => Ok(None),
                 Err(error) => Err(FilesError::of_store("open", name, &error)),
             }
         };
@@ -189,7 +190,10 @@ impl Objects {
             while let Some(info) = listed.try_next().await.map_err(failed)? {
                 let name = match self.0.folder.as_str() {
                     "" => Some(info.path.as_str()),
-                    own => info.path.strip_prefix(own).and_then(|p| p.strip_prefix('/')),
+                    own => info
+                        .path
+                        .strip_prefix(own)
+                        .and_then(|p| p.strip_prefix('/')),
                 };
                 if let Some(name) = name
                     && take(name, info.bytes)?
@@ -285,11 +289,7 @@ impl Opened {
 
     /// Waits for what was begun.
     pub fn finish(&self, mut coming: Coming) -> Result<Vec<Bytes>, FilesError> {
-        let ended = async {
-            (&mut coming.0)
-                .await
-                .unwrap_or(Err(FilesError::Cancelled))
-        };
+        let ended = async { (&mut coming.0).await.unwrap_or(Err(FilesError::Cancelled)) };
         handle()?.block_on(self.stop.or(ended))
     }
 
@@ -400,7 +400,10 @@ impl Read for ObjectRead {
         if self.at >= self.lane.range.end || buffer.is_empty() {
             return Ok(0);
         }
-        let there = self.lane.get(&self.object, self.at).map_err(io::Error::other)?;
+        let there = self
+            .lane
+            .get(&self.object, self.at)
+            .map_err(io::Error::other)?;
         let n = there.len().min(buffer.len());
         buffer[..n].copy_from_slice(&there[..n]);
         self.at += n as u64;

@@ -116,7 +116,8 @@ impl ParquetFile {
             object.expect(builder.metadata(), &groups, &mask);
         }
         let builder = builder.with_projection(mask).with_row_groups(groups);
-        self.contained(|| builder.build())?.map_err(|e| self.failed(e))
+        self.contained(|| builder.build())?
+            .map_err(|e| self.failed(e))
     }
 
     /// The next rows.

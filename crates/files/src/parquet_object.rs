@@ -58,7 +58,10 @@ impl Group {
 
     fn first_windows(&self) -> Vec<Range<u64>> {
         let lanes = self.new_lanes();
-        lanes.iter().map(|lane| lane.window_at(lane.range.start)).collect()
+        lanes
+            .iter()
+            .map(|lane| lane.window_at(lane.range.start))
+            .collect()
     }
 }
 
@@ -125,8 +128,12 @@ impl ParquetObject {
 fn columns(group: &RowGroupMetaData, mask: &ProjectionMask, bytes: u64) -> Vec<Range<u64>> {
     let place = |column: &parquet::file::metadata::ColumnChunkMetaData| {
         let data = u64::try_from(column.data_page_offset()).ok()?;
-        let dictionary = column.dictionary_page_offset().and_then(|at| u64::try_from(at).ok());
-        let start = dictionary.filter(|&at| at > 0).map_or(data, |at| at.min(data));
+        let dictionary = column
+            .dictionary_page_offset()
+            .and_then(|at| u64::try_from(at).ok());
+        let start = dictionary
+            .filter(|&at| at > 0)
+            .map_or(data, |at| at.min(data));
         let length = u64::try_from(column.compressed_size()).ok()?;
         let end = start.checked_add(length)?;
         (start < end && end <= bytes).then_some(start..end)
@@ -222,7 +229,9 @@ impl ChunkReader for ParquetObject {
         while all.len() < length {
             let more = self.get(start + all.len() as u64)?;
             if more.is_empty() {
-                return Err(ParquetError::EOF("a part of it would be behind its end".to_owned()));
+                return Err(ParquetError::EOF(
+                    "a part of it would be behind its end".to_owned(),
+                ));
             }
             all.extend_from_slice(&more[..more.len().min(length - all.len())]);
         }

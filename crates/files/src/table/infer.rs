@@ -289,7 +289,8 @@ fn look_into(file: &Found, spec: &Spec) -> Result<Said, FilesError> {
                     });
                 }
                 let ty = column.as_string_opt::<i32>().and_then(cast::infer);
-                said.columns.push((field.name().clone(), ty.map(SqlType::from)));
+                said.columns
+                    .push((field.name().clone(), ty.map(SqlType::from)));
             }
         }
         Rows::Events(events) => {

@@ -324,7 +324,10 @@ impl Bucket {
 
     /// The uploads of one object, by their ids; none where the store cannot list them.
     pub(super) async fn uploads_of(&self, location: &Path) -> Result<Vec<String>> {
-        let found = self.uploads_at(location.as_ref()).await?.unwrap_or_default();
+        let found = self
+            .uploads_at(location.as_ref())
+            .await?
+            .unwrap_or_default();
         let own = found.into_iter().filter(|u| u.path == location.as_ref());
         Ok(own.map(|upload| upload.id).collect())
     }

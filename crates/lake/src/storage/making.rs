@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::{FuturesOrdered, StreamExt};
-use object_store::path::Path;
 use object_store::PutPayload;
 use object_store::multipart::PartId;
+use object_store::path::Path;
 
-use super::bucket::{Bucket, PARTS_AT_A_TIME, PART_BYTES, Pause};
+use super::bucket::{Bucket, PART_BYTES, PARTS_AT_A_TIME, Pause};
 use super::reason::{Meaning, explain};
 use crate::error::LakeError;
 
@@ -67,7 +67,9 @@ impl Making {
         if self.parts == MAX_PARTS {
             return Err(LakeError::TooLarge {
                 what: "object",
-                bytes: usize::try_from(self.bytes).unwrap_or(usize::MAX).saturating_add(data.len()),
+                bytes: usize::try_from(self.bytes)
+                    .unwrap_or(usize::MAX)
+                    .saturating_add(data.len()),
                 limit: MAX_PARTS * PART_BYTES,
             });
         }
@@ -83,13 +85,20 @@ impl Making {
         while self.sending.len() >= PARTS_AT_A_TIME {
             self.take_sent().await?;
         }
-        let (bucket, location, path) =
-            (Arc::clone(&self.bucket), self.location.clone(), self.path.clone());
+        let (bucket, location, path) = (
+            Arc::clone(&self.bucket),
+            self.location.clone(),
+            self.path.clone(),
+        );
         let number = self.parts;
         self.parts += 1;
         self.bytes += data.len() as u64;
         self.sending.push_back(Box::pin(async move {
-            let put = || bucket.parts.put_part(&location, &id, number, PutPayload::from(data.clone()));
+            let put = || {
+                bucket
+                    .parts
+                    .put_part(&location, &id, number, PutPayload::from(data.clone()))
+            };
             bucket.retry("write", &path, put).await
         }));
         Ok(())
@@ -140,7 +149,11 @@ impl Making {
         let mut pause = Pause::new(self.bucket.timeout);
         loop {
             let parts = self.sent.clone();
-            let done = self.bucket.parts.complete_multipart(&self.location, &id, parts).await;
+            let done = self
+                .bucket
+                .parts
+                .complete_multipart(&self.location, &id, parts)
+                .await;
             let Err(error) = done else { break };
             match explain(&error).meaning {
                 // An upload is gone once it is complete: perhaps only the answer was lost.
@@ -173,7 +186,9 @@ impl Making {
         }
         for id in self.bucket.uploads_of(&self.location).await? {
             let abort = || self.bucket.parts.abort_multipart(&self.location, &id);
-            self.bucket.retry("abort the upload of", &self.path, abort).await?;
+            self.bucket
+                .retry("abort the upload of", &self.path, abort)
+                .await?;
         }
         Ok(())
     }
@@ -200,7 +215,13 @@ impl Making {
                 Meaning::Missing if self.is_ending => return self.bucket.delete(&self.path).await,
                 Meaning::Missing => return self.abort_others().await,
                 Meaning::Transient if pause.take().await => {}
-                _ => return Err(LakeError::of_store("abort the upload of", &self.path, error)),
+                _ => {
+                    return Err(LakeError::of_store(
+                        "abort the upload of",
+                        &self.path,
+                        error,
+                    ));
+                }
             }
         }
     }

@@ -23,8 +23,8 @@
 
 mod bucket;
 mod directory;
-mod options;
 mod making;
+mod options;
 pub mod reason;
 mod uploads;
 mod url;

@@ -95,7 +95,10 @@ impl BucketUrl {
             }
             None => (url, ""),
         };
-        if url.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("file")) {
+        if url
+            .split_once("://")
+            .is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("file"))
+        {
             return Ok(None);
         }
         if path.contains(char::is_control) {
@@ -268,15 +271,31 @@ mod tests {
         };
         assert_eq!(below("s3://b/p/x?*.csv", "s3a://b/p/"), Some("x?*.csv"));
         assert_eq!(below("S3://b/p/x/", "s3://b"), Some("p/x"));
-        for elsewhere in ["s3://b/p", "s3://b/px/y", "s3://b/*/y", "s3://c/p/x", "gs://b/p/x", "s3://b"] {
+        for elsewhere in [
+            "s3://b/p",
+            "s3://b/px/y",
+            "s3://b/*/y",
+            "s3://c/p/x",
+            "gs://b/p/x",
+            "s3://b",
+        ] {
             assert_eq!(below(elsewhere, "s3://b/p"), None, "{elsewhere}");
         }
         let account = "abfss://c@one.dfs.core.windows.net/";
         assert_eq!(below("az://c/x", account), Some("x"));
-        assert_eq!(below("abfss://c@one.dfs.core.windows.net/x", account), Some("x"));
+        assert_eq!(
+            below("abfss://c@one.dfs.core.windows.net/x", account),
+            Some("x")
+        );
         assert_eq!(below("abfss://c@two.dfs.core.windows.net/x", account), None);
         assert_eq!(BucketUrl::of_objects("File:///a/*").unwrap(), None);
-        for bad in ["s3://key:hunter2@b/a", "s3:///a", "s3://b/a\n", "ftp://hunter2/x", "x"] {
+        for bad in [
+            "s3://key:hunter2@b/a",
+            "s3:///a",
+            "s3://b/a\n",
+            "ftp://hunter2/x",
+            "x",
+        ] {
             let error = BucketUrl::of_objects(bad).unwrap_err();
             assert!(!format!("{error}").contains("hunter2"), "{bad}");
         }

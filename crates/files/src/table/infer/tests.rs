@@ -27,7 +27,9 @@ fn spec() -> Spec {
 
 fn columns(root: &Path) -> Result<Vec<(String, String)>, FilesError> {
     let files = locate::below(root, "data", true, None, &|| true)?;
-    let threads = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let threads = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     let found = threads.block_on(infer(&files, &spec(), |_| ()))?;
     Ok(found
         .columns
