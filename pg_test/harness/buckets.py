@@ -30,6 +30,8 @@ class S3(Services):
     def request(self, method: str, path: str, content: bytes | None = None) -> Any:
         """A request that moto takes without a signature; the answer with its headers."""
         headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
+        if content is not None:
+            headers["Content-Type"] = "application/octet-stream"
         asked = urllib.request.Request(f"{self.endpoint}/{path}", content, headers, method=method)
         return urllib.request.urlopen(asked, timeout=30)
 
