@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from harness.database import Database, has_column, one, refused, wait_until
-from harness.event_files import EXPECTED, FORMATS, ROWS, SUMMARY
+from harness.event_files import EVENTS, EXPECTED, FORMATS, ROWS, SUMMARY
 
 PROJECT = "acme"
 HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "60000"))
@@ -303,8 +303,12 @@ def test_which_files_a_role_may_name(db, lake, folder):
     for session, project in ((reader, PROJECT), (writer, "other"), (writer, "nobody")):
         with refused("42501", message=f'permission denied for project "{project}"'):
             load(session, "named", "import/own.csv", project=project)
-    for scheme, message in (("s3", "bucket"), ("hdfs", "hdfs"), ("http", "not supported")):
-        with refused("0A000", message=message):
+    for scheme, state, message in (
+        ("s3", "42501", "permission denied for file"),
+        ("hdfs", "0A000", "hdfs"),
+        ("http", "0A000", "not supported"),
+    ):
+        with refused(state, message=message):
             load(db.admin, "named", f"{scheme}://bucket/x.csv")
     db.project("inside")
     with refused("0A000", hint="file:///"):
