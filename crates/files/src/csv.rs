@@ -3,6 +3,7 @@
 //! Cells become text columns; what they mean is decided by [`crate::convert`]. Own parser, since COPY tells an empty cell
 //! (no value) from a quoted empty one, and a bad record must be known by its line.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
@@ -11,9 +12,8 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use memchr::memchr_iter;
 
 use crate::error::FilesError;
-use crate::format::CsvOptions;
+use crate::format::{Compression, CsvOptions};
 use crate::input::{self, Meter, Window};
-use crate::locate::Found;
 use crate::source::{BadRow, PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, Spec};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -200,14 +200,15 @@ impl TextColumn {
 
 impl CsvSource {
     pub fn open(
-        file: &Found,
+        path: &Path,
+        name: &str,
         spec: &Spec,
         from: Position,
         meter: &Meter,
     ) -> Result<Self, FilesError> {
-        let name = &file.name;
         let options = spec.options.csv(name)?;
-        let open = |byte| input::open(file, byte, meter);
+        let compression = Compression::of_name(name);
+        let open = |byte| input::open(path, name, compression, byte, meter);
         let mut source = Self {
             window: Window::new(open(0)?, name),
             name: name.to_owned(),
@@ -216,7 +217,7 @@ impl CsvSource {
             position: Position::default(),
             max_record_bytes: spec.max_record_bytes,
         };
-        source.read_head()?;
+        source.read_head(path)?;
         if from.byte > source.position.byte {
             source.window = Window::new(open(from.byte)?, name);
             source.position = from;
@@ -225,7 +226,7 @@ impl CsvSource {
     }
 
     /// Reads the names of the columns, and leaves the window at the first record of data.
-    fn read_head(&mut self) -> Result<(), FilesError> {
+    fn read_head(&mut self, path: &Path) -> Result<(), FilesError> {
         self.window.fill()?;
         if self.window.bytes().starts_with(BYTE_ORDER_MARK) {
             self.advance(BYTE_ORDER_MARK.len());
@@ -248,7 +249,10 @@ impl CsvSource {
                 .map(|(cell, _)| std::str::from_utf8(cell).map(str::to_owned))
                 .collect::<Result<_, _>>()
                 .map_err(|_| {
-                    FilesError::malformed(&self.name, "csv", "the header is not UTF-8 text")
+                    let name = path
+                        .file_name()
+                        .map_or_else(Default::default, |n| n.to_string_lossy());
+                    FilesError::malformed(&name, "csv", "the header is not UTF-8 text")
                 })?;
             self.advance(length);
             if !blank {

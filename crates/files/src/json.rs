@@ -1,11 +1,13 @@
 //! JSON files: one object a line, or one array of objects. What an event may be is checked when it becomes columns; here
 //! the text is only cut into events.
 
+use std::path::Path;
+
 use memchr::{memchr, memchr_iter};
 
 use crate::error::FilesError;
+use crate::format::Compression;
 use crate::input::{self, Meter, Window};
-use crate::locate::Found;
 use crate::source::{
     BadRow, PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, Spec, TextEvent,
 };
@@ -22,15 +24,16 @@ pub struct JsonSource {
 
 /// Opens a file of lines.
 pub fn lines(
-    file: &Found,
+    path: &Path,
+    name: &str,
     spec: &Spec,
     from: Position,
     meter: &Meter,
 ) -> Result<JsonSource, FilesError> {
-    let input = input::open(file, from.byte, meter)?;
+    let input = input::open(path, name, Compression::of_name(name), from.byte, meter)?;
     Ok(JsonSource {
-        window: Window::new(input, &file.name),
-        name: file.name.clone(),
+        window: Window::new(input, name),
+        name: name.to_owned(),
         array: false,
         position: from,
         max_record_bytes: spec.max_record_bytes,
@@ -40,17 +43,18 @@ pub fn lines(
 
 /// Opens a file that is an array if it begins with `[`, else lines.
 pub fn open(
-    file: &Found,
+    path: &Path,
+    name: &str,
     spec: &Spec,
     from: Position,
     meter: &Meter,
 ) -> Result<JsonSource, FilesError> {
-    let mut source = lines(file, spec, Position::default(), meter)?;
+    let mut source = lines(path, name, spec, Position::default(), meter)?;
     source.skip_blanks()?;
     source.array = source.window.bytes().first() == Some(&b'[');
     if from.byte > 0 {
         let array = source.array;
-        source = lines(file, spec, from, meter)?;
+        source = lines(path, name, spec, from, meter)?;
         source.array = array;
     } else if source.array {
         source.advance(1);

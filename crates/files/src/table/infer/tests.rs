@@ -27,10 +27,7 @@ fn spec() -> Spec {
 
 fn columns(root: &Path) -> Result<Vec<(String, String)>, FilesError> {
     let files = locate::below(root, "data", true, None, &|| true)?;
-    let threads = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
-    let found = threads.block_on(infer(&files, &spec(), |_| ()))?;
+    let found = infer(&files, &spec(), &mut || true)?;
     Ok(found
         .columns
         .into_iter()
@@ -245,7 +242,12 @@ fn other_files_show_their_schema() {
 #[test]
 fn a_sample_is_spread() {
     let files: Vec<Found> = (0..1000)
-        .map(|n| Found::file(n.to_string(), &n.to_string()))
+        .map(|n| Found {
+            path: n.to_string().into(),
+            name: n.to_string(),
+            bytes: 1,
+            modified_ns: 0,
+        })
         .collect();
     let all: Vec<&Found> = files.iter().collect();
     let some = sample(&all);
