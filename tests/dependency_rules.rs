@@ -46,7 +46,7 @@ const CRATE_ARROWS: [(&str, &[&str]); 7] = [
     ("engine", &["event", "lake"]),
     ("mappers", &["event"]),
     ("files", &["event", "lake"]),
-    ("sources", &["event", "lake", "files"]),
+    ("sources", &["event"]),
     ("iceberg", &["event", "lake"]),
 ];
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import urllib.request
 from typing import Any
@@ -26,10 +27,12 @@ class S3(Services):
     def storage(self, prefix: str, endpoint: str | None = None) -> Bucket:
         return Bucket(self, prefix, endpoint or self.endpoint)
 
-    def request(self, method: str, path: str) -> Any:
+    def request(self, method: str, path: str, content: bytes | None = None) -> Any:
         """A request that moto takes without a signature; the answer with its headers."""
         headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
-        asked = urllib.request.Request(f"{self.endpoint}/{path}", method=method, headers=headers)
+        if content is not None:
+            headers["Content-Type"] = "application/octet-stream"
+        asked = urllib.request.Request(f"{self.endpoint}/{path}", content, headers, method=method)
         return urllib.request.urlopen(asked, timeout=30)
 
 
@@ -46,7 +49,7 @@ class Bucket:
     def create(self, connection, server: str) -> None:
         create_storage(connection, server, self.options, self.credentials)
 
-    @property
+    @functools.cached_property
     def filesystem(self):
         """The store as pyarrow sees it, past every proxy."""
         import pyarrow.fs
@@ -59,6 +62,21 @@ class Bucket:
             scheme=scheme,
             region="us-east-1",
         )
+
+    def put(self, path: str, content: bytes) -> str:
+        """Writes an object; its URL."""
+        with self.filesystem.open_output_stream(f"{self.s3.bucket}/{self.prefix}/{path}", compression=None) as out:
+            out.write(content)
+        return f"{self.url}/{path}"
+
+    def get(self, path: str) -> bytes:
+        with self.filesystem.open_input_stream(f"{self.s3.bucket}/{self.prefix}/{path}", compression=None) as found:
+            return found.read()
+
+    def uploads(self) -> int:
+        """How many uploads below the prefix nobody has completed. Of moto only."""
+        with self.s3.request("GET", f"{self.s3.bucket}?uploads&prefix={self.prefix}") as answer:
+            return answer.read().count(b"<UploadId>")
 
     def objects(self) -> dict[str, int]:
         """Every object below the prefix with its size, but those of rakam's own."""

@@ -22,7 +22,7 @@ struct Opened {
 }
 
 thread_local! {
-    static OPENED: RefCell<HashMap<i32, Opened>> = RefCell::new(HashMap::new());
+    static OPENED: RefCell<HashMap<String, Opened>> = RefCell::new(HashMap::new());
 }
 
 impl StorageRow {
@@ -43,22 +43,7 @@ impl StorageRow {
         if self.is_local() {
             return Ok(None);
         }
-        let undefined = |what: &str| {
-            PgError::new("58030", format!("storage \"{}\" has no {what}", self.name))
-                .hint("Its foreign server must exist and have the option url.")
-        };
-        let server =
-            server::named(&self.name, WRAPPER).ok_or_else(|| undefined("foreign server"))?;
-        let options = pairs(&server.options);
-        let url = options.iter().find(|(name, _)| *name == "url");
-        let (_, url) = url.ok_or_else(|| undefined("url"))?;
-        let url = StorageUrl::parse(url)?;
-        Ok(Some(StorageConfig {
-            options: StorageOptions::parse(&url, &options)?,
-            credentials: Credentials::parse(&pairs(&server.mapping))?,
-            timeout: guc::storage_timeout(),
-            url,
-        }))
+        Ok(Some(config(&self.name)?.1))
     }
 
     /// The storage, with the connections that this process has to it already; None for the default storage. Touches
@@ -67,25 +52,59 @@ impl StorageRow {
         let Some(config) = self.config()? else {
             return Ok(None);
         };
-        let runtime = Runtime::current()?.number();
-        let known = OPENED.with_borrow(|opened| {
-            opened
-                .get(&self.id)
-                .filter(|o| o.runtime == runtime && o.config == config)
-                .map(|o| o.storage.clone())
-        });
-        if let Some(storage) = known {
-            return Ok(Some(storage));
-        }
-        let storage = Storage::open(&config)?;
-        let opened = Opened {
-            config,
-            runtime,
-            storage: storage.clone(),
-        };
-        OPENED.with_borrow_mut(|all| all.insert(self.id, opened));
-        Ok(Some(storage))
+        open(&self.name, config).map(Some)
     }
+}
+
+/// The storage of a foreign server, whether a project uses it or not, with its address. As [`StorageRow::open`].
+pub fn server(name: &str) -> Result<(String, Storage)> {
+    let (address, config) = config(name)?;
+    Ok((address, open(name, config)?))
+}
+
+/// The address of a storage server, as its option has it.
+pub fn address(name: &str) -> Result<String> {
+    config(name).map(|(address, _)| address)
+}
+
+fn config(name: &str) -> Result<(String, StorageConfig)> {
+    let undefined = |what: &str| {
+        PgError::new("58030", format!("storage \"{name}\" has no {what}"))
+            .hint("Its foreign server must exist and have the option url.")
+    };
+    let server = server::named(name, WRAPPER).ok_or_else(|| undefined("foreign server"))?;
+    let options = pairs(&server.options);
+    let address = options.iter().find(|(name, _)| *name == "url");
+    let (_, address) = address.ok_or_else(|| undefined("url"))?;
+    let url = StorageUrl::parse(address)?;
+    let config = StorageConfig {
+        options: StorageOptions::parse(&url, &options)?,
+        credentials: Credentials::parse(&pairs(&server.mapping))?,
+        timeout: guc::storage_timeout(),
+        url,
+    };
+    Ok(((*address).to_owned(), config))
+}
+
+fn open(name: &str, config: StorageConfig) -> Result<Storage> {
+    let runtime = Runtime::current()?.number();
+    let known = OPENED.with_borrow(|opened| {
+        opened
+            .get(name)
+            .filter(|o| o.runtime == runtime && o.config == config)
+            .map(|o| o.storage.clone())
+    });
+    if let Some(storage) = known {
+        return Ok(storage);
+    }
+    let storage = Storage::open(&config)?;
+    let opened = Opened {
+        config,
+        runtime,
+        storage: storage.clone(),
+    };
+    OPENED.with_borrow_mut(|all| all.insert(name.to_owned(), opened));
+    Ok(storage)
 }
 
 fn pairs(options: &Options) -> Vec<(&str, &str)> {

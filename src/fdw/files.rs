@@ -5,7 +5,7 @@
 //! thread only while it reads a piece, since the scan may stand still for as long as its query likes.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions};
@@ -16,22 +16,25 @@ use pgrx::pg_sys;
 use rakam_engine::{Broker, BudgetPool, EngineError, Reserved, ScanInput, ScanMetrics, ScanPlan};
 use rakam_event::schema::{Field, Schema};
 use rakam_event::types::FieldType;
+use rakam_files::FilesError;
 use rakam_files::format::{Format, Options};
+use rakam_files::locate::Root;
+use rakam_files::object::{READER_BYTES, Stop, WAITING_THREADS, blocking};
 use rakam_files::source::Spec;
 use rakam_files::table::read::{self, Known, Part};
 use rakam_files::table::{Form, Pruner, Reader, Wanted};
-use rakam_files::{FilesError, locate};
+use rakam_lake::cache as lake;
 use rakam_lake::prune::{self, Predicate};
 use rakam_lake::stats::{ColumnStat, StatsBuilder};
 use tokio::sync::{Mutex as AsyncMutex, mpsc};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 
 use super::columns::Column;
 use super::execution::{self, Running};
 use super::tiers;
 use super::tuples::Output;
 use crate::catalog::attached::Attached;
-use crate::files::place::{self, Place};
+use crate::files::place::{self, Keep};
 use crate::pg::spi::View;
 use crate::pg::{Result, guc, memory};
 
@@ -84,6 +87,8 @@ pub fn outputs(columns: &[Column], outputs: Vec<Output>) -> Vec<Output> {
 /// Begins to read. `plan` speaks of the ids of [`fields`].
 pub fn start(view: View, table: &Attached, columns: &[Column], plan: ScanPlan) -> Result<Running> {
     let place = place::attached(view, table)?;
+    let (stop, counters) = (Stop::new(), Arc::default());
+    let root = place.open(Keep::Blocks, &counters, &stop)?;
     let format = table.format.as_deref().map(Format::parse).transpose()?;
     let schema = Schema {
         version: 1,
@@ -120,7 +125,9 @@ pub fn start(view: View, table: &Attached, columns: &[Column], plan: ScanPlan) -
         })
         .collect();
     let job = Arc::new(Job {
-        place,
+        readers: readers(&root),
+        root,
+        pattern: place.pattern,
         spec: Spec {
             format,
             options: Options::default(),
@@ -129,9 +136,9 @@ pub fn start(view: View, table: &Attached, columns: &[Column], plan: ScanPlan) -
         wanted: wanted.into(),
         schema: Arc::new(ArrowSchema::new(arrow)),
         pruning: Pruning::new(predicates),
-        readers: guc::threads(),
         memory: memory::pool(),
-        given_up: AtomicBool::new(false),
+        stop,
+        fetched: counters,
         counters: Counters::default(),
     });
     let input = ScanInput {
@@ -148,9 +155,23 @@ pub fn start(view: View, table: &Attached, columns: &[Column], plan: ScanPlan) -
     execution::start_alone(input, Arc::new(broker))
 }
 
+/// How many files, or parts of them, are read at a time. Who reads a bucket waits for it more than it decodes; but each
+/// reader has windows in memory, of which all together get an eighth of what there is.
+fn readers(root: &Root) -> usize {
+    let threads = guc::threads();
+    match root {
+        Root::Directory { .. } => threads,
+        Root::Bucket(_) => {
+            let fitting = guc::memory_limit_bytes() / 8 / READER_BYTES;
+            fitting.clamp(1, (2 * threads).clamp(4, WAITING_THREADS))
+        }
+    }
+}
+
 /// What is to be read, and how far that is.
 struct Job {
-    place: Place,
+    root: Root,
+    pattern: String,
     spec: Spec,
     wanted: Arc<[Wanted]>,
     /// Of the batches: the wanted columns with their ids.
@@ -158,8 +179,10 @@ struct Job {
     pruning: Pruning,
     readers: usize,
     memory: Arc<BudgetPool>,
-    /// The scan is over: whoever still looks for files stops.
-    given_up: AtomicBool,
+    /// Ends whoever still looks for files, or waits for them, when the scan is over.
+    stop: Stop,
+    /// What was read of a bucket.
+    fetched: Arc<lake::Counters>,
     counters: Counters,
 }
 
@@ -190,7 +213,7 @@ struct FilesBroker {
 
 impl Drop for FilesBroker {
     fn drop(&mut self) {
-        self.job.given_up.store(true, Ordering::Relaxed);
+        self.job.stop.stop();
     }
 }
 
@@ -220,24 +243,20 @@ impl Broker for FilesBroker {
     fn metrics(&self) -> ScanMetrics {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.job.counters;
+        let fetched = self.job.fetched.get();
+        let bytes = match &self.job.root {
+            Root::Bucket(_) => fetched.hit_bytes + fetched.fetched_bytes,
+            Root::Directory { .. } => get(&counters.bytes),
+        };
         ScanMetrics {
             files_opened: get(&counters.files),
             files_skipped: get(&counters.files_skipped),
             row_groups_read: get(&counters.row_groups),
             row_groups_pruned_by_stats: get(&counters.row_groups_skipped),
-            bytes_read: get(&counters.bytes),
+            bytes_read: bytes,
             ..ScanMetrics::default()
         }
     }
-}
-
-/// Does blocking work on a thread for it.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> std::result::Result<T, EngineError> {
-    spawn_blocking(work)
-        .await
-        .map_err(|_| EngineError::Internal("reading a file panicked".to_owned()))
 }
 
 fn failed(error: FilesError) -> EngineError {
@@ -251,8 +270,7 @@ fn failed(error: FilesError) -> EngineError {
 impl Job {
     /// Lists the files and sets readers to work.
     async fn begin(self: Arc<Self>) -> std::result::Result<Reading, EngineError> {
-        let job = Arc::clone(&self);
-        let parts = blocking(move || job.parts()).await?.map_err(failed)?;
+        let parts = self.parts().await.map_err(failed)?;
         let readers = self.readers.clamp(1, parts.len().max(1));
         let parts = Arc::new(Mutex::new(parts));
         let (sender, batches) = mpsc::channel(1);
@@ -273,15 +291,11 @@ impl Job {
         })
     }
 
-    fn parts(&self) -> std::result::Result<VecDeque<Part>, FilesError> {
-        let place = &self.place;
-        let files = locate::below(
-            &place.root,
-            &place.pattern,
-            place.confined,
-            self.spec.format,
-            &|| !self.given_up.load(Ordering::Relaxed),
-        )?;
+    async fn parts(&self) -> std::result::Result<VecDeque<Part>, FilesError> {
+        let files = self
+            .root
+            .below(&self.pattern, self.spec.format, &self.stop)
+            .await?;
         let mut parts = VecDeque::with_capacity(files.len());
         for file in &files {
             parts.extend(read::parts(file, &self.spec, self.readers)?);
@@ -310,7 +324,8 @@ impl Job {
                     let batch = reader.next_batch();
                     (reader, batch)
                 })
-                .await?;
+                .await
+                .map_err(failed)?;
                 let bytes = reader.bytes();
                 self.counters.add(|c| &c.bytes, bytes - before);
                 before = bytes;
@@ -332,7 +347,10 @@ impl Job {
         let job = Arc::clone(self);
         let is_first = part.part == 0;
         let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning);
-        let reader = blocking(open).await?.map_err(failed)?;
+        let reader = blocking(open)
+            .await
+            .and_then(|opened| opened)
+            .map_err(failed)?;
         let read = reader.read;
         if is_first {
             match read.skipped {

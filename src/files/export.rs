@@ -1,4 +1,4 @@
-//! The result of a query as a file, in the caller's session and with the caller's rights.
+//! The result of a query as a file, on the server or in a bucket, in the caller's session and with the caller's rights.
 
 use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
@@ -10,10 +10,12 @@ use pgrx::{default, pg_extern};
 use rakam_files::FilesError;
 use rakam_files::format::Format;
 use rakam_files::locate;
-use rakam_files::sink::{self, Cell, ColumnType, RowForm, Sink};
+use rakam_files::sink::{self, Cell, ColumnType, Destination, Gathered, RowForm, Sink};
+use rakam_lake::storage::PART_BYTES;
 use uuid::Uuid;
 
-use super::place::{self, Access, Place};
+use super::place::{self, Access, Place, Root};
+use super::upload::Upload;
 use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
 use crate::catalog::storages;
@@ -27,7 +29,7 @@ const FETCH_ROWS: u32 = 1000;
 const MODE: u32 = 0o644;
 
 /// Writes the result of a query to a file, and returns the number of rows. Runs as the caller, with the project's schema as
-/// search path; the file appears under its name when it is complete.
+/// search path; the file, or object of a bucket, appears under its name when it is complete.
 /// SQL: `rakam.copy_to(project text, sql text, url text, format text DEFAULT NULL)`.
 /// Errors: 42501 no right to read the project or to write the file, or no SELECT, 42601 not one statement, 22023 unknown
 /// format or path, 0A000 a format that is not written, 58P02 a storage has the file already.
@@ -72,11 +74,11 @@ fn export(
         RowForm::Cells | RowForm::Values => query,
     };
     let rows = write(query, &project.name, &target, format)?;
-    target.publish()?;
+    let url = target.publish()?;
     // In a storage it must not pass for an orphan. (Elsewhere, and where nothing can be written, there is nothing to note.)
     if xact::ensure_writable("note a file").is_ok() {
         let _owner = ActAs::owner();
-        storages::keep(&format!("file://{}", target.path.display()), "copy_to")?;
+        storages::keep(&url, "copy_to")?;
     }
     Ok(rows)
 }
@@ -89,7 +91,7 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
         .map(|column| (column.name.clone(), column_type(column)))
         .collect();
     let form = sink::row_form(format)?;
-    let mut sink = Sink::new(target.create()?, &target.name, format, &columns)?;
+    let mut sink = Sink::new(target.create()?, target.name(), format, &columns)?;
     let mut total = 0;
     loop {
         wait::check_interrupts();
@@ -119,6 +121,7 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
             break;
         }
         total += n;
+        target.advance()?;
     }
     sink.finish()?;
     Ok(total)
@@ -130,6 +133,85 @@ fn column_type(column: &Column) -> ColumnType {
         Some(Integers::Bits64) => ColumnType::Int8Array,
         Some(_) => ColumnType::Int4Array,
         None => ColumnType::Field(column.field_type()),
+    }
+}
+
+/// A file to be made: complete under its name, or not there.
+enum Target {
+    Local(LocalFile),
+    Object {
+        upload: Upload,
+        gathered: Gathered,
+        name: String,
+        url: String,
+    },
+}
+
+impl Target {
+    fn new(place: &Place) -> Result<Self> {
+        let name = locate::relative(&place.pattern)?.to_owned();
+        match &place.root {
+            Root::Directory { path, confined } => {
+                LocalFile::new(path, *confined, name).map(Self::Local)
+            }
+            Root::Bucket(bucket) => {
+                let name = name.trim_end_matches('/').to_owned();
+                Ok(Self::Object {
+                    upload: Upload::begin(bucket.open()?, bucket.path(&name), &name)?,
+                    gathered: Gathered::default(),
+                    url: bucket.url(&name),
+                    name,
+                })
+            }
+        }
+    }
+
+    /// What it is called in messages.
+    fn name(&self) -> &str {
+        match self {
+            Self::Local(file) => &file.name,
+            Self::Object { name, .. } => name,
+        }
+    }
+
+    fn create(&self) -> Result<Destination> {
+        match self {
+            Self::Local(file) => file.create().map(Destination::File),
+            Self::Object { gathered, .. } => Ok(Destination::Gathered(gathered.clone())),
+        }
+    }
+
+    /// Sends what is there to be sent.
+    fn advance(&self) -> Result<()> {
+        if let Self::Object {
+            upload, gathered, ..
+        } = self
+        {
+            while let Some(part) = gathered.take(PART_BYTES) {
+                upload.part(part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the complete file its name; its URL.
+    fn publish(self) -> Result<String> {
+        self.advance()?;
+        match self {
+            Self::Local(file) => {
+                file.publish()?;
+                Ok(format!("file://{}", file.path.display()))
+            }
+            Self::Object {
+                upload,
+                gathered,
+                url,
+                ..
+            } => {
+                upload.complete(gathered.take_rest())?;
+                Ok(url)
+            }
+        }
     }
 }
 
@@ -146,30 +228,28 @@ fn remove_unfinished() {
     }
 }
 
-/// A file to be made, under a name of its own beside it until it is complete. Dropped before that, it is removed.
-struct Target {
+/// A file on the server, under a name of its own beside it until it is complete. Dropped before that, it is removed.
+struct LocalFile {
     path: PathBuf,
     temporary: PathBuf,
-    /// What it is called in messages.
     name: String,
     /// One that is there is replaced.
     replace: bool,
 }
 
-impl Target {
-    fn new(place: &Place) -> Result<Self> {
-        let name = locate::relative(&place.pattern)?.to_owned();
-        let path = place.root.join(&name);
+impl LocalFile {
+    fn new(root: &Path, confined: bool, name: String) -> Result<Self> {
+        let path = root.join(&name);
         let failed = |e: io::Error| PgError::from(FilesError::io("create", &name, &e));
-        let parent = path.parent().unwrap_or(&place.root);
-        if place.confined {
+        let parent = path.parent().unwrap_or(root);
+        if confined {
             // Without its root the storage is away: nothing is made below the mount point.
-            let storage = place.root.parent().unwrap_or(&place.root);
+            let storage = root.parent().unwrap_or(root);
             fs::metadata(storage).map_err(failed)?;
             fs::create_dir_all(parent).map_err(failed)?;
         }
         let folder = fs::canonicalize(parent).map_err(failed)?;
-        if place.confined && !folder.starts_with(fs::canonicalize(&place.root).map_err(failed)?) {
+        if confined && !folder.starts_with(fs::canonicalize(root).map_err(failed)?) {
             return Err(FilesError::NoFile(name).into());
         }
         let file = path.file_name().unwrap_or_default();
@@ -178,7 +258,7 @@ impl Target {
             path: folder.join(file),
             temporary,
             name,
-            replace: !place.confined,
+            replace: !confined,
         })
     }
 
@@ -213,7 +293,7 @@ fn sync(folder: Option<&Path>) -> io::Result<()> {
     }
 }
 
-impl Drop for Target {
+impl Drop for LocalFile {
     fn drop(&mut self) {
         remove_unfinished();
     }

@@ -18,7 +18,7 @@ use rakam_event::types::FieldType;
 use rakam_event::{json, print};
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
-use rakam_files::locate::{self, Found};
+use rakam_files::locate::Found;
 use rakam_files::log::Log;
 use rakam_files::source::{Position, Spec};
 use rakam_lake::chunk;
@@ -26,8 +26,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::chunks;
-use super::place::Place;
-use super::reading::{self, Converted, Told};
+use super::place::{Keep, Place};
+use super::reading::{self, Converted, Readers, Told};
 use crate::catalog::inbox::Entry;
 use crate::catalog::load::{self as note, Progress};
 use crate::catalog::projects::{self, Project};
@@ -39,7 +39,7 @@ use crate::ingest::quota;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, failpoint, guc, wait};
+use crate::pg::{PgError, Result, failpoint, guc, runtime, wait};
 
 /// Memory of converted events that makes a transaction worth while, in sizes of a flush: with history in any order it
 /// makes chunks of some ten thousand events of each month.
@@ -79,8 +79,8 @@ pub fn run(
     make_ready: impl FnOnce(i32) -> std::result::Result<(), Failure>,
 ) -> std::result::Result<u64, Failure> {
     let spec = spec(request).map_err(Failure::Error)?;
-    let place = &request.place;
-    let files = locate::find(&place.root, &place.pattern, place.confined).map_err(error)?;
+    let readers = Readers::default();
+    let files = find(&request.place, &readers)?;
     for file in &files {
         let format = match spec.format {
             Some(format) => format,
@@ -94,7 +94,7 @@ pub fn run(
     let (mut load, converter) = xact::worker(|| Load::begin(request, &key))?;
     let total = files.iter().map(|f| f.bytes).sum();
     let outcome = progress::show(request.project_id, "copy_from", "bytes", total, |shown| {
-        load.files(files, spec, converter, shown)?;
+        load.files(files, spec, converter, &readers, shown)?;
         make_ready(load.collection.id)?;
         load.store(true)
     });
@@ -103,6 +103,15 @@ pub fn run(
         xact::worker(|| note::finish(&key))?;
     }
     outcome.map(|()| load.stored.events)
+}
+
+/// The files of the call as they are now, outside of any transaction.
+fn find(place: &Place, readers: &Readers) -> std::result::Result<Vec<Found>, Failure> {
+    let counters = Arc::default();
+    let root = xact::worker(|| place.open(Keep::Nothing, &counters, readers.stop()))?;
+    let (pattern, stop) = (place.pattern.clone(), readers.stop().clone());
+    let found = runtime::wait_for(async move { root.find(&pattern, &stop).await });
+    found.map_err(Failure::Error)?.map_err(error)
 }
 
 fn error(error: rakam_files::FilesError) -> Failure {
@@ -125,11 +134,7 @@ fn key(request: &Request, files: &[Found]) -> Result<[u8; 32]> {
     hash.update((text.len() as u64).to_le_bytes());
     hash.update(text);
     for file in files {
-        let path = file.path.as_os_str().as_encoded_bytes();
-        hash.update((path.len() as u64).to_le_bytes());
-        hash.update(path);
-        hash.update(file.bytes.to_le_bytes());
-        hash.update(file.modified_ns.to_le_bytes());
+        hash.update(file.identity());
     }
     Ok(hash.finalize().into())
 }
@@ -202,6 +207,7 @@ impl<'a> Load<'a> {
         files: Vec<Found>,
         spec: Spec,
         converter: Converter,
+        readers: &Readers,
         shown: &mut progress::Progress,
     ) -> std::result::Result<(), Failure> {
         let buffer = (guc::flush_size_bytes() as usize)
@@ -218,7 +224,7 @@ impl<'a> Load<'a> {
             time_past_us: self.project.time_past_us,
             time_future_us: self.project.time_future_us,
         };
-        let mut port = reading::start(files, conversion).map_err(Failure::Error)?;
+        let mut port = reading::start(files, conversion, readers).map_err(Failure::Error)?;
         loop {
             wait::check_interrupts();
             match port.receive() {

@@ -1,7 +1,7 @@
 //! Files read and converted ahead of what is stored, on the engine's threads: one task reads pieces, one converts them.
 //!
 //! Both are bounded: a few pieces wait between them and before the load, then they wait, too. They end when nobody
-//! receives any more.
+//! receives any more, wherever they wait.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,6 +13,7 @@ use rakam_event::types::FieldType;
 use rakam_files::FilesError;
 use rakam_files::convert::Converter;
 use rakam_files::locate::Found;
+use rakam_files::object::{Stop, blocking};
 use rakam_files::source::{self, Meter, Piece, Position, Spec};
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,6 +23,22 @@ use crate::pg::runtime::{self, Port, Runtime, Sender};
 /// Pieces that wait to be converted, and converted ones that wait for the load.
 const PIECES: usize = 1;
 const CONVERTED: usize = 2;
+
+/// Ends the readers of its files when it is dropped.
+#[derive(Default)]
+pub struct Readers(Stop);
+
+impl Readers {
+    pub fn stop(&self) -> &Stop {
+        &self.0
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
 
 /// Which files, from where on.
 pub struct Files {
@@ -77,14 +94,15 @@ enum Read {
     End,
 }
 
-/// Starts to read.
-pub fn start(files: Files, conversion: Conversion) -> Result<Port<Told>> {
+/// Starts to read. The files were found with the same `readers`.
+pub fn start(files: Files, conversion: Conversion, readers: &Readers) -> Result<Port<Told>> {
+    let stop = readers.stop().clone();
     let runtime = Runtime::current()?;
     let (told, port) = runtime::port(CONVERTED)?;
     let (pieces, read) = mpsc::channel(PIECES);
     let names = files.files.iter().map(|file| file.name.clone()).collect();
     runtime.spawn(async move {
-        let end = match read_all(files, &pieces).await {
+        let end = match stop.or(read_all(files, &pieces)).await {
             Ok(()) => Read::End,
             Err(error) => Read::Failed(error),
         };
@@ -109,9 +127,20 @@ async fn read_all(
     let mut before: u64 = files.iter().take(first).map(|file| file.bytes).sum();
     for (index, file) in files.iter().enumerate().skip(first) {
         let meter = Meter::default();
-        let mut source = source::open(&file.path, &file.name, &spec, from, &meter)?;
+        let open = {
+            let (file, spec, meter) = (file.clone(), spec.clone(), meter.clone());
+            move || source::open(&file, &spec, from, &meter)
+        };
+        let mut source = blocking(open).await??;
         let declared: Arc<[_]> = source.declared().into();
-        while let Some(piece) = source.next()? {
+        loop {
+            let piece;
+            (source, piece) = blocking(move || {
+                let piece = source.next();
+                (source, piece)
+            })
+            .await?;
+            let Some(piece) = piece? else { break };
             let read = Read::Piece {
                 file: index,
                 piece,

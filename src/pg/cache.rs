@@ -68,6 +68,13 @@ pub fn fetcher() -> Result<Arc<Fetcher>> {
     }))
 }
 
+/// What a foreign server's bucket is called there, for files of others. Storages are numbers.
+pub fn server_key(server: &str, address: &str) -> String {
+    // SAFETY: reads a backend variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    format!("{}/{server}/{address}", database.to_u32())
+}
+
 /// What a storage is called in the directory, which the databases of a server share.
 pub fn storage_key(storage_id: i32) -> String {
     // SAFETY: reads a backend variable.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rakam_files::object::WAITING_THREADS;
 use tokio::sync::mpsc;
 
 use super::error::{PgError, Result};
@@ -53,7 +54,8 @@ impl Runtime {
         let blocked = BlockedSignals::enter();
         let tokio = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads)
-            .max_blocking_threads(threads)
+            // Those that wait for a network, and those that the network itself waits for: names of hosts, disks.
+            .max_blocking_threads(threads + WAITING_THREADS)
             .thread_stack_size(8 << 20)
             .thread_keep_alive(Duration::from_secs(1))
             .thread_name("rakam")
@@ -108,21 +110,27 @@ impl Runtime {
 /// Runs a future on the engine's threads and waits for it; a cancel or termination drops it. For waits of workers on disk
 /// and network: outside of transactions, so that nobody waits for a lock of theirs meanwhile.
 pub fn wait_for<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Result<T> {
-    let runtime = Runtime::current()?;
     let (sender, mut port) = port(1)?;
-    let handle = runtime.spawn(async move {
+    let _task = Task::spawn(async move {
         let value = future.await;
         sender.send(value).await;
-    });
-    let _task = Task { runtime, handle };
+    })?;
     port.receive()
         .ok_or_else(|| PgError::internal("an engine task ended without an answer"))
 }
 
 /// A task that somebody waits for, ended when nobody does any more.
-struct Task {
+pub struct Task {
     runtime: Arc<Runtime>,
     handle: tokio::task::JoinHandle<()>,
+}
+
+impl Task {
+    pub fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Result<Self> {
+        let runtime = Runtime::current()?;
+        let handle = runtime.spawn(future);
+        Ok(Self { runtime, handle })
+    }
 }
 
 impl Drop for Task {
@@ -225,11 +233,25 @@ impl<M> Port<M> {
     /// The next message; None when every sender is gone. Cancel and termination are served while waiting.
     pub fn receive(&mut self) -> Option<M> {
         loop {
+            if let Some(message) = self.receive_within(Duration::from_secs(5)) {
+                return message;
+            }
+        }
+    }
+
+    /// As [`Self::receive`], for a while: None when it is over.
+    pub fn receive_within(&mut self, time: Duration) -> Option<Option<M>> {
+        let end = Instant::now() + time;
+        loop {
             match self.receiver.try_recv() {
-                Ok(message) => return Some(message),
-                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Ok(message) => return Some(Some(message)),
+                Err(mpsc::error::TryRecvError::Disconnected) => return Some(None),
                 Err(mpsc::error::TryRecvError::Empty) => {
-                    wait::wait(Some(&self.waker), Duration::from_secs(5));
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return None;
+                    }
+                    wait::wait(Some(&self.waker), left);
                 }
             }
         }

@@ -4,6 +4,8 @@
 //! rights to the files are those of the caller, and asked once: the project's readers read the files for them. Reading is
 //! `fdw::attached`.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pgrx::default;
@@ -11,7 +13,7 @@ use pgrx::prelude::*;
 use rakam_event::names::{self, CollectionName};
 use rakam_files::format::{Format, Options};
 use rakam_files::source::Spec;
-use rakam_files::{FilesError, locate, table};
+use rakam_files::{FilesError, table};
 use serde::{Deserialize, Serialize};
 
 use super::task::{self, Task};
@@ -19,23 +21,27 @@ use crate::catalog::attached::{self, New};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, ProjectRow};
 use crate::catalog::{audit, progress};
-use crate::files::place::{self, Access, Place};
+use crate::files::place::{self, Access, Keep, Place, Root};
+use crate::files::reading::Readers;
 use crate::ingest::digest;
 use crate::pg::locks::{self, LockOn};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{ErrorReport, INVALID_OID, PgError, Result, guc, not_null, relation, wait};
+use crate::pg::{
+    ErrorReport, INVALID_OID, PgError, Result, guc, not_null, relation, runtime, wait,
+};
 use crate::tiers::ddl;
 
 /// Between two attempts to lock a table.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How often it is shown how far the files have been looked into.
+const SHOWN: Duration = Duration::from_millis(500);
 
 /// Files to be attached; the rights to them are checked.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
     project_id: i32,
     name: String,
-    /// As the caller wrote it.
     url: String,
     place: Place,
     storage: Option<String>,
@@ -73,10 +79,15 @@ fn attach(
         let url = not_null(url, "url")?;
         let format = format.map(Format::parse).transpose()?;
         let (place, storage) = place::permitted(&project, url, Access::Read)?;
+        let url = match (&place.root, &storage) {
+            // In the storage's own words: what lies there must be known for a table's, not taken for an orphan.
+            (Root::Bucket(bucket), Some(_)) => bucket.url(&place.pattern),
+            _ => url.to_owned(),
+        };
         task::run(&Task::Attach(Request {
             project_id: project.id,
             name,
-            url: url.to_owned(),
+            url,
             place,
             storage,
             format: format.map(|format| format.name().to_owned()),
@@ -118,16 +129,16 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     digest::catch_up(Some(&[request.project_id]))?;
     xact::worker(|| ensure_free(request).map(drop))?;
     let error = |e: FilesError| Failure::Error(e.into());
-    let go_on = || {
-        wait::check_interrupts();
-        true
-    };
-    let place = &request.place;
     let format = match &request.format {
         Some(name) => Some(Format::parse(name).map_err(error)?),
         None => None,
     };
-    let files = locate::below(&place.root, &place.pattern, place.confined, format, &go_on)
+    let place = &request.place;
+    let (readers, counters) = (Readers::default(), Arc::default());
+    let root = xact::worker(|| place.open(Keep::Blocks, &counters, readers.stop()))?;
+    let (pattern, stop) = (place.pattern.clone(), readers.stop().clone());
+    let files = runtime::wait_for(async move { root.below(&pattern, format, &stop).await })
+        .map_err(Failure::Error)?
         .map_err(error)?;
     if files.is_empty() {
         return Err(error(FilesError::NoFile(place.pattern.clone())));
@@ -139,17 +150,24 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     };
     let total = files.len() as u64;
     let found = progress::show(request.project_id, "attach", "files", total, |shown| {
-        let mut done = 0;
-        let mut failure = None;
-        let found = table::infer(&files, &spec, &mut || {
-            wait::check_interrupts();
-            done += 1;
-            failure = shown.set(done.min(total)).err();
-            failure.is_none()
-        });
-        match failure {
-            Some(failure) => Err(failure),
-            None => found.map_err(error),
+        let (told, mut port) = runtime::port(1).map_err(Failure::Error)?;
+        let done = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&done);
+        let look = async move {
+            let through = |n| counted.store(n, Ordering::Relaxed);
+            let found = table::infer(&files, &spec, through).await;
+            told.send(found).await;
+        };
+        let _task = runtime::Task::spawn(look).map_err(Failure::Error)?;
+        loop {
+            match port.receive_within(SHOWN) {
+                Some(Some(found)) => return found.map_err(error),
+                Some(None) => {
+                    let early = PgError::internal("the look into files ended early");
+                    return Err(Failure::Error(early));
+                }
+                None => shown.set(done.load(Ordering::Relaxed).min(total))?,
+            }
         }
     })?;
     let (columns, left_out): (Vec<_>, Vec<_>) = found

@@ -3,7 +3,6 @@
 //! Cells become text columns; what they mean is decided by [`crate::convert`]. Own parser, since COPY tells an empty cell
 //! (no value) from a quoted empty one, and a bad record must be known by its line.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
@@ -12,8 +11,9 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use memchr::memchr_iter;
 
 use crate::error::FilesError;
-use crate::format::{Compression, CsvOptions};
+use crate::format::CsvOptions;
 use crate::input::{self, Meter, Window};
+use crate::locate::Found;
 use crate::source::{BadRow, PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, Spec};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -200,15 +200,14 @@ impl TextColumn {
 
 impl CsvSource {
     pub fn open(
-        path: &Path,
-        name: &str,
+        file: &Found,
         spec: &Spec,
         from: Position,
         meter: &Meter,
     ) -> Result<Self, FilesError> {
+        let name = &file.name;
         let options = spec.options.csv(name)?;
-        let compression = Compression::of_name(name);
-        let open = |byte| input::open(path, name, compression, byte, meter);
+        let open = |byte| input::open(file, byte, meter);
         let mut source = Self {
             window: Window::new(open(0)?, name),
             name: name.to_owned(),
@@ -217,7 +216,7 @@ impl CsvSource {
             position: Position::default(),
             max_record_bytes: spec.max_record_bytes,
         };
-        source.read_head(path)?;
+        source.read_head()?;
         if from.byte > source.position.byte {
             source.window = Window::new(open(from.byte)?, name);
             source.position = from;
@@ -226,7 +225,7 @@ impl CsvSource {
     }
 
     /// Reads the names of the columns, and leaves the window at the first record of data.
-    fn read_head(&mut self, path: &Path) -> Result<(), FilesError> {
+    fn read_head(&mut self) -> Result<(), FilesError> {
         self.window.fill()?;
         if self.window.bytes().starts_with(BYTE_ORDER_MARK) {
             self.advance(BYTE_ORDER_MARK.len());
@@ -249,10 +248,7 @@ impl CsvSource {
                 .map(|(cell, _)| std::str::from_utf8(cell).map(str::to_owned))
                 .collect::<Result<_, _>>()
                 .map_err(|_| {
-                    let name = path
-                        .file_name()
-                        .map_or_else(Default::default, |n| n.to_string_lossy());
-                    FilesError::malformed(&name, "csv", "the header is not UTF-8 text")
+                    FilesError::malformed(&self.name, "csv", "the header is not UTF-8 text")
                 })?;
             self.advance(length);
             if !blank {

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use rakam_lake::LakeError;
+
 /// An error that ends the reading of a file, or forbids to begin it. A row that is no event is none: see
 /// [`crate::source::BadRow`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +76,13 @@ pub enum FilesError {
     SameColumn { name: String, column: String },
     #[error("the files have no columns")]
     NoColumns,
+    /// A bucket did not do what was asked.
+    #[error("{message}")]
+    Store {
+        message: String,
+        sqlstate: &'static str,
+        hint: Option<String>,
+    },
     /// Nobody waits for the files any more.
     #[error("reading files was cancelled")]
     Cancelled,
@@ -81,11 +90,47 @@ pub enum FilesError {
 
 impl FilesError {
     pub fn io(action: &'static str, name: &str, error: &io::Error) -> Self {
+        // Of a file in a bucket, read through a decompressor: what it was is in it.
+        if let Some(own) = error.get_ref().and_then(|e| e.downcast_ref::<Self>()) {
+            return own.clone();
+        }
         Self::Io {
             action,
             name: name.to_owned(),
             reason: error.to_string(),
             kind: error.kind(),
+        }
+    }
+
+    /// An error of a storage while doing `action` to the file `name`; without a name to the storage.
+    pub fn of_store(action: &'static str, name: &str, error: &LakeError) -> Self {
+        let what = match name {
+            "" => "the storage".to_owned(),
+            name => format!("file \"{name}\""),
+        };
+        let (message, hint) = match error {
+            LakeError::Unreachable { reason, .. } => (
+                format!("could not {action} {what}: {reason}"),
+                Some("Check that the storage can be reached and that the credentials of its server are right, then try again.".to_owned()),
+            ),
+            LakeError::Missing { .. } => (
+                format!("{what} is missing"),
+                Some("It was deleted after the files were listed: try again.".to_owned()),
+            ),
+            LakeError::Changed { .. } => (
+                format!("{what} was changed while it was read"),
+                Some("Try again: it is read as it is then.".to_owned()),
+            ),
+            LakeError::Exists { .. } => (
+                format!("{what} exists already"),
+                Some("In a storage nothing is replaced: choose another name.".to_owned()),
+            ),
+            other => (other.to_string(), other.hint()),
+        };
+        Self::Store {
+            message,
+            sqlstate: error.sqlstate(),
+            hint,
         }
     }
 
@@ -120,6 +165,7 @@ impl FilesError {
             Self::OtherType { .. } => "42804",
             Self::SameColumn { .. } => "42701",
             Self::NoColumns => "42P16",
+            Self::Store { sqlstate, .. } => sqlstate,
             Self::Cancelled => "57014",
         }
     }
@@ -147,9 +193,10 @@ impl FilesError {
                 "Only the project's admin may set _received_at; leave the column out.".to_owned()
             }
             Self::NoFile(_) => {
-                "The path is one on the server; *, ? and [] match within a name, ** matches folders."
+                "The path of a file:// url is one on the server; *, ? and [] match within a name, ** matches folders."
                     .to_owned()
             }
+            Self::Store { hint, .. } => return hint.clone(),
             Self::Io { kind, .. } => match kind {
                 io::ErrorKind::NotFound => "The path is one on the server.",
                 io::ErrorKind::AlreadyExists => "In a storage nothing is replaced: choose another name.",

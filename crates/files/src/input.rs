@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,6 +9,7 @@ use flate2::read::MultiGzDecoder;
 
 use crate::error::FilesError;
 use crate::format::Compression;
+use crate::locate::{Found, Location};
 
 const BUFFER_BYTES: usize = 256 << 10;
 /// The decompressor may keep this much of what it wrote, as log2: what `zstd` itself accepts without being told.
@@ -30,7 +30,7 @@ impl Meter {
 }
 
 struct Counting {
-    file: File,
+    file: Box<dyn Read + Send>,
     read: Meter,
 }
 
@@ -43,20 +43,25 @@ impl Read for Counting {
 }
 
 /// Opens a file for reading from a position of its decompressed bytes.
-pub fn open(
-    path: &Path,
-    name: &str,
-    compression: Compression,
-    from: u64,
-    read: &Meter,
-) -> Result<Box<dyn Read + Send>, FilesError> {
+pub fn open(file: &Found, from: u64, read: &Meter) -> Result<Box<dyn Read + Send>, FilesError> {
+    let name = &file.name;
+    let compression = Compression::of_name(name);
     let failed = |e: io::Error| FilesError::io("open", name, &e);
-    let mut file = File::open(path).map_err(failed)?;
-    read.set(0);
-    if compression == Compression::None && from > 0 {
-        file.seek(SeekFrom::Start(from)).map_err(failed)?;
-        read.set(from);
-    }
+    let start = match compression {
+        Compression::None => from,
+        _ => 0,
+    };
+    let file: Box<dyn Read + Send> = match &file.at {
+        Location::File(path) => {
+            let mut file = File::open(path).map_err(failed)?;
+            if start > 0 {
+                file.seek(SeekFrom::Start(start)).map_err(failed)?;
+            }
+            Box::new(file)
+        }
+        Location::Object(object) => Box::new(object.open()?.reader(start)),
+    };
+    read.set(start);
     let file = Counting {
         file,
         read: read.clone(),
@@ -173,8 +178,7 @@ mod tests {
         for name in ["a", "a.gz", "a.zst"] {
             for from in [0, 1, 500_000] {
                 let read = Meter::default();
-                let compression = Compression::of_name(name);
-                let input = open(&path(name), name, compression, from, &read).unwrap();
+                let input = open(&Found::file(path(name), name), from, &read).unwrap();
                 let mut window = Window::new(input, name);
                 let mut found = Vec::new();
                 while !window.ended() {
@@ -189,13 +193,8 @@ mod tests {
                 assert_eq!(read.bytes(), std::fs::metadata(path(name)).unwrap().len());
             }
         }
-        let beyond = open(
-            &path("a.gz"),
-            "a.gz",
-            Compression::Gzip,
-            1 << 40,
-            &Meter::default(),
-        );
+        let beyond = Found::file(path("a.gz"), "a.gz");
+        let beyond = open(&beyond, 1 << 40, &Meter::default());
         assert!(beyond.is_err());
     }
 }

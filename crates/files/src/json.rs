@@ -1,13 +1,11 @@
 //! JSON files: one object a line, or one array of objects. What an event may be is checked when it becomes columns; here
 //! the text is only cut into events.
 
-use std::path::Path;
-
 use memchr::{memchr, memchr_iter};
 
 use crate::error::FilesError;
-use crate::format::Compression;
 use crate::input::{self, Meter, Window};
+use crate::locate::Found;
 use crate::source::{
     BadRow, PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, Spec, TextEvent,
 };
@@ -24,16 +22,15 @@ pub struct JsonSource {
 
 /// Opens a file of lines.
 pub fn lines(
-    path: &Path,
-    name: &str,
+    file: &Found,
     spec: &Spec,
     from: Position,
     meter: &Meter,
 ) -> Result<JsonSource, FilesError> {
-    let input = input::open(path, name, Compression::of_name(name), from.byte, meter)?;
+    let input = input::open(file, from.byte, meter)?;
     Ok(JsonSource {
-        window: Window::new(input, name),
-        name: name.to_owned(),
+        window: Window::new(input, &file.name),
+        name: file.name.clone(),
         array: false,
         position: from,
         max_record_bytes: spec.max_record_bytes,
@@ -43,18 +40,17 @@ pub fn lines(
 
 /// Opens a file that is an array if it begins with `[`, else lines.
 pub fn open(
-    path: &Path,
-    name: &str,
+    file: &Found,
     spec: &Spec,
     from: Position,
     meter: &Meter,
 ) -> Result<JsonSource, FilesError> {
-    let mut source = lines(path, name, spec, Position::default(), meter)?;
+    let mut source = lines(file, spec, Position::default(), meter)?;
     source.skip_blanks()?;
     source.array = source.window.bytes().first() == Some(&b'[');
     if from.byte > 0 {
         let array = source.array;
-        source = lines(path, name, spec, from, meter)?;
+        source = lines(file, spec, from, meter)?;
         source.array = array;
     } else if source.array {
         source.advance(1);

@@ -9,19 +9,245 @@ use glob::MatchOptions;
 
 use crate::error::FilesError;
 use crate::format::Format;
+use crate::object::{Object, Objects, Stop, blocking};
 
 /// Most files that one pattern may match.
 const MAX_FILES: usize = 100_000;
 
+/// Where files are.
+#[derive(Clone)]
+pub enum Root {
+    /// Below a directory; if confined, nothing outside of it is meant, not even through a symbolic link.
+    Directory {
+        path: PathBuf,
+        confined: bool,
+    },
+    Bucket(Objects),
+}
+
 /// A file found, as it was then.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Found {
-    /// Without symbolic links.
-    pub path: PathBuf,
+    pub at: Location,
     /// What it is called in messages: as the caller wrote it, patterns resolved.
     pub name: String,
     pub bytes: u64,
     pub modified_ns: u128,
+}
+
+/// Where a file is.
+#[derive(Debug, Clone)]
+pub enum Location {
+    /// Without symbolic links.
+    File(PathBuf),
+    Object(Object),
+}
+
+impl Found {
+    /// A file that is known to be there.
+    pub fn file(path: impl Into<PathBuf>, name: &str) -> Self {
+        Self {
+            at: Location::File(path.into()),
+            name: name.to_owned(),
+            bytes: 0,
+            modified_ns: 0,
+        }
+    }
+
+    /// What makes it this file, as it is now: one that has been changed is another one.
+    pub fn identity(&self) -> Vec<u8> {
+        let (place, version) = match &self.at {
+            Location::File(path) => (path.as_os_str().as_encoded_bytes(), None),
+            Location::Object(object) => (object.info.path.as_bytes(), object.info.tag()),
+        };
+        let mut identity = Vec::with_capacity(place.len() + 64);
+        identity.extend_from_slice(&(place.len() as u64).to_le_bytes());
+        identity.extend_from_slice(place);
+        identity.extend_from_slice(&self.bytes.to_le_bytes());
+        match version {
+            // A look at one object says less of its time than a list.
+            Some(version) => {
+                identity.extend_from_slice(&(version.len() as u64).to_le_bytes());
+                identity.extend_from_slice(version.as_bytes());
+            }
+            None => identity.extend_from_slice(&self.modified_ns.to_le_bytes()),
+        }
+        identity
+    }
+
+    /// Whether reading it waits for a network.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.at, Location::Object(_))
+    }
+}
+
+impl From<Object> for Found {
+    fn from(object: Object) -> Self {
+        let modified = object.info.modified.duration_since(UNIX_EPOCH);
+        Self {
+            name: object.name.clone(),
+            bytes: object.info.bytes,
+            modified_ns: modified.map_or(0, |since| since.as_nanos()),
+            at: Location::Object(object),
+        }
+    }
+}
+
+impl Root {
+    /// The files that a relative path or pattern names, in the order of their names: see [`find`]. Where `stop` says so it
+    /// ends.
+    pub async fn find(&self, pattern: &str, stop: &Stop) -> Result<Vec<Found>, FilesError> {
+        match self {
+            Self::Directory { path, confined } => {
+                let (path, confined, pattern) = (path.clone(), *confined, pattern.to_owned());
+                let found = async { blocking(move || find(&path, &pattern, confined)).await? };
+                stop.or(found).await
+            }
+            Self::Bucket(objects) => find_objects(objects, pattern).await,
+        }
+    }
+
+    /// The files of a prefix, in the order of their names: see [`below`]. A bucket has no folders: a prefix below which
+    /// nothing at all lies is one that is not there.
+    pub async fn below(
+        &self,
+        prefix: &str,
+        format: Option<Format>,
+        stop: &Stop,
+    ) -> Result<Vec<Found>, FilesError> {
+        match self {
+            Self::Directory { path, confined } => {
+                let (path, confined, prefix) = (path.clone(), *confined, prefix.to_owned());
+                let stopped = stop.clone();
+                let look =
+                    move || below(&path, &prefix, confined, format, &|| !stopped.is_stopped());
+                stop.or(async { blocking(look).await? }).await
+            }
+            Self::Bucket(objects) => objects_below(objects, prefix, format).await,
+        }
+    }
+}
+
+fn is_pattern(name: &str) -> bool {
+    name.contains(['*', '?', '['])
+}
+
+/// Shapes: `*`, `?`, `[…]` within a name, `**` for any folders; names that begin with a dot need one in the pattern.
+const MATCHING: MatchOptions = MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: true,
+};
+
+/// The folders of a pattern before its first one that is none.
+fn fixed_folder(pattern: &str) -> &str {
+    let mut end = 0;
+    for (at, _) in pattern.match_indices('/') {
+        if is_pattern(&pattern[end..at]) {
+            break;
+        }
+        end = at;
+    }
+    &pattern[..end]
+}
+
+fn too_many(path: &str, reason: &'static str) -> FilesError {
+    FilesError::Path {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
+async fn find_objects(objects: &Objects, pattern: &str) -> Result<Vec<Found>, FilesError> {
+    let pattern = relative(pattern)?;
+    if let Some(object) = objects.get(pattern).await? {
+        return Ok(vec![object.into()]);
+    }
+    let matched = match is_pattern(pattern) {
+        true => matching(objects, pattern).await?,
+        false => Vec::new(),
+    };
+    if matched.is_empty() {
+        // A bucket that is not there has no objects either.
+        objects.check().await?;
+        return Err(FilesError::NoFile(pattern.to_owned()));
+    }
+    Ok(matched)
+}
+
+async fn matching(objects: &Objects, pattern: &str) -> Result<Vec<Found>, FilesError> {
+    let shape = glob::Pattern::new(pattern).map_err(|_| FilesError::Path {
+        path: pattern.to_owned(),
+        reason: "it is not a valid pattern",
+    })?;
+    let mut count = 0;
+    let found = objects
+        .list(fixed_folder(pattern), |name, bytes| {
+            let wanted = shape.matches_with(name, MATCHING) && !is_marker(name, bytes);
+            count += usize::from(wanted);
+            if count > MAX_FILES {
+                return Err(too_many(pattern, "it matches more than 100,000 files"));
+            }
+            Ok(wanted)
+        })
+        .await?;
+    Ok(sorted(found))
+}
+
+async fn objects_below(
+    objects: &Objects,
+    prefix: &str,
+    format: Option<Format>,
+) -> Result<Vec<Found>, FilesError> {
+    let prefix = relative(prefix)?.trim_end_matches('/');
+    if let Some(object) = objects.get(prefix).await? {
+        return Ok(vec![object.into()]);
+    }
+    if is_pattern(prefix) {
+        return matching(objects, prefix).await;
+    }
+    let (mut count, mut seen) = (0, false);
+    let found = objects
+        .list(prefix, |name, bytes| {
+            seen = true;
+            let Some(rest) = name.strip_prefix(prefix).and_then(|r| r.strip_prefix('/')) else {
+                return Ok(false);
+            };
+            let mut names = rest.split('/').rev();
+            let file = names.next().unwrap_or_default();
+            let wanted = !names.chain([file]).any(is_hidden)
+                && is_data(file, format)
+                && !is_marker(file, bytes);
+            count += usize::from(wanted);
+            if count > MAX_FILES {
+                return Err(too_many(
+                    prefix,
+                    "there are more than 100,000 files below it",
+                ));
+            }
+            Ok(wanted)
+        })
+        .await?;
+    if !seen {
+        return Err(FilesError::NoFile(prefix.to_owned()));
+    }
+    Ok(sorted(found))
+}
+
+fn sorted(objects: Vec<Object>) -> Vec<Found> {
+    let mut found: Vec<Found> = objects.into_iter().map(Found::from).collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
+/// An empty object by which tools show a folder.
+fn is_marker(name: &str, bytes: u64) -> bool {
+    bytes == 0 && Format::of_name(name).is_err()
+}
+
+/// Whether what a folder or a file is called says that it is no data.
+fn is_hidden(name: &str) -> bool {
+    name.starts_with('.') || name.starts_with('_') && !name.contains('=')
 }
 
 /// The plain relative path that `path` is: no root, no step upwards.
@@ -64,13 +290,8 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
         return Ok(found);
     }
     let base = glob::Pattern::escape(&root.to_string_lossy());
-    let options = MatchOptions {
-        case_sensitive: true,
-        require_literal_separator: true,
-        require_literal_leading_dot: true,
-    };
     let whole = format!("{}/{pattern}", base.trim_end_matches('/'));
-    let paths = glob::glob_with(&whole, options).map_err(|_| FilesError::Path {
+    let paths = glob::glob_with(&whole, MATCHING).map_err(|_| FilesError::Path {
         path: pattern.to_owned(),
         reason: "it is not a valid pattern",
     })?;
@@ -81,10 +302,7 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
             found.push(file);
         }
         if found.len() > MAX_FILES {
-            return Err(FilesError::Path {
-                path: pattern.to_owned(),
-                reason: "it matches more than 100,000 files",
-            });
+            return Err(too_many(pattern, "it matches more than 100,000 files"));
         }
     }
     if found.is_empty() {
@@ -115,7 +333,6 @@ pub fn below(
         Err(_) if confined => return Err(gone()),
         Err(e) => return Err(FilesError::io("open", &root.display().to_string(), &e)),
     };
-    let is_pattern = |name: &str| name.contains(['*', '?', '[']);
     let whole = root.join(prefix);
     let plain = if !is_pattern(prefix) || whole.exists() {
         whole.as_path()
@@ -134,7 +351,7 @@ pub fn below(
     if plain != whole {
         return match find(&root, prefix, confined) {
             Ok(mut found) => {
-                found.retain(|file| file.path.starts_with(&base));
+                found.retain(|file| lies_in(file, &base));
                 Ok(found)
             }
             Err(FilesError::NoFile(_)) => Ok(Vec::new()),
@@ -156,7 +373,7 @@ pub fn below(
             }
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            if name.starts_with('.') || name.starts_with('_') && !name.contains('=') {
+            if is_hidden(&name) {
                 continue;
             }
             let kind = entry.file_type().map_err(failed)?;
@@ -164,20 +381,24 @@ pub fn below(
                 folders.push(entry.path());
             } else if is_data(&name, format)
                 && let Some(file) = file(&root, &entry.path(), true)?
-                && file.path.starts_with(&base)
+                && lies_in(&file, &base)
             {
                 found.push(file);
             }
             if found.len() > MAX_FILES {
-                return Err(FilesError::Path {
-                    path: prefix.to_owned(),
-                    reason: "there are more than 100,000 files below it",
-                });
+                return Err(too_many(
+                    prefix,
+                    "there are more than 100,000 files below it",
+                ));
             }
         }
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+fn lies_in(file: &Found, folder: &Path) -> bool {
+    matches!(&file.at, Location::File(path) if path.starts_with(folder))
 }
 
 /// Whether a file below a folder is one of its data, by its suffix.
@@ -209,7 +430,7 @@ fn file(root: &Path, path: &Path, confined: bool) -> Result<Option<Found>, Files
         .ok()
         .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     Ok(Some(Found {
-        path: real,
+        at: Location::File(real),
         name,
         bytes: metadata.len(),
         modified_ns: modified.map_or(0, |since| since.as_nanos()),
@@ -337,6 +558,6 @@ mod tests {
         assert_eq!(names("away", true, None), Err("58P01"));
         assert_eq!(names("away/*.csv", true, None), Err("58P01"));
         let stopped = below(&root, "data", true, None, &|| false);
-        assert_eq!(stopped.map_err(|e| e.sqlstate()), Err("57014"));
+        assert_eq!(stopped.map(drop).map_err(|e| e.sqlstate()), Err("57014"));
     }
 }

@@ -1,13 +1,14 @@
 //! Writing rows to a file: Parquet, CSV as COPY writes it, or one JSON object a line.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::sync::Arc;
+use std::io::{self, BufWriter, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arrow::array::builder::{Int64Builder, ListBuilder};
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use bytes::{Bytes, BytesMut};
 use flate2::write::GzEncoder;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::arrow::{ArrowSchemaConverter, ArrowWriter};
@@ -26,6 +27,7 @@ use crate::format::{Compression, Format};
 
 /// Rows of a batch of columns, and of a row group.
 const BATCH_ROWS: usize = 8192;
+const BUFFER_BYTES: usize = 256 << 10;
 const ROW_GROUP_ROWS: usize = 131_072;
 const ROW_GROUP_BYTES: usize = 64 << 20;
 const ZSTD_LEVEL: i32 = 3;
@@ -148,16 +150,74 @@ fn parquet_schema(
     Ok(SchemaDescriptor::new(Arc::new(root)))
 }
 
+/// Where the bytes of a file go.
+pub enum Destination {
+    /// To be made durable at the end.
+    File(File),
+    /// Somebody takes them off.
+    Gathered(Gathered),
+}
+
+impl Write for Destination {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::File(file) => file.write(bytes),
+            Self::Gathered(gathered) => {
+                gathered.bytes().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.flush(),
+            Self::Gathered(_) => Ok(()),
+        }
+    }
+}
+
+impl Destination {
+    fn end(&self) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.sync_all(),
+            Self::Gathered(_) => Ok(()),
+        }
+    }
+}
+
+/// Bytes written that are taken off part by part. Clones share them.
+#[derive(Clone, Default)]
+pub struct Gathered(Arc<Mutex<BytesMut>>);
+
+impl Gathered {
+    fn bytes(&self) -> MutexGuard<'_, BytesMut> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// So many bytes, if there are more.
+    pub fn take(&self, bytes: usize) -> Option<Bytes> {
+        let mut all = self.bytes();
+        (all.len() > bytes).then(|| all.split_to(bytes).freeze())
+    }
+
+    pub fn take_rest(&self) -> Bytes {
+        self.bytes().split().freeze()
+    }
+}
+
+type Buffered = BufWriter<Destination>;
+
 /// The file, compressed on the way.
 enum Output {
-    Plain(BufWriter<File>),
-    Gzip(GzEncoder<BufWriter<File>>),
-    Zstd(zstd::stream::write::Encoder<'static, BufWriter<File>>),
+    Plain(Buffered),
+    Gzip(GzEncoder<Buffered>),
+    Zstd(zstd::stream::write::Encoder<'static, Buffered>),
 }
 
 impl Output {
-    fn new(file: File, compression: Compression) -> std::io::Result<Self> {
-        let file = BufWriter::with_capacity(1 << 18, file);
+    fn new(file: Destination, compression: Compression) -> io::Result<Self> {
+        let file = BufWriter::with_capacity(BUFFER_BYTES, file);
         Ok(match compression {
             Compression::None => Self::Plain(file),
             Compression::Gzip => Self::Gzip(GzEncoder::new(file, flate2::Compression::default())),
@@ -165,7 +225,7 @@ impl Output {
         })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Plain(out) => out.write_all(bytes),
             Self::Gzip(out) => out.write_all(bytes),
@@ -173,14 +233,14 @@ impl Output {
         }
     }
 
-    fn finish(self) -> std::io::Result<()> {
+    fn finish(self) -> io::Result<()> {
         let mut file = match self {
             Self::Plain(out) => out,
             Self::Gzip(out) => out.finish()?,
             Self::Zstd(out) => out.finish()?,
         };
         file.flush()?;
-        file.get_ref().sync_all()
+        file.get_ref().end()
     }
 }
 
@@ -211,7 +271,7 @@ impl Rows {
 
 enum Kind {
     Parquet {
-        writer: Box<ArrowWriter<BufWriter<File>>>,
+        writer: Box<ArrowWriter<Buffered>>,
         rows: Rows,
     },
     Text(Output),
@@ -225,9 +285,9 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Writes into `file`, which is called `name`; its suffix says how text is compressed.
+    /// Writes to `file`, which is called `name`; its suffix says how text is compressed.
     pub fn new(
-        file: File,
+        file: Destination,
         name: &str,
         format: Format,
         columns: &[(String, ColumnType)],
@@ -260,7 +320,7 @@ impl Sink {
                     .with_properties(properties)
                     .with_parquet_schema(parquet)
             });
-            let file = BufWriter::with_capacity(1 << 18, file);
+            let file = BufWriter::with_capacity(BUFFER_BYTES, file);
             let writer = options
                 .and_then(|options| {
                     ArrowWriter::try_new_with_options(file, schema.clone(), options)
@@ -365,7 +425,7 @@ impl Sink {
 
     /// Ends the file and makes it durable.
     pub fn finish(self) -> Result<(), FilesError> {
-        let failed = |e: std::io::Error| FilesError::io("write", &self.name, &e);
+        let failed = |e: io::Error| FilesError::io("write", &self.name, &e);
         match self.kind {
             Kind::Text(output) => output.finish().map_err(failed),
             Kind::Parquet {
@@ -382,7 +442,7 @@ impl Sink {
                     .into_inner()
                     .map_err(|e| parquet_failed(&self.name, e))?;
                 file.flush().map_err(failed)?;
-                file.get_ref().sync_all().map_err(failed)
+                file.get_ref().end().map_err(failed)
             }
         }
     }
@@ -390,7 +450,7 @@ impl Sink {
 
 fn parquet_failed(name: &str, error: ParquetError) -> FilesError {
     match error {
-        ParquetError::External(source) => match source.downcast::<std::io::Error>() {
+        ParquetError::External(source) => match source.downcast::<io::Error>() {
             Ok(io) => FilesError::io("write", name, &io),
             Err(other) => FilesError::Arrow(other.to_string()),
         },
@@ -402,6 +462,7 @@ fn parquet_failed(name: &str, error: ParquetError) -> FilesError {
 mod tests {
     use super::*;
     use crate::format::Options;
+    use crate::locate::Found;
     use crate::source::{self, Meter, Position, Rows as Piece, Spec};
     use arrow::array::{Array, AsArray};
     use std::borrow::Cow;
@@ -422,7 +483,7 @@ mod tests {
             let path = folder.path().join(name);
             let format = Format::of_name(name).unwrap();
             let file = File::create(&path).unwrap();
-            let mut sink = Sink::new(file, name, format, &columns).unwrap();
+            let mut sink = Sink::new(Destination::File(file), name, format, &columns).unwrap();
             for n in 0..20_000i64 {
                 let text = match n % 4 {
                     0 => None,
@@ -442,7 +503,8 @@ mod tests {
             }
             sink.finish().unwrap();
             let meter = Meter::default();
-            let mut source = source::open(&path, name, &spec, Position::default(), &meter).unwrap();
+            let found = Found::file(&path, name);
+            let mut source = source::open(&found, &spec, Position::default(), &meter).unwrap();
             let (mut rows, mut nulls, mut empty, mut lines) = (0, 0, 0, 0);
             while let Some(piece) = source.next().unwrap() {
                 assert!(piece.bad.is_empty());
@@ -467,7 +529,7 @@ mod tests {
             );
         }
         let file = File::create(folder.path().join("y")).unwrap();
-        let refused = Sink::new(file, "y.avro", Format::Avro, &columns);
+        let refused = Sink::new(Destination::File(file), "y.avro", Format::Avro, &columns);
         assert_eq!(refused.map(drop).map_err(|e| e.sqlstate()), Err("0A000"));
     }
 }

@@ -1,13 +1,12 @@
 //! Reading a file piece by piece, from any position that an earlier reading ended at.
 
-use std::path::Path;
-
 use arrow::array::RecordBatch;
 use rakam_event::types::FieldType;
 
 use crate::error::FilesError;
 use crate::format::{Compression, Format, Options};
 pub use crate::input::Meter;
+use crate::locate::Found;
 use crate::{avro, csv, json, parquet_file};
 
 /// Rows of a piece, at most.
@@ -114,13 +113,15 @@ pub struct Spec {
 }
 
 /// Opens a file at a position. `meter` shows the bytes read of it from then on.
+///
+/// One in a bucket is opened and read on a thread of [`crate::object::blocking`] only.
 pub fn open(
-    path: &Path,
-    name: &str,
+    file: &Found,
     spec: &Spec,
     from: Position,
     meter: &Meter,
 ) -> Result<Box<dyn Source>, FilesError> {
+    let name = &file.name;
     let format = match spec.format {
         Some(format) => format,
         None => Format::of_name(name)?,
@@ -131,10 +132,10 @@ pub fn open(
         Format::Parquet if compression != Compression::None => {
             return Err(parquet_file::compressed(name));
         }
-        Format::Parquet => Box::new(parquet_file::ParquetSource::open(path, name, from, meter)?),
-        Format::Csv => Box::new(csv::CsvSource::open(path, name, spec, from, meter)?),
-        Format::Ndjson => Box::new(json::lines(path, name, spec, from, meter)?),
-        Format::Json => Box::new(json::open(path, name, spec, from, meter)?),
-        Format::Avro => Box::new(avro::AvroSource::open(path, name, from, meter)?),
+        Format::Parquet => Box::new(parquet_file::ParquetSource::open(file, from, meter)?),
+        Format::Csv => Box::new(csv::CsvSource::open(file, spec, from, meter)?),
+        Format::Ndjson => Box::new(json::lines(file, spec, from, meter)?),
+        Format::Json => Box::new(json::open(file, spec, from, meter)?),
+        Format::Avro => Box::new(avro::AvroSource::open(file, from, meter)?),
     })
 }

@@ -23,6 +23,9 @@ pub enum LakeError {
     /// An object that the manifest names is not there.
     #[error("object \"{path}\" is missing")]
     Missing { path: String },
+    /// An object of somebody else is not what it was when it was found.
+    #[error("object \"{path}\" was changed while it was read")]
+    Changed { path: String },
     /// Objects are immutable: a name is written once.
     #[error("object \"{path}\" exists already")]
     Exists { path: String },
@@ -51,7 +54,7 @@ impl LakeError {
     /// The SQLSTATE that clients see.
     pub fn sqlstate(&self) -> &'static str {
         match self {
-            Self::Unreachable { .. } => "58030",
+            Self::Unreachable { .. } | Self::Changed { .. } => "58030",
             Self::DiskFull { .. } => "53100",
             Self::Missing { .. } => "58P01",
             Self::Exists { .. } => "58P02",
@@ -72,6 +75,7 @@ impl LakeError {
                 "Check that the storage can be reached and that the server may read and write it; collecting goes on meanwhile."
                     .to_owned()
             }
+            Self::Changed { .. } => "Try again: it is read as it is then.".to_owned(),
             Self::DiskFull { .. } => "Free space on the storage; events are kept in the hot tier until then.".to_owned(),
             Self::Missing { .. } => {
                 "Try again; if the object stays away, see what rakam.check_storage() lists.".to_owned()
@@ -90,7 +94,10 @@ impl LakeError {
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::DiskFull { .. } | Self::Missing { .. }
+            Self::Unreachable { .. }
+                | Self::DiskFull { .. }
+                | Self::Missing { .. }
+                | Self::Changed { .. }
         )
     }
 
@@ -114,13 +121,17 @@ impl LakeError {
 
     /// An error of a store while doing `action` to the object `path`, without the store's own words: they name addresses.
     pub fn of_store(action: &'static str, path: &str, error: object_store::Error) -> Self {
-        if let Some(Self::Corrupt { what, reason }) = find::<Self>(&error) {
-            return Self::Corrupt {
-                what,
-                reason: reason.clone(),
-            };
-        }
         let path = path.to_owned();
+        match find::<Self>(&error) {
+            Some(Self::Corrupt { what, reason }) => {
+                return Self::Corrupt {
+                    what,
+                    reason: reason.clone(),
+                };
+            }
+            Some(Self::Changed { .. }) => return Self::Changed { path },
+            _ => {}
+        }
         let Explained { meaning, reason } = explain(&error);
         match meaning {
             Meaning::Missing if !path.is_empty() => Self::Missing { path },

@@ -12,6 +12,7 @@ use rakam_event::testing::Random;
 use rakam_event::types::FieldType;
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
+use rakam_files::locate::Found;
 use rakam_files::source::{self, Meter, Position, Rows, Spec};
 use rakam_lake::testing;
 
@@ -54,7 +55,8 @@ fn load([format, compression, option, character]: [u8; 4], bytes: &[u8]) {
         max_record_bytes: if option & 0x80 == 0 { 1 << 20 } else { 64 },
     };
     let meter = Meter::default();
-    let open = |from| source::open(&FILE, &name, &spec, from, &meter);
+    let file = Found::file(&*FILE, &name);
+    let open = |from| source::open(&file, &spec, from, &meter);
     let Ok(mut source) = open(Position::default()) else {
         return;
     };

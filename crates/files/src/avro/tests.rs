@@ -72,7 +72,8 @@ fn read(content: &[u8], from: u64) -> Vec<String> {
         ..Position::default()
     };
     let mut found = Vec::new();
-    let mut source = match AvroSource::open(&path, "x.avro", from, &Meter::default()) {
+    let mut source = match AvroSource::open(&Found::file(&path, "x.avro"), from, &Meter::default())
+    {
         Ok(source) => source,
         Err(e) => return vec![format!("{} {e}", e.sqlstate())],
     };

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use super::*;
 use crate::format::Options;
 use arrow::array::{Array, AsArray};
@@ -11,8 +13,8 @@ fn spec(options: &str) -> Spec {
 }
 
 fn read(path: &Path, options: &str, from: Position) -> Vec<Piece> {
-    let mut source =
-        CsvSource::open(path, "x.csv", &spec(options), from, &Meter::default()).unwrap();
+    let file = Found::file(path, "x.csv");
+    let mut source = CsvSource::open(&file, &spec(options), from, &Meter::default()).unwrap();
     let mut pieces = Vec::new();
     while let Some(piece) = source.next().unwrap() {
         pieces.push(piece);
@@ -149,14 +151,9 @@ fn an_endless_record_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.csv");
     std::fs::write(&path, format!("a,b\n1,\"{}", "x\n".repeat(1 << 20))).unwrap();
-    let mut source = CsvSource::open(
-        &path,
-        "x.csv",
-        &spec("{}"),
-        Position::default(),
-        &Meter::default(),
-    )
-    .unwrap();
+    let file = Found::file(path, "x.csv");
+    let from = Position::default();
+    let mut source = CsvSource::open(&file, &spec("{}"), from, &Meter::default()).unwrap();
     assert_eq!(
         source.next().map(drop).map_err(|e| e.sqlstate()),
         Err("54000")

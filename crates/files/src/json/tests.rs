@@ -15,14 +15,8 @@ fn shown(content: &[u8], max_record_bytes: usize) -> Vec<String> {
     let path = folder.path().join("x.json");
     std::fs::write(&path, content).unwrap();
     let spec = spec(max_record_bytes);
-    let mut source = open(
-        &path,
-        "x.json",
-        &spec,
-        Position::default(),
-        &Meter::default(),
-    )
-    .unwrap();
+    let file = Found::file(&path, "x.json");
+    let mut source = open(&file, &spec, Position::default(), &Meter::default()).unwrap();
     let mut found = Vec::new();
     loop {
         match source.next() {
@@ -95,7 +89,8 @@ fn reading_continues_where_a_piece_ended() {
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
         let read = |from| {
-            let mut source = open(&path, name, &spec(100), from, &Meter::default()).unwrap();
+            let file = Found::file(&path, name);
+            let mut source = open(&file, &spec(100), from, &Meter::default()).unwrap();
             let mut pieces = Vec::new();
             while let Some(piece) = source.next().unwrap() {
                 pieces.push(piece);

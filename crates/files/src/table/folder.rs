@@ -85,12 +85,7 @@ mod tests {
             values("a=__HIVE_DEFAULT_PARTITION__/b=%zz/x.csv"),
             [("a".to_owned(), None), some("b", "%zz")]
         );
-        let file = |name: &str| Found {
-            path: name.into(),
-            name: name.to_owned(),
-            bytes: 0,
-            modified_ns: 0,
-        };
+        let file = |name: &str| Found::file(name, name);
         let files = [
             file("y=2024/d=2024-01-02/c=007/x.csv"),
             file("y=2025/d=__HIVE_DEFAULT_PARTITION__/c=1/x.csv"),

@@ -3,9 +3,10 @@
 //! Typed files (Parquet, Avro) say so, all of them are asked. Of others a sample is read, by the rules by which the values of
 //! events show a type: some files of all, and the beginning of each.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use arrow::array::AsArray;
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use parquet::basic::LogicalType;
 use rakam_event::infer::{Inferred as Shown, infer as infer_value};
 use rakam_event::json::{self, MAX_DEPTH};
@@ -18,11 +19,15 @@ use crate::error::FilesError;
 use crate::format::{Compression, Format};
 use crate::input::Meter;
 use crate::locate::Found;
-use crate::parquet_file;
+use crate::object::blocking;
+use crate::parquet_file::{self, ParquetFile};
 use crate::source::{self, Position, Rows, Spec};
 
 /// Files without types that are looked into.
 const SAMPLE_FILES: usize = 16;
+/// Files whose heads are read at a time, and of which a piece is.
+const AT_A_TIME: usize = 8;
+const SAMPLES_AT_A_TIME: usize = 2;
 
 /// What files have together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,38 +95,62 @@ impl Union {
     }
 }
 
-/// The columns of all files. `go_on` is asked before each.
-pub fn infer(
+/// What one file says.
+struct Said {
+    file: String,
+    columns: Vec<(String, Option<SqlType>)>,
+    is_typed: bool,
+    rows: u64,
+    /// Of a sample: how much of the file the rows are.
+    bytes: u64,
+}
+
+impl Union {
+    fn take(&mut self, said: Said) -> Result<(), FilesError> {
+        for (name, ty) in said.columns {
+            self.add(&name, ty, &said.file, said.is_typed)?;
+        }
+        Ok(())
+    }
+}
+
+/// The columns of all files, several of which are read at a time. `told` is told how many are through.
+pub async fn infer(
     files: &[Found],
     spec: &Spec,
-    go_on: &mut dyn FnMut() -> bool,
+    mut told: impl FnMut(u64),
 ) -> Result<Columns, FilesError> {
     let mut union = Union::default();
     let mut rows = 0;
-    let mut untyped = Vec::new();
+    let (mut typed, mut untyped) = (Vec::new(), Vec::new());
     for file in files {
-        if !go_on() {
-            return Err(FilesError::Cancelled);
-        }
         match format(file, spec)? {
-            Format::Parquet => rows += parquet(file, &mut union)?,
+            Format::Parquet => typed.push(file),
             Format::Avro => {
-                avro(file, spec, &mut union)?;
+                typed.push(file);
                 untyped.push(file);
             }
             Format::Csv | Format::Ndjson | Format::Json => untyped.push(file),
         }
     }
-    let mut seen = Sample::default();
-    for file in sample(&untyped) {
-        if !go_on() {
-            return Err(FilesError::Cancelled);
-        }
-        look_into(file, spec, &mut union, &mut seen)?;
+    let mut done = (files.len() - typed.len()) as u64;
+    let mut heads = ask(typed, spec, head, AT_A_TIME);
+    while let Some(said) = heads.try_next().await? {
+        rows += said.rows;
+        union.take(said)?;
+        done += 1;
+        told(done);
+    }
+    let (mut seen_rows, mut seen_bytes) = (0, 0);
+    let mut samples = ask(sample(&untyped), spec, look_into, SAMPLES_AT_A_TIME);
+    while let Some(said) = samples.try_next().await? {
+        seen_rows += said.rows;
+        seen_bytes += said.bytes;
+        union.take(said)?;
     }
     let bytes: u64 = untyped.iter().map(|file| file.bytes).sum();
-    if seen.bytes > 0 {
-        rows += (bytes as f64 * seen.rows as f64 / seen.bytes as f64) as u64;
+    if seen_bytes > 0 {
+        rows += (bytes as f64 * seen_rows as f64 / seen_bytes as f64) as u64;
     }
     let folders = folder::columns(files);
     let in_folders = |name: &str| folders.iter().any(|(key, _)| key == name);
@@ -138,20 +167,43 @@ pub fn infer(
     Ok(Columns { columns, rows })
 }
 
+/// What files say, in their order.
+fn ask<'a>(
+    files: Vec<&'a Found>,
+    spec: &'a Spec,
+    what: fn(&Found, &Spec) -> Result<Said, FilesError>,
+    at_a_time: usize,
+) -> BoxStream<'a, Result<Said, FilesError>> {
+    stream::iter(files)
+        .map(move |file| {
+            let (file, spec) = (file.clone(), spec.clone());
+            async move { blocking(move || what(&file, &spec)).await? }
+        })
+        .buffered(at_a_time)
+        .boxed()
+}
+
 fn format(file: &Found, spec: &Spec) -> Result<Format, FilesError> {
     spec.format.map_or_else(|| Format::of_name(&file.name), Ok)
 }
 
-/// Adds the columns of a Parquet file; its rows.
-fn parquet(file: &Found, union: &mut Union) -> Result<u64, FilesError> {
+/// What the head of a typed file says.
+fn head(file: &Found, spec: &Spec) -> Result<Said, FilesError> {
+    match format(file, spec)? {
+        Format::Parquet => parquet(file),
+        _ => avro(file, spec),
+    }
+}
+
+fn parquet(file: &Found) -> Result<Said, FilesError> {
     let name = &file.name;
     if Compression::of_name(name) != Compression::None {
         return Err(parquet_file::compressed(name));
     }
-    let open = std::fs::File::open(&file.path).map_err(|e| FilesError::io("open", name, &e))?;
-    let builder = parquet_file::open(open, name)?;
+    let (_, builder) = ParquetFile::open(file)?;
     let roots = builder.parquet_schema().root_schema().get_fields();
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
+    let mut columns = Vec::new();
     for (field, root) in builder.schema().fields().iter().zip(roots) {
         if !seen.insert(field.name()) {
             return Err(FilesError::SameColumn {
@@ -165,19 +217,30 @@ fn parquet(file: &Found, union: &mut Union) -> Result<u64, FilesError> {
             _ => Annotation::None,
         };
         let ty = SqlType::of_column(field.data_type(), annotation);
-        union.add(field.name(), ty, name, true)?;
+        columns.push((field.name().clone(), ty));
     }
-    Ok(builder.metadata().file_metadata().num_rows().max(0) as u64)
+    Ok(Said {
+        file: name.clone(),
+        columns,
+        is_typed: true,
+        rows: builder.metadata().file_metadata().num_rows().max(0) as u64,
+        bytes: 0,
+    })
 }
 
-/// Adds the columns that an Avro file's schema has a type for.
-fn avro(file: &Found, spec: &Spec, union: &mut Union) -> Result<(), FilesError> {
-    let meter = Meter::default();
-    let source = source::open(&file.path, &file.name, spec, Position::default(), &meter)?;
-    for (name, ty) in source.declared() {
-        union.add(name, Some((*ty).into()), &file.name, true)?;
-    }
-    Ok(())
+/// The columns that an Avro file's schema has a type for.
+fn avro(file: &Found, spec: &Spec) -> Result<Said, FilesError> {
+    let source = source::open(file, spec, Position::default(), &Meter::default())?;
+    let declared = source.declared().iter();
+    Ok(Said {
+        file: file.name.clone(),
+        columns: declared
+            .map(|(name, ty)| (name.clone(), Some((*ty).into())))
+            .collect(),
+        is_typed: true,
+        rows: 0,
+        bytes: 0,
+    })
 }
 
 /// Some of the files, from the first to the last.
@@ -190,26 +253,21 @@ fn sample<'a>(files: &[&'a Found]) -> Vec<&'a Found> {
         .collect()
 }
 
-/// How much of the files a sample is.
-#[derive(Default)]
-struct Sample {
-    rows: u64,
-    bytes: u64,
-}
-
-/// Adds the columns that the beginning of a file shows.
-fn look_into(
-    file: &Found,
-    spec: &Spec,
-    union: &mut Union,
-    seen: &mut Sample,
-) -> Result<(), FilesError> {
+/// The columns that the beginning of a file shows.
+fn look_into(file: &Found, spec: &Spec) -> Result<Said, FilesError> {
     let name = &file.name;
     let meter = Meter::default();
-    let mut source = source::open(&file.path, name, spec, Position::default(), &meter)?;
+    let mut source = source::open(file, spec, Position::default(), &meter)?;
     let declared: Vec<String> = source.declared().iter().map(|d| d.0.clone()).collect();
+    let mut said = Said {
+        file: name.clone(),
+        columns: Vec::new(),
+        is_typed: false,
+        rows: 0,
+        bytes: 0,
+    };
     let Some(piece) = source.next()? else {
-        return Ok(());
+        return Ok(said);
     };
     if let Some(bad) = piece.bad.first() {
         return Err(FilesError::BadRow {
@@ -218,11 +276,11 @@ fn look_into(
             reason: bad.error.clone(),
         });
     }
-    seen.rows += piece.rows.len() as u64;
-    seen.bytes += meter.bytes().min(file.bytes);
+    said.rows = piece.rows.len() as u64;
+    said.bytes = meter.bytes().min(file.bytes);
     match piece.rows {
         Rows::Columns { batch, .. } => {
-            let mut names = std::collections::HashSet::new();
+            let mut names = HashSet::new();
             for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
                 if !names.insert(field.name()) {
                     return Err(FilesError::SameColumn {
@@ -231,7 +289,8 @@ fn look_into(
                     });
                 }
                 let ty = column.as_string_opt::<i32>().and_then(cast::infer);
-                union.add(field.name(), ty.map(SqlType::from), name, false)?;
+                said.columns
+                    .push((field.name().clone(), ty.map(SqlType::from)));
             }
         }
         Rows::Events(events) => {
@@ -264,12 +323,11 @@ fn look_into(
                     .map_err(|e| bad(e.to_string()))?;
                 added?;
             }
-            for column in shown.columns {
-                union.add(&column.name, column.ty, name, false)?;
-            }
+            let columns = shown.columns.into_iter();
+            said.columns = columns.map(|column| (column.name, column.ty)).collect();
         }
     }
-    Ok(())
+    Ok(said)
 }
 
 /// Empty arrays and objects tell nothing; a number beyond 64 bits is one of any size.

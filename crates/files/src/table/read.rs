@@ -1,7 +1,6 @@
 //! The rows of one file as columns that are known, a bounded piece at a time.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::sync::Arc;
 
 use arrow::array::{
@@ -22,7 +21,7 @@ use crate::error::FilesError;
 use crate::format::{Compression, Format};
 use crate::input::Meter;
 use crate::locate::Found;
-use crate::parquet_file;
+use crate::parquet_file::{self, ParquetFile};
 use crate::source::{self, Position, Rows, Source, Spec, TextEvent};
 
 /// Rows of a batch of a Parquet file, at most; of text see [`source::PIECE_ROWS`].
@@ -90,6 +89,7 @@ pub fn parts(file: &Found, spec: &Spec, readers: usize) -> Result<Vec<Part>, Fil
 enum Input {
     Nothing,
     Parquet {
+        file: Box<ParquetFile>,
         reader: ParquetRecordBatchReader,
         /// For each wanted column its place in a batch.
         places: Vec<Option<usize>>,
@@ -151,8 +151,7 @@ impl Reader {
                     format: Some(format),
                     ..spec.clone()
                 };
-                let source =
-                    source::open(&file.path, &file.name, &spec, Position::default(), &meter)?;
+                let source = source::open(file, &spec, Position::default(), &meter)?;
                 Input::Rows { source, meter }
             }
         };
@@ -220,8 +219,7 @@ impl Reader {
         if Compression::of_name(name) != Compression::None {
             return Err(parquet_file::compressed(name));
         }
-        let file = File::open(&part.file.path).map_err(|e| FilesError::io("open", name, &e))?;
-        let builder = parquet_file::open(file, name)?;
+        let (file, builder) = ParquetFile::open(&part.file)?;
         let arrow = Arc::clone(builder.schema());
         let mut roots = HashMap::new();
         for (root, field) in arrow.fields().iter().enumerate() {
@@ -270,12 +268,10 @@ impl Reader {
         let row_bytes = (plain / rows.max(1)).max(1);
         let batch_rows = usize::try_from(BATCH_BYTES / row_bytes).unwrap_or(BATCH_ROWS);
         let mask = ProjectionMask::roots(builder.parquet_schema(), read);
-        let builder = builder
-            .with_projection(mask)
-            .with_row_groups(kept)
-            .with_batch_size(batch_rows.clamp(1, BATCH_ROWS));
-        let reader = parquet_file::build(builder, &self.name)?;
+        let builder = builder.with_batch_size(batch_rows.clamp(1, BATCH_ROWS));
+        let reader = file.build(builder, kept, mask)?;
         Ok(Input::Parquet {
+            file: Box::new(file),
             reader,
             places,
             rows: Box::new(numbers.into_iter().flatten()),
@@ -320,11 +316,12 @@ impl Reader {
         match &mut self.input {
             Input::Nothing => Ok(None),
             Input::Parquet {
+                file,
                 reader,
                 places,
                 rows: numbers,
             } => {
-                let Some(batch) = parquet_file::next(reader, &self.name)? else {
+                let Some(batch) = file.next(reader)? else {
                     return Ok(None);
                 };
                 let rows = batch.num_rows();

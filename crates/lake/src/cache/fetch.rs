@@ -22,6 +22,7 @@ use super::directory::Directory;
 use super::plan::REQUEST_BYTES_MAX;
 use super::{BLOCK_BYTES, ObjectKey};
 use crate::error::LakeError;
+use crate::storage::ObjectInfo;
 
 /// Bytes that are fetched, or wait to be kept, at a time in a process.
 const IN_FLIGHT_BYTES: u64 = 64 << 20;
@@ -88,6 +89,8 @@ pub(super) struct Source {
     pub store: Arc<dyn ObjectStore>,
     pub location: Path,
     pub bytes: u64,
+    /// Of an object that somebody else may replace: what it must still be.
+    pub pinned: Option<Arc<ObjectInfo>>,
 }
 
 impl Fetcher {
@@ -298,6 +301,8 @@ enum Problem {
     Length,
     /// The object is not as large as the manifest says.
     Size,
+    /// The object is another one than it was.
+    Changed,
     Store(Error),
 }
 
@@ -318,6 +323,13 @@ impl Problem {
                 .into(),
             },
             Self::Size => corrupt("it is not as large as the manifest says"),
+            Self::Changed => Error::Generic {
+                store: "bucket",
+                source: LakeError::Changed {
+                    path: source.location.to_string(),
+                }
+                .into(),
+            },
             Self::Store(error) => error,
         }
     }
@@ -333,8 +345,11 @@ async fn get(source: &Source, range: Range<u64>) -> std::result::Result<Bytes, P
         .get_opts(&source.location, options)
         .await
         .map_err(Problem::Store)?;
-    if answer.meta.size != source.bytes {
-        return Err(Problem::Size);
+    match &source.pinned {
+        // Not every store keeps the condition of a request: each answer is looked at.
+        Some(pinned) if !pinned.is_still(&answer.meta) => return Err(Problem::Changed),
+        None if answer.meta.size != source.bytes => return Err(Problem::Size),
+        _ => {}
     }
     if answer.range != range {
         return Err(Problem::Length);

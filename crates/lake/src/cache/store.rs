@@ -19,6 +19,7 @@ use object_store::{
 use super::directory::Directory;
 use super::fetch::{Fetcher, Flight, Known, Run, Source};
 use super::{ObjectKey, plan};
+use crate::storage::ObjectInfo;
 
 /// Blocks that are read from disk between two moments at which the reading may end.
 const BLOCKS_PER_READ: usize = 32;
@@ -67,6 +68,8 @@ pub struct CachedStore {
     /// Names the storage among those that share the directory.
     storage: String,
     sizes: Arc<HashMap<String, u64>>,
+    /// The only object, which somebody else may replace.
+    pinned: Option<Arc<ObjectInfo>>,
     fetcher: Arc<Fetcher>,
     directory: Option<Arc<Directory>>,
     counters: Arc<Counters>,
@@ -87,8 +90,31 @@ impl CachedStore {
             inner,
             storage,
             sizes,
+            pinned: None,
             fetcher,
             directory,
+            counters,
+        }
+    }
+
+    /// For one object as it was found. It may be replaced by somebody else: blocks of it are kept under its version too,
+    /// and not at all without one; an answer with another content is an error ([`crate::LakeError::Changed`]).
+    pub fn pinned(
+        inner: Arc<dyn ObjectStore>,
+        storage: &str,
+        object: ObjectInfo,
+        fetcher: Arc<Fetcher>,
+        directory: Option<Arc<Directory>>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let tag = object.tag().map(str::to_owned);
+        Self {
+            inner,
+            storage: format!("{storage}#{}", tag.as_deref().unwrap_or_default()),
+            sizes: Arc::new(HashMap::from([(object.path.clone(), object.bytes)])),
+            pinned: Some(Arc::new(object)),
+            fetcher,
+            directory: directory.filter(|_| tag.is_some()),
             counters,
         }
     }
@@ -265,6 +291,7 @@ impl ObjectStore for CachedStore {
             store: Arc::clone(&self.inner),
             location: location.clone(),
             bytes,
+            pinned: self.pinned.clone(),
         };
         let pieces = self.pieces(source, ranges).await?;
         ranges

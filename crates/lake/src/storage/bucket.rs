@@ -29,9 +29,9 @@ use crate::error::LakeError;
 use crate::storage::url::{BucketUrl, Cloud};
 
 /// Larger objects go up in parts of this size, which a lost connection repeats alone.
-const PART_BYTES: usize = 8 << 20;
+pub const PART_BYTES: usize = 8 << 20;
 /// Parts on their way at a time; they are slices of the object, no copies.
-const PARTS_AT_A_TIME: usize = 4;
+pub(super) const PARTS_AT_A_TIME: usize = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// One request: a part must get through within it.
@@ -42,10 +42,10 @@ const POOL_IDLE: Duration = Duration::from_secs(30);
 pub(super) struct Bucket {
     prefix: Path,
     store: Arc<dyn ObjectStore>,
-    parts: Arc<dyn MultipartStore>,
+    pub(super) parts: Arc<dyn MultipartStore>,
     /// None: the store cannot list unfinished uploads.
     uploads: Option<Uploads>,
-    timeout: Duration,
+    pub(super) timeout: Duration,
 }
 
 /// The store's own would show credentials.
@@ -308,27 +308,44 @@ impl Bucket {
     }
 
     pub(super) async fn list_uploads(&self) -> Result<Option<Vec<Upload>>> {
-        let Some(uploads) = &self.uploads else {
-            return Ok(None);
-        };
         let mut prefix = self.prefix.to_string();
         if !prefix.is_empty() {
             prefix.push('/');
         }
+        let found = self.uploads_at(&prefix).await?;
+        Ok(found.map(|all| {
+            let own = all.into_iter().filter_map(|upload| {
+                let path = upload.path.strip_prefix(&prefix)?.to_owned();
+                Some(Upload { path, ..upload })
+            });
+            own.collect()
+        }))
+    }
+
+    /// The uploads of one object, by their ids; none where the store cannot list them.
+    pub(super) async fn uploads_of(&self, location: &Path) -> Result<Vec<String>> {
+        let found = self
+            .uploads_at(location.as_ref())
+            .await?
+            .unwrap_or_default();
+        let own = found.into_iter().filter(|u| u.path == location.as_ref());
+        Ok(own.map(|upload| upload.id).collect())
+    }
+
+    /// The uploads of keys that begin like this, with whole keys as their paths.
+    async fn uploads_at(&self, prefix: &str) -> Result<Option<Vec<Upload>>> {
+        let Some(uploads) = &self.uploads else {
+            return Ok(None);
+        };
         let (mut found, mut marker) = (Vec::new(), Marker::default());
         loop {
-            let page = self
-                .retry_explained(|| uploads.page(&prefix, &marker))
-                .await;
+            let page = self.retry_explained(|| uploads.page(prefix, &marker)).await;
             let (page, next) = match page {
                 Ok(page) => page,
                 Err(error) if explain(&error).meaning == Meaning::Unsupported => return Ok(None),
                 Err(error) => return Err(LakeError::of_store("list", "", error)),
             };
-            found.extend(page.into_iter().filter_map(|upload| {
-                let path = upload.path.strip_prefix(&prefix)?.to_owned();
-                Some(Upload { path, ..upload })
-            }));
+            found.extend(page);
             match next {
                 Some(next) => marker = next,
                 None => return Ok(Some(found)),
@@ -391,7 +408,7 @@ impl Bucket {
     }
 
     /// The whole name of an object. Only plain components: nothing leads out of the prefix.
-    fn location(&self, path: &str) -> Result<Path> {
+    pub(super) fn location(&self, path: &str) -> Result<Path> {
         check_path(path)?;
         let whole = if self.prefix.as_ref().is_empty() {
             path.to_owned()
@@ -404,7 +421,7 @@ impl Bucket {
     }
 
     /// Repeats a call while its failure may pass.
-    async fn retry<T, F>(
+    pub(super) async fn retry<T, F>(
         &self,
         action: &'static str,
         path: &str,
@@ -472,13 +489,13 @@ impl Listing {
 }
 
 /// The pauses between the attempts of one call.
-struct Pause {
+pub(super) struct Pause {
     next: Duration,
     end: Instant,
 }
 
 impl Pause {
-    fn new(timeout: Duration) -> Self {
+    pub(super) fn new(timeout: Duration) -> Self {
         Self {
             next: FIRST_PAUSE,
             end: Instant::now() + timeout,
@@ -486,7 +503,7 @@ impl Pause {
     }
 
     /// Waits; false: it has taken too long already.
-    async fn take(&mut self) -> bool {
+    pub(super) async fn take(&mut self) -> bool {
         // Spread, so that many who failed together do not come back together.
         let spread = 0.5 + (Uuid::new_v4().as_u128() % 1000) as f64 / 1000.0;
         let pause = self.next.mul_f64(spread);

@@ -6,6 +6,7 @@
 //! | call | does | when it fails |
 //! |---|---|---|
 //! | [`Storage::put`] | writes an object whole, durably, under a new name | nothing is there, or (an answer was lost) all of it |
+//! | [`Storage::make`] | begins an object that does not fit into memory; a bucket only | nothing is there |
 //! | [`Storage::get`], [`Storage::get_range`] | reads | 58P01 if there is no such object |
 //! | [`Storage::head`] | size, age and version of an object | 58P01 |
 //! | [`Storage::delete`] | deletes; what is not there was deleted | may be repeated |
@@ -22,6 +23,7 @@
 
 mod bucket;
 mod directory;
+mod making;
 mod options;
 pub mod reason;
 mod uploads;
@@ -33,13 +35,15 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
-use object_store::{ObjectStore, UpdateVersion};
+use object_store::{ObjectMeta, ObjectStore, UpdateVersion};
 use uuid::Uuid;
 
 use crate::error::LakeError;
 use bucket::Bucket;
 use directory::Directory;
 
+pub use bucket::PART_BYTES;
+pub use making::Making;
 pub use options::{AzureSecret, CREDENTIAL_OPTIONS, Credentials, SERVER_OPTIONS, StorageOptions};
 pub use uploads::Upload;
 pub use url::{BucketUrl, Cloud, StorageUrl};
@@ -74,6 +78,33 @@ pub struct ObjectInfo {
     pub modified: SystemTime,
     /// None in a list of a directory.
     pub version: Option<Version>,
+}
+
+impl ObjectInfo {
+    /// What tells its content apart from others of the same name, if the store says so.
+    pub fn tag(&self) -> Option<&str> {
+        self.version.as_ref()?.0.e_tag.as_deref().map(bare)
+    }
+
+    /// Whether an answer is about the object as it was found.
+    pub(crate) fn is_still(&self, meta: &ObjectMeta) -> bool {
+        let same = match (self.tag(), &meta.e_tag) {
+            (Some(known), Some(found)) => known == bare(found),
+            // An answer has whole seconds, a list may have more.
+            _ => seconds(self.modified) == seconds(meta.last_modified.into()),
+        };
+        same && self.bytes == meta.size
+    }
+}
+
+/// A tag without what a list may leave out that an answer has.
+fn bare(tag: &str) -> &str {
+    tag.trim_start_matches("W/").trim_matches('"')
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// Tells two contents of the same name apart, for [`Storage::put_if`].
@@ -149,6 +180,18 @@ impl Storage {
                 blocking(directory, move |d| d.put(&path, &data)).await
             }
             Kind::Bucket(bucket) => bucket.put(path, data).await,
+        }
+    }
+
+    /// Begins an object of which nobody has the whole content yet: see [`Making`]. One that is there is 58P02. Of buckets
+    /// only: a directory is written by its path.
+    pub async fn make(&self, path: &str) -> Result<Making, LakeError> {
+        match &self.kind {
+            Kind::Directory(_) => Err(LakeError::Unsupported {
+                message: "a directory does not take objects in parts".to_owned(),
+                hint: "Write the file by its path.".to_owned(),
+            }),
+            Kind::Bucket(bucket) => Making::begin(Arc::clone(bucket), path).await,
         }
     }
 

@@ -115,6 +115,9 @@ async fn conformance(config: &StorageConfig) {
         "58P01"
     );
 
+    if storage.is_remote() {
+        making(&storage, &data).await;
+    }
     conditions(&storage).await;
     many(&storage).await;
 
@@ -123,6 +126,43 @@ async fn conformance(config: &StorageConfig) {
         storage.delete(&path).await.unwrap();
     }
     assert!(paths(&storage, "").await.is_empty());
+}
+
+/// An object that comes in parts, small and large, completed and given up.
+async fn making(storage: &Storage, data: &Bytes) {
+    let path = "other/made";
+    for size in [0, 10, PART_BYTES, data.len()] {
+        let mut made = storage.make(path).await.unwrap();
+        let mut rest = data.slice(..size);
+        while rest.len() > PART_BYTES {
+            made.part(rest.split_to(PART_BYTES)).await.unwrap();
+        }
+        assert_eq!(storage.head(path).await.unwrap_err().sqlstate(), "58P01");
+        made.complete(rest).await.unwrap();
+        assert!(storage.get(path).await.unwrap() == data.slice(..size));
+        let other = storage.make(path).await.map(drop);
+        assert_eq!(other.unwrap_err().sqlstate(), "58P02");
+        storage.delete(path).await.unwrap();
+
+        let mut made = storage.make(path).await.unwrap();
+        if size > PART_BYTES {
+            made.part(data.slice(..PART_BYTES)).await.unwrap();
+        }
+        // Somebody else was first: the object is not ours to take back.
+        storage.put(path, data.slice(..size / 2)).await.unwrap();
+        let late = made.complete(data.slice(..size)).await;
+        if size > 1 {
+            assert_eq!(late.unwrap_err().sqlstate(), "58P02");
+        }
+        made.give_up().await.unwrap();
+        if size > 1 {
+            assert_eq!(storage.head(path).await.unwrap().bytes as usize, size / 2);
+        }
+        storage.delete(path).await.unwrap();
+        if let Some(uploads) = storage.list_uploads().await.unwrap() {
+            assert_eq!(uploads, []);
+        }
+    }
 }
 
 /// A small object with one owner at a time.

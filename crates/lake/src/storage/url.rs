@@ -85,6 +85,44 @@ impl StorageUrl {
     }
 }
 
+impl BucketUrl {
+    /// The bucket that a URL of objects names, and the path in it, which may be a pattern; None: it is of no bucket.
+    pub fn of_objects(url: &str) -> Result<Option<(Self, &str)>, LakeError> {
+        let (whole, path) = match url.split_once("://") {
+            Some((_, rest)) => {
+                let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+                (&url[..url.len() - rest.len() + authority.len()], path)
+            }
+            None => (url, ""),
+        };
+        if url
+            .split_once("://")
+            .is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("file"))
+        {
+            return Ok(None);
+        }
+        if path.contains(char::is_control) {
+            return Err(invalid("it contains a control character"));
+        }
+        match StorageUrl::parse(whole)? {
+            StorageUrl::File(_) => Ok(None),
+            StorageUrl::Bucket(bucket) => Ok(Some((bucket, path.trim_end_matches('/')))),
+        }
+    }
+
+    /// The rest of a path in `bucket` below this address; None: it is elsewhere, or the address itself.
+    pub fn below<'a>(&self, bucket: &Self, path: &'a str) -> Option<&'a str> {
+        let same = self.cloud == bucket.cloud
+            && self.bucket == bucket.bucket
+            && (bucket.account.is_none() || bucket.account == self.account);
+        let rest = match path.strip_prefix(self.prefix.as_str()).filter(|_| same)? {
+            rest if self.prefix.is_empty() => rest,
+            rest => rest.strip_prefix('/')?,
+        };
+        (!rest.is_empty()).then_some(rest)
+    }
+}
+
 fn invalid(reason: &str) -> LakeError {
     LakeError::InvalidUrl {
         reason: reason.to_owned(),
@@ -218,6 +256,48 @@ mod tests {
             assert_eq!(error.sqlstate(), state, "{url}");
             assert!(error.hint().is_some());
             assert!(!format!("{error}{error:?}").contains("hunter2"), "{url}");
+        }
+    }
+
+    #[test]
+    fn objects_are_below_the_address_of_a_storage() {
+        let root = |url: &str| match StorageUrl::parse(url).unwrap() {
+            StorageUrl::Bucket(bucket) => bucket,
+            StorageUrl::File(_) => panic!("no bucket"),
+        };
+        let below = |url: &'static str, address: &str| {
+            let (bucket, path) = BucketUrl::of_objects(url).unwrap().unwrap();
+            root(address).below(&bucket, path)
+        };
+        assert_eq!(below("s3://b/p/x?*.csv", "s3a://b/p/"), Some("x?*.csv"));
+        assert_eq!(below("S3://b/p/x/", "s3://b"), Some("p/x"));
+        for elsewhere in [
+            "s3://b/p",
+            "s3://b/px/y",
+            "s3://b/*/y",
+            "s3://c/p/x",
+            "gs://b/p/x",
+            "s3://b",
+        ] {
+            assert_eq!(below(elsewhere, "s3://b/p"), None, "{elsewhere}");
+        }
+        let account = "abfss://c@one.dfs.core.windows.net/";
+        assert_eq!(below("az://c/x", account), Some("x"));
+        assert_eq!(
+            below("abfss://c@one.dfs.core.windows.net/x", account),
+            Some("x")
+        );
+        assert_eq!(below("abfss://c@two.dfs.core.windows.net/x", account), None);
+        assert_eq!(BucketUrl::of_objects("File:///a/*").unwrap(), None);
+        for bad in [
+            "s3://key:hunter2@b/a",
+            "s3:///a",
+            "s3://b/a\n",
+            "ftp://hunter2/x",
+            "x",
+        ] {
+            let error = BucketUrl::of_objects(bad).unwrap_err();
+            assert!(!format!("{error}").contains("hunter2"), "{bad}");
         }
     }
 

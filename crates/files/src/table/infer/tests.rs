@@ -27,7 +27,10 @@ fn spec() -> Spec {
 
 fn columns(root: &Path) -> Result<Vec<(String, String)>, FilesError> {
     let files = locate::below(root, "data", true, None, &|| true)?;
-    let found = infer(&files, &spec(), &mut || true)?;
+    let threads = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let found = threads.block_on(infer(&files, &spec(), |_| ()))?;
     Ok(found
         .columns
         .into_iter()
@@ -242,12 +245,7 @@ fn other_files_show_their_schema() {
 #[test]
 fn a_sample_is_spread() {
     let files: Vec<Found> = (0..1000)
-        .map(|n| Found {
-            path: n.to_string().into(),
-            name: n.to_string(),
-            bytes: 1,
-            modified_ns: 0,
-        })
+        .map(|n| Found::file(n.to_string(), &n.to_string()))
         .collect();
     let all: Vec<&Found> = files.iter().collect();
     let some = sample(&all);
