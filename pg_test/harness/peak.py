@@ -1,4 +1,4 @@
-"""How much memory a worker took at most: VmHWM of /proc, which never falls, read until the process has ended."""
+"""How much memory a worker took at most, by /proc, read until the process has ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from .cluster import Cluster
 
@@ -14,23 +15,33 @@ PAUSE_S = 0.005
 SEARCH_S = 0.05
 
 
-def peak_bytes(cluster: Cluster, kind: str, call: Callable[[], object]) -> int:
-    """The largest peak of the resident memory of workers whose title contains `kind` and that begin during the call, in
-    bytes. It counts pages of the program and of shared memory that the worker has touched."""
+class Peak(NamedTuple):
+    """Bytes. `resident` is VmHWM, which never falls: pages of the program and of shared memory that the worker has touched
+    are in it. `private` is the largest RssAnon that was seen: what the worker has for itself."""
+
+    resident: int = 0
+    private: int = 0
+
+    def beyond(self, other: Peak) -> Peak:
+        return Peak(self.resident - other.resident, self.private - other.private)
+
+
+def peak_bytes(cluster: Cluster, kind: str, call: Callable[[], object]) -> Peak:
+    """The largest peaks of workers whose title contains `kind` and that begin during the call."""
     ended = threading.Event()
     before = set(cluster.processes())
-    peaks: dict[int, int] = {}
+    peaks: dict[int, Peak] = {}
 
     def look() -> None:
         while not ended.is_set():
             for pid, title in cluster.processes().items():
                 if pid not in before and kind in title:
-                    peaks.setdefault(pid, 0)
+                    peaks.setdefault(pid, Peak())
             # Looking for new ones costs more than looking at those.
             until = time.monotonic() + SEARCH_S
             while time.monotonic() < until and not ended.wait(PAUSE_S):
                 for pid, peak in peaks.items():
-                    peaks[pid] = max(peak, _high_water(pid))
+                    peaks[pid] = _larger(peak, _taken(pid))
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -39,13 +50,21 @@ def peak_bytes(cluster: Cluster, kind: str, call: Callable[[], object]) -> int:
     finally:
         ended.set()
         watcher.join()
-    return max(peaks.values(), default=0)
+    largest = Peak()
+    for peak in peaks.values():
+        largest = _larger(largest, peak)
+    return largest
 
 
-def _high_water(pid: int) -> int:
-    """Zero once the process has ended."""
+def _larger(one: Peak, other: Peak) -> Peak:
+    return Peak(*map(max, one, other))
+
+
+def _taken(pid: int) -> Peak:
+    """Nothing once the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
+        return Peak()
+    kilobytes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return Peak(*(int(kilobytes.get(name, "0").split()[0]) << 10 for name in ("VmHWM", "RssAnon")))
