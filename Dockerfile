@@ -6,7 +6,7 @@
 FROM postgres:15-bookworm AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-      ca-certificates curl gcc libc6-dev make clang libclang-dev pkg-config libssl-dev libsasl2-dev zlib1g-dev \
+      ca-certificates curl gcc g++ libc6-dev make clang libclang-dev pkg-config libssl-dev zlib1g-dev \
       postgresql-server-dev-15 \
  && rm -rf /var/lib/apt/lists/*
 ENV PATH=/root/.cargo/bin:$PATH RUSTFLAGS=

@@ -29,7 +29,7 @@ install_server() {
 
 step_packages() {
   command -v apt-get >/dev/null || die "this script installs with apt-get; elsewhere install PostgreSQL 15 with its headers, clang and Python 3 by hand"
-  local wanted=(gcc libc6-dev make curl openssl ca-certificates git sudo clang libclang-dev pkg-config libssl-dev zlib1g-dev libsasl2-dev)
+  local wanted=(gcc g++ libc6-dev make curl openssl ca-certificates git sudo clang libclang-dev pkg-config libssl-dev zlib1g-dev)
   command -v python3 >/dev/null || wanted+=(python3)
   python3 -c 'import ensurepip, venv' 2>/dev/null || wanted+=(python3-venv)
   local packages major

@@ -12,7 +12,7 @@ cd "$RAKAM_ROOT" || exit 1
 
 logs=$RAKAM_CACHE/test-logs
 mkdir -p "$logs"
-crates=(-p rakam-event -p rakam-lake -p rakam-engine -p rakam-files -p rakam-mappers)
+crates=(-p rakam-event -p rakam-lake -p rakam-engine -p rakam-files -p rakam-mappers -p rakam-sources)
 
 phase_fmt() { cargo fmt --all --check && cargo fmt --manifest-path fuzz/Cargo.toml --check && echo "formatting is as rustfmt has it"; }
 

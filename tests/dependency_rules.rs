@@ -46,7 +46,7 @@ const CRATE_ARROWS: [(&str, &[&str]); 7] = [
     ("engine", &["event", "lake"]),
     ("mappers", &["event"]),
     ("files", &["event", "lake"]),
-    ("sources", &["event"]),
+    ("sources", &["event", "lake", "files"]),
     ("iceberg", &["event", "lake"]),
 ];
 

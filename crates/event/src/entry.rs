@@ -15,6 +15,10 @@ use crate::names::{self, CollectionName};
 use crate::scan::{Scanned, Scanner, Unsure};
 use crate::schema;
 
+mod record;
+
+pub use record::{Envelope, Record, check_record, envelope};
+
 /// An `_id` longer than this is refused.
 pub const MAX_ID_BYTES: usize = 256;
 

@@ -14,20 +14,22 @@ use crate::input::{self, Meter};
 use crate::locate::Found;
 use crate::source::{PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, TextEvent};
 
+pub mod records;
 mod schema;
 
 use schema::{Shape, Types};
 
 const MAGIC: &[u8; 4] = b"Obj\x01";
 const MICROS_PER_DAY: i64 = 86_400_000_000;
-/// Most bytes of the file's head, and of a block before and after decompression.
-const MAX_BYTES: u64 = 256 << 20;
 /// Snappy makes at most 64 bytes of three.
 const SNAPPY_EXPANSION: usize = 22;
 /// Records without any bytes, as those are that have only nulls: more of them in one block are a file that never ends.
 const MAX_EMPTY_RECORDS: u64 = 1 << 15;
-/// Most bytes of JSON that a record becomes.
-const MAX_RECORD_BYTES: usize = 64 << 20;
+/// What a file may ask for.
+const FILE_LIMITS: Limits = Limits {
+    part_bytes: 256 << 20,
+    record_bytes: 64 << 20,
+};
 /// Nesting of values; the schema of a record may contain itself.
 const MAX_DEPTH: usize = 64;
 
@@ -43,6 +45,16 @@ pub struct AvroSource {
     left: u64,
     declared: Vec<(String, FieldType)>,
     row: u64,
+    limits: Limits,
+}
+
+/// What a file may ask for.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Of its head, and of a block before and after decompression.
+    part_bytes: u64,
+    /// Of the JSON that a record becomes.
+    record_bytes: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,18 +87,7 @@ fn wrong(reason: impl ToString) -> Fault {
 impl AvroSource {
     pub fn open(file: &Found, from: Position, meter: &Meter) -> Result<Self, FilesError> {
         let input = input::open(file, 0, meter)?;
-        let mut source = Self {
-            input: BufReader::new(input),
-            name: file.name.clone(),
-            types: Types::default(),
-            codec: Codec::Null,
-            sync: [0; 16],
-            block: Vec::new(),
-            at: 0,
-            left: 0,
-            declared: Vec::new(),
-            row: 0,
-        };
+        let mut source = Self::new(input, &file.name, FILE_LIMITS);
         source.read_head().map_err(|fault| source.failed(fault))?;
         // A container has no index: blocks are counted off by their heads, then records.
         let mut json = String::new();
@@ -98,6 +99,22 @@ impl AvroSource {
             }
         }
         Ok(source)
+    }
+
+    fn new(input: Box<dyn Read + Send>, name: &str, limits: Limits) -> Self {
+        Self {
+            input: BufReader::new(input),
+            name: name.to_owned(),
+            types: Types::default(),
+            codec: Codec::Null,
+            sync: [0; 16],
+            block: Vec::new(),
+            at: 0,
+            left: 0,
+            declared: Vec::new(),
+            row: 0,
+            limits,
+        }
     }
 
     fn failed(&self, fault: Fault) -> FilesError {
@@ -153,13 +170,7 @@ impl AvroSource {
         self.input.read_exact(&mut self.sync)?;
         let schema = schema.ok_or_else(|| wrong("it has no schema"))?;
         self.types = Types::parse(&schema).map_err(wrong)?;
-        self.declared = match self.types.root() {
-            Shape::Record(fields) => fields
-                .iter()
-                .filter_map(|(name, shape)| Some((name.clone(), self.types.field_type(shape)?)))
-                .collect(),
-            _ => return Err(wrong("its values are no records")),
-        };
+        self.declared = declared(&self.types).ok_or_else(|| wrong("its values are no records"))?;
         Ok(())
     }
 
@@ -185,7 +196,7 @@ impl AvroSource {
     fn read_exactly(&mut self, length: i64) -> Result<Vec<u8>, Fault> {
         let length = u64::try_from(length)
             .ok()
-            .filter(|&n| n <= MAX_BYTES)
+            .filter(|&n| n <= self.limits.part_bytes)
             .ok_or_else(|| wrong(format!("a part of {length} bytes is not possible")))?;
         let mut bytes = Vec::new();
         self.input.by_ref().take(length).read_to_end(&mut bytes)?;
@@ -214,7 +225,7 @@ impl AvroSource {
             self.left = 0;
             return Ok(true);
         }
-        self.block = decompress(self.codec, data)?;
+        self.block = decompress(self.codec, data, self.limits.part_bytes)?;
         if count > (self.block.len() as u64).max(MAX_EMPTY_RECORDS) {
             return Err(wrong(format!(
                 "a block of {} bytes cannot hold {count} records",
@@ -241,7 +252,8 @@ impl AvroSource {
             types: &self.types,
             bytes: &self.block,
             at: self.at,
-            most: json.len() + MAX_RECORD_BYTES,
+            most: json.len() + self.limits.record_bytes,
+            limit: self.limits.record_bytes,
         };
         decoder.value(self.types.root(), 0, json)?;
         self.at = decoder.at;
@@ -251,19 +263,28 @@ impl AvroSource {
     }
 }
 
+/// The fields of a record and the types that they get; None if the root is none.
+fn declared(types: &Types) -> Option<Vec<(String, FieldType)>> {
+    let Shape::Record(fields) = types.root() else {
+        return None;
+    };
+    let declared = |(name, shape): &(String, Shape)| Some((name.clone(), types.field_type(shape)?));
+    Some(fields.iter().filter_map(declared).collect())
+}
+
 fn zigzag(value: u64) -> i64 {
     (value >> 1) as i64 ^ -((value & 1) as i64)
 }
 
-fn decompress(codec: Codec, data: Vec<u8>) -> Result<Vec<u8>, Fault> {
+fn decompress(codec: Codec, data: Vec<u8>, most: u64) -> Result<Vec<u8>, Fault> {
     let bounded = |input: &mut dyn Read| {
         let mut bytes = Vec::new();
         input
-            .take(MAX_BYTES + 1)
+            .take(most + 1)
             .read_to_end(&mut bytes)
             .map_err(|e| wrong(format!("a block cannot be decompressed: {e}")))?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(wrong(format!("a block is larger than {MAX_BYTES} bytes")));
+        if bytes.len() as u64 > most {
+            return Err(wrong(format!("a block is larger than {most} bytes")));
         }
         Ok(bytes)
     };
@@ -280,8 +301,8 @@ fn decompress(codec: Codec, data: Vec<u8>) -> Result<Vec<u8>, Fault> {
                 .split_last_chunk::<4>()
                 .ok_or_else(|| wrong("a block is too short"))?;
             let length = snap::raw::decompress_len(data).map_err(wrong)?;
-            if length as u64 > MAX_BYTES {
-                return Err(wrong(format!("a block is larger than {MAX_BYTES} bytes")));
+            if length as u64 > most {
+                return Err(wrong(format!("a block is larger than {most} bytes")));
             }
             if length / SNAPPY_EXPANSION > data.len() {
                 return Err(wrong("a block does not have its length"));
@@ -304,8 +325,10 @@ struct Decoder<'a> {
     types: &'a Types,
     bytes: &'a [u8],
     at: usize,
-    /// The JSON must not become longer than this.
+    /// The JSON must not become longer than this,
     most: usize,
+    /// because a record may have so many bytes.
+    limit: usize,
 }
 
 impl<'a> Decoder<'a> {
@@ -356,7 +379,8 @@ impl<'a> Decoder<'a> {
         }
         if out.len() > self.most {
             return Err(wrong(format!(
-                "a record is larger than {MAX_RECORD_BYTES} bytes"
+                "a record is larger than {} bytes",
+                self.limit
             )));
         }
         match shape {

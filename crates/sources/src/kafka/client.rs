@@ -1,0 +1,311 @@
+//! Kafka by librdkafka.
+//!
+//! Clients have threads of their own, which inherit the signal mask of the thread that makes them: make them in a task of a
+//! runtime whose threads block all signals. Dropping one waits for its threads.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rdkafka::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Headers, Message as _};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use tokio::task::spawn_blocking;
+
+use super::config::KafkaConfig;
+use super::fetch::Fetcher;
+use super::reader::Reader;
+use super::topics::Topics;
+use super::{Broker, Failure, Message, Partition};
+use crate::decode::COLLECTION_HEADER;
+use crate::error::SourceError;
+use crate::position::Position;
+use crate::source::{Fetch, Split, Splits, Start};
+
+/// How long a question about topics and offsets may take.
+const ASK: Duration = Duration::from_secs(5);
+/// A partition that no broker knows for so long is gone.
+const GONE_AFTER: Duration = Duration::from_secs(10);
+
+/// Says nothing: what a user has to know comes as an error of a call, and a log would repeat it for every reconnection.
+struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
+
+    fn error(&self, _error: KafkaError, _reason: &str) {}
+}
+
+impl ConsumerContext for Quiet {}
+
+/// A client of a cluster.
+pub(crate) struct Client(BaseConsumer<Quiet>);
+
+impl Client {
+    fn new(config: &KafkaConfig) -> Result<Self, SourceError> {
+        let mut native = ClientConfig::new();
+        for (name, value) in config.properties() {
+            native.set(name, value);
+        }
+        // Else librdkafka would write to the server's standard error while it reads its configuration.
+        native.set_log_level(RDKafkaLogLevel::Emerg);
+        native
+            .create_with_context(Quiet)
+            .map(Self)
+            .map_err(|error| {
+                // The value may be a secret, so only the property is named.
+                let message = match error {
+                    KafkaError::ClientConfig(_, reason, name, _) => {
+                        let reason = reason.trim().trim_end_matches('.');
+                        format!("option \"{name}\" is not usable: {reason}")
+                    }
+                    error => format!("options are not usable: {error}"),
+                };
+                SourceError::option(
+                    message,
+                    "Options are the properties of librdkafka's CONFIGURATION.md.",
+                )
+            })
+    }
+
+    /// The topics of the cluster that are asked for, each with its partitions.
+    fn topics(&self, topics: &Topics) -> Result<Vec<(String, Vec<i32>)>, Failure> {
+        if topics.has_patterns() {
+            return self.metadata(None);
+        }
+        let mut all = Vec::new();
+        for name in topics.names() {
+            all.extend(self.metadata(Some(name))?);
+        }
+        Ok(all)
+    }
+
+    fn metadata(&self, topic: Option<&str>) -> Result<Vec<(String, Vec<i32>)>, Failure> {
+        let metadata = self.0.fetch_metadata(topic, ASK).map_err(|e| failure(&e))?;
+        let mut found = Vec::new();
+        for topic in metadata.topics() {
+            match topic.error().map(|e| explain(e.into())) {
+                None => {
+                    let numbers = topic.partitions().iter().map(|p| p.id()).collect();
+                    found.push((topic.name().to_owned(), numbers));
+                }
+                Some(Failure::Unknown(_)) => {}
+                Some(failure) => return Err(failure),
+            }
+        }
+        Ok(found)
+    }
+
+    fn located(&self, partition: &Partition, start: &Start) -> Result<Position, Failure> {
+        Ok(match start {
+            Start::Earliest => Position::Beginning,
+            Start::Latest => Position::offset(self.ends(partition)?.1),
+            Start::Time(time_ms) => {
+                let mut times = TopicPartitionList::new();
+                times
+                    .add_partition_offset(
+                        &partition.topic,
+                        partition.number,
+                        Offset::Offset((*time_ms).max(0)),
+                    )
+                    .map_err(|e| failure(&e))?;
+                let found = self
+                    .0
+                    .offsets_for_times(times, ASK)
+                    .map_err(|e| failure(&e))?;
+                let element = found.elements().into_iter().next();
+                if let Some(Err(error)) = element.as_ref().map(|e| e.error()) {
+                    return Err(failure(&error));
+                }
+                match element.map(|e| e.offset()) {
+                    Some(Offset::Offset(next)) => Position::offset(next),
+                    // Nothing is so young.
+                    _ => Position::offset(self.ends(partition)?.1),
+                }
+            }
+            Start::Splits(splits) => {
+                let split = partition.split();
+                let named = splits.iter().find(|(id, _)| *id == split);
+                named.map_or(Position::Beginning, |(_, position)| position.clone())
+            }
+        })
+    }
+
+    fn ends(&self, partition: &Partition) -> Result<(i64, i64), Failure> {
+        self.0
+            .fetch_watermarks(&partition.topic, partition.number, ASK)
+            .map_err(|error| failure(&error))
+    }
+}
+
+fn list(partitions: &[Partition]) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(partitions.len());
+    for partition in partitions {
+        list.add_partition(&partition.topic, partition.number);
+    }
+    list
+}
+
+fn failure(error: &KafkaError) -> Failure {
+    match error.rdkafka_error_code() {
+        Some(code) => explain(code),
+        None => Failure::Transient(error.to_string()),
+    }
+}
+
+fn explain(code: RDKafkaErrorCode) -> Failure {
+    use RDKafkaErrorCode as Code;
+    let reason = code.to_string();
+    match code {
+        Code::AutoOffsetReset | Code::OffsetOutOfRange | Code::LogTruncation => {
+            Failure::Partitions(reason)
+        }
+        // librdkafka tells of a batch that it cannot read, and goes on behind it: reading anew from the position is the only
+        // way not to lose it.
+        Code::BadMessage | Code::BadCompression | Code::NotImplemented => {
+            Failure::Partitions(format!("records cannot be read: {reason}"))
+        }
+        Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
+            Failure::Unknown(reason)
+        }
+        Code::TopicAuthorizationFailed
+        | Code::GroupAuthorizationFailed
+        | Code::ClusterAuthorizationFailed
+        | Code::SaslAuthenticationFailed
+        | Code::Authentication
+        | Code::SSL
+        | Code::UnsupportedSASLMechanism => Failure::Refused(reason),
+        _ => Failure::Transient(reason),
+    }
+}
+
+impl Broker for Client {
+    fn assign(&mut self, partitions: &[(Partition, Option<i64>)]) -> Result<(), Failure> {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for (partition, from) in partitions {
+            let offset = from.map_or(Offset::Beginning, Offset::Offset);
+            list.add_partition_offset(&partition.topic, partition.number, offset)
+                .map_err(|error| failure(&error))?;
+        }
+        self.0
+            .incremental_assign(&list)
+            .map_err(|error| failure(&error))
+    }
+
+    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure> {
+        self.0
+            .incremental_unassign(&list(partitions))
+            .map_err(|error| failure(&error))
+    }
+
+    fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure> {
+        let list = list(std::slice::from_ref(partition));
+        let result = match paused {
+            true => self.0.pause(&list),
+            false => self.0.resume(&list),
+        };
+        result.map_err(|error| failure(&error))
+    }
+
+    fn ends(&mut self, partition: &Partition) -> Result<(i64, i64), Failure> {
+        Client::ends(self, partition)
+    }
+
+    fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
+        match self.0.poll(wait) {
+            None => Ok(false),
+            Some(Err(error)) => Err(failure(&error)),
+            Some(Ok(message)) => {
+                let named = message.headers().and_then(|headers| {
+                    headers
+                        .iter()
+                        .find(|header| header.key == COLLECTION_HEADER)
+                        .and_then(|header| header.value)
+                });
+                take(Message {
+                    topic: message.topic(),
+                    partition: message.partition(),
+                    offset: message.offset(),
+                    timestamp_ms: message.timestamp().to_millis(),
+                    value: message.payload(),
+                    collection: named,
+                });
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Checks that librdkafka knows the options and takes their values. Asks no broker. Error: 22023.
+pub fn check(config: &KafkaConfig) -> Result<(), SourceError> {
+    Client::new(config).map(drop)
+}
+
+/// Opens the partitions of a source for reading. Asks no broker yet.
+pub async fn fetch(config: KafkaConfig) -> Result<Box<dyn Fetch>, SourceError> {
+    let client = blocking(move || Client::new(&config)).await?;
+    Ok(Box::new(Fetcher::new(Reader::new(client, GONE_AFTER))))
+}
+
+/// The partitions of a source.
+pub struct Partitions {
+    client: std::sync::Arc<Client>,
+    topics: Topics,
+}
+
+impl Partitions {
+    /// Asks no broker yet.
+    pub async fn new(config: KafkaConfig, topics: Topics) -> Result<Self, SourceError> {
+        let client = blocking(move || Client::new(&config)).await?;
+        Ok(Self {
+            client: std::sync::Arc::new(client),
+            topics,
+        })
+    }
+}
+
+#[async_trait]
+impl Splits for Partitions {
+    async fn list(&mut self) -> Result<Vec<Split>, SourceError> {
+        let (client, topics) = (self.client.clone(), self.topics.clone());
+        blocking(move || {
+            let found = client.topics(&topics);
+            let found = found.map_err(|failure| failure.into_error("list the topics of Kafka"))?;
+            Ok(topics.splits(&found))
+        })
+        .await
+    }
+
+    async fn locate(
+        &mut self,
+        splits: &[Split],
+        start: &Start,
+    ) -> Result<Vec<Position>, SourceError> {
+        let partitions: Vec<Partition> = splits
+            .iter()
+            .map(|split| Partition::parse(&split.id))
+            .collect::<Result<_, _>>()?;
+        let (client, start) = (self.client.clone(), start.clone());
+        blocking(move || {
+            partitions
+                .iter()
+                .map(|partition| client.located(partition, &start))
+                .collect::<Result<_, _>>()
+                .map_err(|failure: Failure| failure.into_error("find an offset in Kafka"))
+        })
+        .await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, SourceError> + Send + 'static,
+) -> Result<T, SourceError> {
+    spawn_blocking(call)
+        .await
+        .map_err(|error| SourceError::Misuse(error.to_string()))?
+}
+
+#[cfg(test)]
+mod tests;

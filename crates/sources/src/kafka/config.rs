@@ -1,0 +1,326 @@
+//! The options of a server of TYPE 'kafka' and of its user mapping, as a configuration of librdkafka.
+//!
+//! Any property of librdkafka may be given, but for those by which records would be skipped, read twice or read before they
+//! are committed; those that run or load code of the server's machine; and those that are callbacks. Secrets belong into the
+//! user mapping. Properties that make librdkafka read files of the server are told apart: the caller decides who may.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::error::SourceError;
+
+/// Set by us, whatever the user says; asking for the same is no error.
+const FIXED: [(&str, &str); 9] = [
+    ("enable.auto.commit", "false"),
+    ("enable.auto.offset.store", "false"),
+    // Never silently skip.
+    ("auto.offset.reset", "error"),
+    ("isolation.level", "read_committed"),
+    ("enable.partition.eof", "false"),
+    // Asking for a topic must not make it.
+    ("allow.auto.create.topics", "false"),
+    ("check.crcs", "true"),
+    // Groups rebalance and join; we assign by hand.
+    ("group.protocol", "classic"),
+    ("enable.sasl.oauthbearer.unsecure.jwt", "false"),
+];
+
+/// Ours unless the user says otherwise.
+const DEFAULTS: [(&str, &str); 8] = [
+    ("client.id", "rakam"),
+    // A consumer has to have one; nobody joins it.
+    ("group.id", "rakam"),
+    // What waits in memory beside the batch that is being stored.
+    ("queued.max.messages.kbytes", "16384"),
+    ("queued.min.messages", "20000"),
+    ("fetch.wait.max.ms", "100"),
+    ("fetch.queue.backoff.ms", "10"),
+    ("reconnect.backoff.max.ms", "2000"),
+    ("topic.metadata.refresh.interval.ms", "30000"),
+];
+
+/// Refused, with the reason.
+const REFUSED: [(&str, &str); 20] = [
+    ("plugin.library.paths", CODE),
+    ("ssl.engine.location", CODE),
+    ("ssl.engine.id", CODE),
+    ("ssl.providers", CODE),
+    ("sasl.kerberos.kinit.cmd", CODE),
+    ("sasl.kerberos.keytab", KERBEROS),
+    ("sasl.kerberos.principal", KERBEROS),
+    ("sasl.kerberos.service.name", KERBEROS),
+    ("sasl.kerberos.min.time.before.relogin", KERBEROS),
+    ("group.instance.id", GROUPS),
+    ("group.remote.assignor", GROUPS),
+    ("partition.assignment.strategy", GROUPS),
+    ("auto.commit.interval.ms", GROUPS),
+    ("auto.commit.enable", GROUPS),
+    ("enable.auto.commit.interval.ms", GROUPS),
+    ("offset.store.method", GROUPS),
+    ("consume.callback.max.messages", CALLBACK),
+    ("enabled_events", CALLBACK),
+    (
+        "test.mock.num.brokers",
+        "it would replace the cluster by an imitation",
+    ),
+    ("delivery.report.only.error", CALLBACK),
+];
+const CODE: &str = "it makes the database server load or run a program";
+const KERBEROS: &str = "Kerberos is not built in";
+const GROUPS: &str = "offsets are kept in the database, without consumer groups";
+const CALLBACK: &str = "it has no meaning here";
+
+/// Names that librdkafka has for a property beside the one that we use.
+const ALIASES: [(&str, &str); 5] = [
+    ("brokers", "bootstrap.servers"),
+    ("metadata.broker.list", "bootstrap.servers"),
+    ("sasl.mechanism", "sasl.mechanisms"),
+    ("username", "sasl.username"),
+    ("password", "sasl.password"),
+];
+
+/// Only in a user mapping: everybody may read a server's options.
+const SECRETS: [&str; 7] = [
+    "sasl.password",
+    "ssl.key.password",
+    "ssl.key.pem",
+    "ssl.keystore.password",
+    "sasl.oauthbearer.client.secret",
+    "sasl.oauthbearer.config",
+    "sasl.oauthbearer.assertion.private.key.pem",
+];
+
+/// Makes librdkafka read a file.
+const FILES: [&str; 7] = [
+    "ssl.key.location",
+    "ssl.certificate.location",
+    "ssl.ca.location",
+    "ssl.crl.location",
+    "ssl.keystore.location",
+    "https.ca.location",
+    "sasl.oauthbearer.assertion.private.key.file",
+];
+
+/// A checked configuration. Its `Debug` shows names only: some values are secrets.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KafkaConfig {
+    properties: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for KafkaConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.properties.keys()).finish()
+    }
+}
+
+impl KafkaConfig {
+    /// From the options of a server and of its owner's user mapping.
+    ///
+    /// Error: 22023 for an option that is refused or misplaced, or without brokers. That a property exists and takes its
+    /// value librdkafka knows: see [`super::client::check`].
+    pub fn parse<'a>(
+        server: impl IntoIterator<Item = (&'a str, &'a str)>,
+        mapping: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, SourceError> {
+        let mut properties = BTreeMap::new();
+        for (name, value) in server {
+            let name = checked(name, value)?;
+            if SECRETS.contains(&name) {
+                return Err(SourceError::option(
+                    format!("option \"{name}\" is a secret"),
+                    "Everybody can read a server's options: give it in the user mapping of the server's owner.",
+                ));
+            }
+            add(&mut properties, name, value)?;
+        }
+        for (name, value) in mapping {
+            let name = checked(name, value)?;
+            if !SECRETS.contains(&name) && name != "sasl.username" {
+                return Err(SourceError::option(
+                    format!("option \"{name}\" does not belong into a user mapping"),
+                    format!(
+                        "A user mapping for Kafka has username, password and {}.",
+                        SECRETS.join(", ")
+                    ),
+                ));
+            }
+            add(&mut properties, name, value)?;
+        }
+        if !properties.contains_key("bootstrap.servers") {
+            return Err(SourceError::option(
+                "option \"brokers\" is missing",
+                "Name one or more brokers of the cluster: OPTIONS (brokers 'kafka1:9092,kafka2:9092').",
+            ));
+        }
+        if uses_sasl(&properties) {
+            // librdkafka's own default is Kerberos.
+            properties
+                .entry("sasl.mechanisms".to_owned())
+                .or_insert_with(|| "PLAIN".to_owned());
+        }
+        for (name, value) in FIXED {
+            properties.insert(name.to_owned(), value.to_owned());
+        }
+        for (name, value) in DEFAULTS {
+            properties
+                .entry(name.to_owned())
+                .or_insert_with(|| value.to_owned());
+        }
+        Ok(Self { properties })
+    }
+
+    /// Whether there are credentials that no broker is ever shown, because "security.protocol" does not ask for them.
+    pub fn ignores_credentials(&self) -> bool {
+        self.properties.contains_key("sasl.username") && !uses_sasl(&self.properties)
+    }
+
+    /// Names and values for librdkafka, by name.
+    pub(crate) fn properties(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.properties
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The options by which librdkafka reads files of the server: who gives them needs the right to.
+    pub fn file_options(&self) -> Vec<&str> {
+        let is_file = |name: &&str| FILES.contains(name);
+        // A certificate store of the system is no file of the user's choice.
+        self.properties()
+            .filter(|(_, value)| *value != "probe")
+            .map(|(name, _)| name)
+            .filter(is_file)
+            .collect()
+    }
+}
+
+fn uses_sasl(properties: &BTreeMap<String, String>) -> bool {
+    let protocol = properties.get("security.protocol");
+    protocol.is_some_and(|protocol| protocol.to_ascii_lowercase().starts_with("sasl"))
+}
+
+/// librdkafka's name of an option that may be given.
+fn checked<'a>(name: &'a str, value: &str) -> Result<&'a str, SourceError> {
+    let name = ALIASES
+        .iter()
+        .find(|(alias, _)| *alias == name)
+        .map_or(name, |(_, own)| own);
+    if let Some((_, reason)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
+        return Err(SourceError::option(
+            format!("option \"{name}\" cannot be set: {reason}"),
+            "Leave the option out.",
+        ));
+    }
+    if let Some((_, fixed)) = FIXED.iter().find(|(fixed, _)| *fixed == name)
+        && !fixed.eq_ignore_ascii_case(value)
+    {
+        return Err(SourceError::option(
+            format!("option \"{name}\" cannot be \"{value}\""),
+            format!(
+                "Each event counts exactly once because it is \"{fixed}\": leave the option out."
+            ),
+        ));
+    }
+    let gssapi = name == "sasl.mechanisms" && value.to_ascii_uppercase().contains("GSSAPI");
+    if gssapi {
+        return Err(SourceError::option(
+            format!("option \"{name}\" cannot be \"{value}\": {KERBEROS}"),
+            "Mechanisms are PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 and OAUTHBEARER.",
+        ));
+    }
+    Ok(name)
+}
+
+fn add(
+    properties: &mut BTreeMap<String, String>,
+    name: &str,
+    value: &str,
+) -> Result<(), SourceError> {
+    let before = properties.insert(name.to_owned(), value.to_owned());
+    if before.is_some() {
+        return Err(SourceError::option(
+            format!("option \"{name}\" is given twice"),
+            "An option may have several names; use one of them.",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(server: &[(&str, &str)], mapping: &[(&str, &str)]) -> Result<KafkaConfig, String> {
+        KafkaConfig::parse(server.iter().copied(), mapping.iter().copied())
+            .map_err(|e| e.to_string())
+    }
+
+    fn get<'a>(config: &'a KafkaConfig, name: &str) -> Option<&'a str> {
+        config.properties.get(name).map(String::as_str)
+    }
+
+    #[test]
+    fn options_become_properties() {
+        let config = parse(
+            &[
+                ("brokers", "a:1,b:2"),
+                ("fetch.min.bytes", "2"),
+                ("queued.max.messages.kbytes", "100"),
+                ("isolation.level", "READ_COMMITTED"),
+                ("ssl.ca.location", "/etc/ca.pem"),
+                ("sasl.mechanism", "SCRAM-SHA-256"),
+                ("security.protocol", "SASL_SSL"),
+            ],
+            &[("username", "u"), ("password", "s3cret")],
+        );
+        let config = config.unwrap_or_else(|e| panic!("{e}"));
+        for (name, value) in [
+            ("bootstrap.servers", "a:1,b:2"),
+            ("fetch.min.bytes", "2"),
+            ("queued.max.messages.kbytes", "100"),
+            ("isolation.level", "read_committed"),
+            ("auto.offset.reset", "error"),
+            ("enable.auto.commit", "false"),
+            ("sasl.username", "u"),
+            ("sasl.password", "s3cret"),
+            ("sasl.mechanisms", "SCRAM-SHA-256"),
+        ] {
+            assert_eq!(get(&config, name), Some(value), "{name}");
+        }
+        assert_eq!(config.file_options(), ["ssl.ca.location"]);
+        assert!(!format!("{config:?}").contains("s3cret"));
+        let plain = parse(
+            &[("brokers", "a"), ("security.protocol", "sasl_plaintext")],
+            &[("username", "u")],
+        );
+        let plain = plain.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(get(&plain, "sasl.mechanisms"), Some("PLAIN"));
+        assert!(!plain.ignores_credentials());
+        // As librdkafka has it: nobody is asked for them.
+        let unused = parse(&[("brokers", "a")], &[("username", "u"), ("password", "p")]);
+        assert!(unused.is_ok_and(|config| config.ignores_credentials()));
+    }
+
+    #[test]
+    fn what_would_break_exactness_or_the_server_is_refused() {
+        for (name, value) in [
+            ("enable.auto.commit", "true"),
+            ("auto.offset.reset", "earliest"),
+            ("isolation.level", "read_uncommitted"),
+            ("enable.partition.eof", "true"),
+            ("group.instance.id", "x"),
+            ("plugin.library.paths", "/tmp/x.so"),
+            ("sasl.kerberos.kinit.cmd", "true"),
+            ("sasl.kerberos.principal", "x; true"),
+            ("sasl.mechanisms", "gssapi"),
+            ("sasl.password", "x"),
+            ("password", "x"),
+            ("ssl.key.pem", "x"),
+            ("bootstrap.servers", "twice"),
+        ] {
+            let refused = parse(&[("brokers", "a"), (name, value)], &[]);
+            assert!(refused.is_err(), "{name}");
+        }
+        assert!(parse(&[], &[]).is_err());
+        assert!(parse(&[("brokers", "a")], &[("fetch.min.bytes", "1")]).is_err());
+    }
+}

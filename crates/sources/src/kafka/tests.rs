@@ -1,0 +1,497 @@
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::sleep;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::fetch::Fetcher;
+use super::reader::Reader;
+use super::topics::Topics;
+use super::{Broker, Failure, Message, Partition};
+use crate::batch::{Batch, Limits, Move, Stop};
+use crate::conformance::{World, conforms};
+use crate::error::{SourceError, StopReason};
+use crate::position::Position;
+use crate::source::{Fetch, Lag, Split, Splits, Start};
+
+const LIMITS: Limits = Limits {
+    bytes: 1 << 20,
+    records: 100,
+    wait: Duration::from_millis(5),
+};
+
+/// A record of a log: None is a transaction's marker.
+type Entry = Option<(i64, Option<Vec<u8>>)>;
+
+#[derive(Default)]
+struct Log {
+    /// Offset of the first entry.
+    base: i64,
+    entries: Vec<Entry>,
+    /// The offset of an entry that cannot be read.
+    corrupt: Option<i64>,
+}
+
+#[derive(Default)]
+struct State {
+    logs: BTreeMap<Partition, Log>,
+    down: bool,
+}
+
+/// A cluster in memory, with what librdkafka does to a position outside of a log.
+#[derive(Clone, Default)]
+struct Cluster(Arc<Mutex<State>>);
+
+impl Cluster {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no test panics while it holds this")
+    }
+
+    fn write(&self, split: &str, time_ms: i64, value: Option<&str>) {
+        let entry = Some((time_ms, value.map(|v| v.as_bytes().to_vec())));
+        self.log(split, |log| log.entries.push(entry));
+    }
+
+    fn log(&self, split: &str, change: impl FnOnce(&mut Log)) {
+        let partition = Partition::parse(split).unwrap_or_else(|e| panic!("{e}"));
+        change(self.state().logs.entry(partition).or_default());
+    }
+
+    fn remove(&self, split: &str) {
+        let partition = Partition::parse(split).unwrap_or_else(|e| panic!("{e}"));
+        self.state().logs.remove(&partition);
+    }
+
+    fn client(&self) -> FakeClient {
+        FakeClient {
+            cluster: self.clone(),
+            assigned: Vec::new(),
+            turn: 0,
+        }
+    }
+
+    fn reader(&self) -> Reader<FakeClient> {
+        Reader::new(self.client(), Duration::ZERO)
+    }
+}
+
+struct Assigned {
+    partition: Partition,
+    next: Option<i64>,
+    paused: bool,
+    given_up: bool,
+}
+
+struct FakeClient {
+    cluster: Cluster,
+    assigned: Vec<Assigned>,
+    turn: usize,
+}
+
+impl Broker for FakeClient {
+    fn assign(&mut self, partitions: &[(Partition, Option<i64>)]) -> Result<(), Failure> {
+        for (partition, next) in partitions {
+            assert!(self.assigned.iter().all(|a| a.partition != *partition));
+            self.assigned.push(Assigned {
+                partition: partition.clone(),
+                next: *next,
+                paused: false,
+                given_up: false,
+            });
+        }
+        Ok(())
+    }
+
+    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure> {
+        let before = self.assigned.len();
+        self.assigned.retain(|a| !partitions.contains(&a.partition));
+        assert_eq!(before - self.assigned.len(), partitions.len());
+        Ok(())
+    }
+
+    fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure> {
+        for assigned in &mut self.assigned {
+            if assigned.partition == *partition {
+                assigned.paused = paused;
+            }
+        }
+        Ok(())
+    }
+
+    fn ends(&mut self, partition: &Partition) -> Result<(i64, i64), Failure> {
+        let state = self.cluster.state();
+        if state.down {
+            return Err(Failure::Transient("down".to_owned()));
+        }
+        let log = state.logs.get(partition);
+        let log = log.ok_or_else(|| Failure::Unknown("unknown".to_owned()))?;
+        Ok((log.base, log.base + log.entries.len() as i64))
+    }
+
+    fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
+        let cluster = self.cluster.clone();
+        let state = cluster.state();
+        if state.down {
+            return Err(Failure::Transient("down".to_owned()));
+        }
+        let count = self.assigned.len();
+        for step in 0..count {
+            let at = (self.turn + step) % count;
+            let assigned = &mut self.assigned[at];
+            if assigned.paused || assigned.given_up {
+                continue;
+            }
+            let Some(log) = state.logs.get(&assigned.partition) else {
+                assigned.given_up = true;
+                return Err(Failure::Unknown("unknown".to_owned()));
+            };
+            let next = assigned.next.unwrap_or(log.base);
+            if next < log.base || next > log.base + log.entries.len() as i64 {
+                assigned.given_up = true;
+                return Err(Failure::Partitions("outside".to_owned()));
+            }
+            for (place, entry) in log
+                .entries
+                .iter()
+                .enumerate()
+                .skip((next - log.base) as usize)
+            {
+                let offset = log.base + place as i64;
+                assigned.next = Some(offset + 1);
+                if log.corrupt == Some(offset) {
+                    return Err(Failure::Partitions("corrupt".to_owned()));
+                }
+                if let Some((time, value)) = entry {
+                    self.turn = at + 1;
+                    take(Message {
+                        topic: &assigned.partition.topic,
+                        partition: assigned.partition.number,
+                        offset,
+                        timestamp_ms: Some(*time),
+                        value: value.as_deref(),
+                        collection: None,
+                    });
+                    return Ok(true);
+                }
+            }
+        }
+        drop(state);
+        sleep(wait.min(Duration::from_millis(1)));
+        Ok(false)
+    }
+}
+
+struct FakeSplits(Cluster);
+
+#[async_trait]
+impl Splits for FakeSplits {
+    async fn list(&mut self) -> Result<Vec<Split>, SourceError> {
+        let mut topics: BTreeMap<String, Vec<i32>> = BTreeMap::new();
+        for partition in self.0.state().logs.keys() {
+            let numbers = topics.entry(partition.topic.clone()).or_default();
+            numbers.push(partition.number);
+        }
+        let topics: Vec<_> = topics.into_iter().collect();
+        Ok(Topics::parse(["^."])?.splits(&topics))
+    }
+
+    async fn locate(
+        &mut self,
+        splits: &[Split],
+        _start: &Start,
+    ) -> Result<Vec<Position>, SourceError> {
+        Ok(vec![Position::Beginning; splits.len()])
+    }
+}
+
+#[async_trait]
+impl World for Cluster {
+    async fn make(&mut self, name: &str, records: &[String]) -> String {
+        let split = format!("topic/{}", name.as_bytes()[0] - b'a');
+        for record in records {
+            self.write(&split, 5, Some(record));
+            // As after a transaction of one record.
+            self.log(&split, |log| log.entries.push(None));
+        }
+        split
+    }
+
+    async fn splits(&mut self) -> Box<dyn Splits> {
+        Box::new(FakeSplits(self.clone()))
+    }
+
+    async fn fetch(&mut self) -> Box<dyn Fetch> {
+        Box::new(Fetcher::new(self.reader()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kafka_conforms() {
+    conforms(&mut Cluster::default()).await;
+}
+
+fn poll(reader: &mut Reader<FakeClient>) -> Batch {
+    let batch = reader.poll(&LIMITS).unwrap_or_else(|e| panic!("{e}"));
+    reader.delivered();
+    reader.ack(&batch);
+    batch
+}
+
+fn open(reader: &mut Reader<FakeClient>, split: &str, from: Position) {
+    reader.open(split, from).unwrap_or_else(|e| panic!("{e}"));
+}
+
+fn values(batch: &Batch) -> Vec<String> {
+    let of = |r| {
+        batch
+            .value(r)
+            .map_or("-".into(), |v| String::from_utf8_lossy(v).into_owned())
+    };
+    batch.records().iter().map(of).collect()
+}
+
+fn stops(batch: &Batch) -> Vec<(&str, &StopReason)> {
+    batch
+        .stops
+        .iter()
+        .map(|s| (s.split.as_str(), &s.reason))
+        .collect()
+}
+
+/// What comes until nothing more does. A poll takes one message at least, however slow the machine is; of one partition it may
+/// be the one that only shows that it is still the same.
+#[derive(Default)]
+struct Read {
+    values: Vec<String>,
+    stops: Vec<Stop>,
+    moves: Vec<Move>,
+}
+
+fn read(reader: &mut Reader<FakeClient>) -> Read {
+    let (mut read, mut idle) = (Read::default(), 0);
+    while idle < 4 {
+        let batch = poll(reader);
+        let quiet = batch.is_empty() && batch.trouble.is_none();
+        idle = if quiet { idle + 1 } else { 0 };
+        read.values.extend(values(&batch));
+        read.stops.extend(batch.stops);
+        read.moves.extend(batch.moves);
+    }
+    read.stops.sort_by(|a, b| a.split.cmp(&b.split));
+    read
+}
+
+/// Two records read, and the position behind them.
+fn read_two(cluster: &Cluster) -> Position {
+    for (time, value) in [(1, "one"), (2, "two")] {
+        cluster.write("t/0", time, Some(value));
+    }
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let read = read(&mut reader);
+    assert_eq!(read.values, ["one", "two"]);
+    read.moves[read.moves.len() - 1].to.clone()
+}
+
+#[test]
+fn reading_goes_on_behind_the_mark() {
+    let cluster = Cluster::default();
+    let position = read_two(&cluster);
+    assert_eq!(position.next_offset().as_deref(), Some("2"));
+    cluster.write("t/0", 3, None);
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position.clone());
+    let third = read(&mut reader);
+    assert_eq!((third.values, third.stops), (vec!["-".to_owned()], vec![]));
+    let moved = &third.moves[0];
+    assert_eq!(moved.from, position);
+    assert_eq!((moved.records, moved.timestamp_ms), (1, Some(3)));
+    cluster.write("t/0", 4, Some("x"));
+    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(1))));
+    // A record that compaction took away marks nothing.
+    let cluster = Cluster::default();
+    let position = read_two(&cluster);
+    cluster.log("t/0", |log| log.entries[1] = None);
+    cluster.write("t/0", 3, Some("three"));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position);
+    assert_eq!(read(&mut reader).values, ["three"]);
+}
+
+#[test]
+fn a_topic_made_anew_stops() {
+    // Shorter than what was read,
+    let cluster = Cluster::default();
+    let position = read_two(&cluster);
+    cluster.remove("t/0");
+    cluster.write("t/0", 1, Some("one"));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position.clone());
+    let expected = StopReason::Shorter { next: 2, end: 1 };
+    assert_eq!(stops(&poll(&mut reader)), [("t/0", &expected)]);
+    // as long,
+    cluster.write("t/0", 2, Some("other"));
+    cluster.write("t/0", 3, Some("three"));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position.clone());
+    let batch = poll(&mut reader);
+    assert_eq!(stops(&batch), [("t/0", &StopReason::Recreated { next: 2 })]);
+    assert_eq!(values(&batch), [""; 0]);
+    // or with the same record at another time.
+    cluster.remove("t/0");
+    cluster.write("t/0", 8, Some("one"));
+    cluster.write("t/0", 9, Some("two"));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position);
+    assert_eq!(stops(&poll(&mut reader)).len(), 1);
+    // Nothing more comes of it.
+    cluster.write("t/0", 9, Some("two"));
+    assert!(poll(&mut reader).is_empty());
+}
+
+#[test]
+fn what_was_deleted_before_it_was_read_stops() {
+    let cluster = Cluster::default();
+    let position = read_two(&cluster);
+    for time in 3..9 {
+        cluster.write("t/0", time, Some("x"));
+    }
+    // The record of the mark may go,
+    let trim = |to: i64| {
+        cluster.log("t/0", |log| {
+            log.entries.drain(..(to - log.base) as usize);
+            log.base = to;
+        });
+    };
+    trim(2);
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position.clone());
+    assert_eq!(read(&mut reader).values.len(), 6);
+    // what is behind it may not.
+    trim(4);
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", position);
+    let expected = StopReason::Truncated { next: 2, oldest: 4 };
+    assert_eq!(stops(&poll(&mut reader)), [("t/0", &expected)]);
+    // A new source begins with what there is.
+    open(&mut reader, "t/0", Position::Beginning);
+    assert_eq!(read(&mut reader).values.len(), 4);
+}
+
+#[test]
+fn one_partition_stops_and_others_go_on() {
+    let cluster = Cluster::default();
+    for split in ["t/0", "t/1", "u/0"] {
+        cluster.write(split, 1, Some("one"));
+    }
+    let mut reader = cluster.reader();
+    for split in ["t/0", "t/1", "u/0"] {
+        open(&mut reader, split, Position::Beginning);
+    }
+    assert_eq!(read(&mut reader).values.len(), 3);
+    // While it runs: a topic goes, another is trimmed beyond what was read.
+    cluster.remove("u/0");
+    cluster.log("t/1", |log| {
+        log.base = 7;
+        log.entries = vec![Some((2, None))];
+    });
+    cluster.write("t/0", 2, Some("two"));
+    let rest = read(&mut reader);
+    assert_eq!(rest.values, ["two"]);
+    let reasons: Vec<_> = rest
+        .stops
+        .iter()
+        .map(|s| (s.split.as_str(), &s.reason))
+        .collect();
+    let truncated = StopReason::Truncated { next: 1, oldest: 7 };
+    assert_eq!(reasons, [("t/1", &truncated), ("u/0", &StopReason::Gone)]);
+    cluster.write("t/0", 3, Some("three"));
+    assert_eq!(read(&mut reader).values, ["three"]);
+}
+
+#[test]
+fn a_partition_is_gone_only_after_a_while() {
+    let cluster = Cluster::default();
+    let position = read_two(&cluster);
+    cluster.remove("t/0");
+    let mut reader = Reader::new(cluster.client(), Duration::from_secs(3600));
+    open(&mut reader, "t/0", position);
+    for _ in 0..3 {
+        let batch = poll(&mut reader);
+        assert!(batch.trouble.is_some() && batch.stops.is_empty());
+    }
+    let position = read_two(&cluster);
+    assert!(matches!(position, Position::Offset { next: 2, .. }));
+    assert_eq!(poll(&mut reader).trouble, None);
+}
+
+#[test]
+fn an_outage_is_trouble_and_passes() {
+    let cluster = Cluster::default();
+    cluster.write("t/0", 1, Some("one"));
+    cluster.state().down = true;
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let batch = poll(&mut reader);
+    assert!(batch.is_empty());
+    assert_eq!(batch.trouble.map(|e| e.sqlstate()), Some("58030"));
+    cluster.state().down = false;
+    assert_eq!(values(&poll(&mut reader)), ["one"]);
+    cluster.state().down = true;
+    assert!(poll(&mut reader).trouble.is_some());
+    cluster.state().down = false;
+    cluster.write("t/0", 2, Some("two"));
+    let batch = poll(&mut reader);
+    assert_eq!(
+        (values(&batch), batch.trouble),
+        (vec!["two".to_owned()], None)
+    );
+}
+
+#[test]
+fn what_cannot_be_read_is_not_passed_over() {
+    let cluster = Cluster::default();
+    for value in ["one", "two", "three"] {
+        cluster.write("t/0", 1, Some(value));
+    }
+    cluster.log("t/0", |log| log.corrupt = Some(1));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let (mut found, mut troubles) = (Vec::new(), 0);
+    for _ in 0..8 {
+        let batch = poll(&mut reader);
+        assert!(batch.stops.is_empty());
+        troubles += u32::from(batch.trouble.is_some());
+        found.extend(values(&batch));
+    }
+    assert_eq!(found, ["one"]);
+    assert!(troubles > 1);
+    cluster.log("t/0", |log| log.corrupt = None);
+    assert_eq!(read(&mut reader).values, ["two", "three"]);
+}
+
+#[test]
+fn a_batch_is_bounded() {
+    let cluster = Cluster::default();
+    for n in 0..50 {
+        cluster.write("t/0", n, Some("0123456789"));
+    }
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let mut all = 0;
+    while all < 50 {
+        let limits = Limits {
+            bytes: 95,
+            ..LIMITS
+        };
+        let batch = reader.poll(&limits).unwrap_or_else(|e| panic!("{e}"));
+        reader.delivered();
+        assert!((1..=10).contains(&batch.records().len()));
+        all += batch.records().len();
+    }
+    for wrong in ["t", "t/x"] {
+        assert!(reader.open(wrong, Position::Beginning).is_err());
+    }
+    assert!(reader.open("t/0", Position::Time(1)).is_err());
+}
