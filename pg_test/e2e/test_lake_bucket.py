@@ -1,0 +1,130 @@
+"""The life of objects in a bucket, as test_lake.py has it of a directory: orphans, uploads that nobody ends, the fence."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import pytest
+from harness.database import Database
+from harness.lake import check, files, fill, health, stat
+
+
+@pytest.fixture
+def lake(lake_cluster, s3):
+    """A database of its own with the storage `lake`, a bucket, and the project `acme` on it; and the bucket."""
+    db = Database(lake_cluster, "lake_bucket")
+    db.drop()
+    db.create()
+    bucket = s3.storage(f"lake-{uuid.uuid4().hex[:8]}")
+    bucket.create(db.admin, "lake")
+    db.project("acme", "lake")
+    yield db, bucket
+    db.drop()
+
+
+def key(bucket, path: str) -> str:
+    return f"{bucket.s3.bucket}/{bucket.prefix}/{path}"
+
+
+def delete(bucket, path: str) -> None:
+    bucket.s3.request("DELETE", key(bucket, path)).close()
+
+
+def write(bucket, path: str, content: bytes) -> None:
+    bucket.s3.request("PUT", key(bucket, path), content).close()
+
+
+def begin_upload(bucket, path: str) -> None:
+    bucket.s3.request("POST", f"{key(bucket, path)}?uploads", b"").close()
+
+
+def test_a_bucket_compared_with_its_manifest(lake):
+    db, bucket = lake
+    fill(db)
+    db.flush()
+    fill(db, first=100)
+    db.flush()
+    assert (check(db), set(bucket.objects())) == ([], files(db))
+    missing, corrupt = sorted(files(db))
+    whole, lost = bucket.get(corrupt), bucket.get(missing)
+    name = corrupt.rsplit("/", 1)[1]
+    foreign = "acme/018f3c5e-0000-7000-8000-00000badf00d.parquet"
+    # Somebody's file; a copy under another name; one that another installation wrote.
+    write(bucket, "acme/stray.parquet", b"x" * 7)
+    write(bucket, f"acme/seen/{name}", whole)
+    write(bucket, foreign, b"theirs")
+    delete(bucket, missing)
+    write(bucket, corrupt, whole[:-1])
+    # Uploads of ours that a crash left, of another installation, and of people: moto says of all that they began in 2010.
+    for path in (f"acme/{name}", foreign, "acme/people.parquet"):
+        begin_upload(bucket, path)
+    assert bucket.uploads() == 3
+    assert check(db) == sorted([
+        ("acme/stray.parquet", "orphan", 7),
+        (f"acme/seen/{name}", "orphan", len(whole)),
+        (corrupt, "corrupt", len(whole) - 1),
+        (missing, "missing", len(lost)),
+    ])  # fmt: skip
+    assert bucket.uploads() == 1
+    assert stat(db)["orphans"] == 2
+    assert "1 are corrupt" in health(db, "storage contents")[0][1]
+    db.tick()
+    assert stat(db)["orphans"] == 0
+    assert set(bucket.objects()) == {corrupt, foreign}
+    write(bucket, missing, lost)
+    write(bucket, corrupt, whole)
+    assert check(db) == []
+    assert db.one("SELECT sum(n) FROM acme.seen") == sum(range(200))
+
+
+def test_what_is_out_of_use_goes(lake):
+    """Merged, expired and dropped files; what copy_to wrote and what is attached stays."""
+    db, bucket = lake
+    for first in range(0, 400, 100):
+        fill(db, first=first)
+        fill(db, collection="old", first=first)
+        db.flush()
+    assert len(files(db)) == 8
+    db.all("SELECT * FROM rakam.compact('acme')")
+    assert len(files(db)) == 2
+    assert db.one("SELECT rakam.copy_to('acme', 'SELECT 1 AS one', 'mine.parquet')") == 1
+    write(bucket, "acme/theirs/x.parquet", bucket.get("acme/mine.parquet"))
+    db.admin.execute("SELECT rakam.attach('acme', 'theirs', 'theirs')")
+    db.admin.execute("SELECT rakam.set_retention('acme', 'old', '1 day')")
+    db.all("SELECT * FROM rakam.compact('acme', 'old')")
+    db.tick()
+    kept = {"acme/mine.parquet", "acme/theirs/x.parquet"}
+    assert (check(db), set(bucket.objects())) == ([], files(db) | kept)
+    assert (db.one("SELECT sum(n) FROM acme.seen"), db.one("SELECT count(*) FROM acme.old")) == (sum(range(400)), 0)
+    db.admin.execute("SELECT rakam.detach('acme', 'theirs')")
+    assert [path for path, _, _ in check(db)] == ["acme/theirs/x.parquet"]
+    db.tick()
+    assert set(bucket.objects()) == files(db) | {"acme/mine.parquet"}
+
+
+def test_an_owner_object_that_is_gone_or_spoilt_is_doubt(lake):
+    db, bucket = lake
+    fill(db)
+    db.flush()
+    owner = "_rakam/owner.json"
+
+    def nonce() -> None:
+        content = json.loads(bucket.get(owner))
+        write(bucket, owner, json.dumps({**content, "nonce": str(uuid.uuid4())}).encode())
+
+    for spoil in (lambda: delete(bucket, owner), lambda: write(bucket, owner, b"{}"), nonce):
+        spoil()
+        fill(db, collection="doomed", count=10)
+        db.flush("acme", "doomed")
+        doomed = files(db)
+        db.admin.execute("SELECT rakam.drop_collection('acme', 'doomed')")
+        (path,) = doomed - files(db)
+        db.tick()
+        assert path in bucket.objects()
+        assert health(db, "storage owner")[0][0] == "warning"
+        db.admin.execute("SELECT rakam.adopt_storage('lake')")
+        db.tick()
+        assert path not in bucket.objects()
+        assert health(db, "storage owner") == []
+    assert json.loads(bucket.get(owner))["epoch"] == 4
