@@ -1,17 +1,20 @@
-//! Events of a load as chunks of one month each: sorted, split and encoded on the engine's threads while the load stores
+//! Events of a load as chunks of one month each: put in order and encoded on the engine's threads while the load stores
 //! those that are there.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::{Int64Array, RecordBatch};
-use rakam_event::schema::XID;
-use rakam_lake::backlog::Months;
+use rakam_event::schema::{Schema, XID};
+use rakam_lake::chunk;
+use rakam_lake::sort::SortedRows;
 
 use crate::ingest::append::{self, Encoded, Target};
 use crate::pg::runtime::{self, Runtime, Sender};
 use crate::pg::{PgError, Result, wait};
 
-/// Rows of a chunk.
+/// Rows of a chunk, at most.
 const CHUNK_ROWS: usize = 65_536;
 /// Chunks that wait to be stored.
 const CHUNKS: usize = 4;
@@ -19,46 +22,79 @@ const CHUNKS: usize = 4;
 enum Told {
     Chunk(Encoded),
     Failed(PgError),
+    /// One of the tasks is through.
     End,
 }
 
-/// Stores the events of batches that share a schema, with the id of this transaction.
-pub fn store(target: Target, batches: Vec<RecordBatch>, xid: i64) -> Result<()> {
-    if batches.is_empty() {
+/// What the tasks encode, each month by one of them.
+struct Work {
+    schema: Arc<Schema>,
+    months: Vec<Vec<RecordBatch>>,
+    next: AtomicUsize,
+    xid: i64,
+}
+
+/// Stores the events of batches of a schema, which are of one month each and in the order of `_time`, with the id of this
+/// transaction.
+pub fn store(
+    target: Target,
+    schema: &Arc<Schema>,
+    months: BTreeMap<i32, Vec<RecordBatch>>,
+    xid: i64,
+) -> Result<()> {
+    if months.is_empty() {
         return Ok(());
     }
-    let (told, mut port) = runtime::port(CHUNKS)?;
-    Runtime::current()?.spawn(async move {
-        let end = match encode_all(&batches, target.schema_version, xid, &told).await {
-            Ok(()) => Told::End,
-            Err(error) => Told::Failed(error),
-        };
-        told.send(end).await
+    let runtime = Runtime::current()?;
+    // The other threads go on with reading.
+    let mut tasks = (runtime.threads() / 2).clamp(1, months.len());
+    let work = Arc::new(Work {
+        schema: Arc::clone(schema),
+        months: months.into_values().collect(),
+        next: AtomicUsize::new(0),
+        xid,
     });
-    loop {
+    let (told, mut port) = runtime::port(CHUNKS)?;
+    for _ in 0..tasks {
+        let (work, told) = (Arc::clone(&work), told.clone());
+        runtime.spawn(async move {
+            let end = match work.encode(&told).await {
+                Ok(()) => Told::End,
+                Err(error) => Told::Failed(error),
+            };
+            told.send(end).await
+        });
+    }
+    drop(told);
+    while tasks > 0 {
         wait::check_interrupts();
         match port.receive() {
             Some(Told::Chunk(chunk)) => append::append_encoded(target, &chunk)?,
             Some(Told::Failed(error)) => return Err(error),
-            Some(Told::End) => return Ok(()),
+            Some(Told::End) => tasks -= 1,
             None => return Err(PgError::internal("the encoding of chunks ended early")),
         }
     }
+    Ok(())
 }
 
-async fn encode_all(
-    batches: &[RecordBatch],
-    schema_version: i32,
-    xid: i64,
-    told: &Sender<Told>,
-) -> Result<()> {
-    for part in Months::new(batches, CHUNK_ROWS)? {
-        let chunk = Encoded::new(&stamped(&part?, xid)?, schema_version)?;
-        if !told.send(Told::Chunk(chunk)).await {
-            break;
+impl Work {
+    /// Encodes months until none is left, or nobody listens.
+    async fn encode(&self, told: &Sender<Told>) -> Result<()> {
+        while let Some(month) = self.months.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            let batches = chunk::of_same_columns(month.clone(), &self.schema)?;
+            let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
+            // None is much smaller than the others, which a merge would take up again.
+            let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
+            for part in SortedRows::all(&batches, chunk_rows)? {
+                let chunk = Encoded::new(&stamped(&part?, self.xid)?, self.schema.version)?;
+                if !told.send(Told::Chunk(chunk)).await {
+                    return Ok(());
+                }
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The events with the id of the transaction that stores them.

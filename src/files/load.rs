@@ -1,19 +1,19 @@
 //! The load of files into a collection, in a worker.
 //!
-//! Outside of any transaction the files are read piece by piece and converted, on other threads ([`super::reading`]); what
-//! has been converted waits in memory until it is worth a transaction, which stores it as chunks of one month each and notes in the same breath how far the files
-//! are stored. A cancel or a crash loses what waits; the same call goes on from the note. New fields are registered before
-//! the data, in short transactions of their own.
+//! The files are read piece by piece, converted and parted by month on other threads ([`super::reading`]). What has been
+//! converted waits in memory until it is worth a transaction, which stores it as chunks of one month each and notes in the
+//! same breath how far the files are stored; the reading goes on meanwhile. A cancel or a crash loses what waits; the same
+//! call goes on from the note. New fields are registered before the data, in short transactions of their own.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::types::TimestampMicrosecondType;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch};
-use arrow::compute::{filter_record_batch, is_not_null, is_null};
+use arrow::array::{Array, AsArray, RecordBatch};
 use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
-use rakam_event::schema::{ID, RECEIVED_AT, Schema};
+use rakam_event::schema::{RECEIVED_AT, Schema};
 use rakam_event::types::FieldType;
 use rakam_event::{json, print};
 use rakam_files::convert::Converter;
@@ -27,7 +27,7 @@ use sha2::{Digest, Sha256};
 
 use super::chunks;
 use super::place::{Keep, Place};
-use super::reading::{self, Converted, Readers, Told};
+use super::reading::{self, Converted, Readers, Told, value_bytes};
 use crate::catalog::inbox::Entry;
 use crate::catalog::load::{self as note, Progress};
 use crate::catalog::projects::{self, Project};
@@ -42,9 +42,9 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, runtime, wait};
 
 /// Memory of converted events that makes a transaction worth while, in sizes of a flush: with history in any order it
-/// makes chunks of some ten thousand events of each month.
-const BUFFER_SIZES: usize = 4;
-const BUFFER_BYTES_MAX: usize = 256 << 20;
+/// makes chunks of some ten thousand events of each month. As much is read while it is stored.
+const BUFFER_SIZES: usize = 2;
+const BUFFER_BYTES_MAX: usize = 128 << 20;
 /// After so long what is there is stored, however little.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 /// A transaction is repeated so often when it met another one.
@@ -145,6 +145,8 @@ struct Load<'a> {
     project: ProjectRow,
     collection: Collection,
     fixed: bool,
+    /// All events went through the inbox when the load began.
+    is_mapped: bool,
     /// What has been told about values since the last store.
     log: Log,
     /// What is stored.
@@ -152,7 +154,7 @@ struct Load<'a> {
     /// Up to where the buffer reaches.
     read: Progress,
     /// By the schema of the batches: a field that came later may lie in `_extra` of those before it.
-    buffer: Vec<(Arc<Schema>, Vec<RecordBatch>)>,
+    buffer: Vec<(Arc<Schema>, Vec<Converted>)>,
     buffer_bytes: usize,
     last_store: Instant,
 }
@@ -188,6 +190,7 @@ impl<'a> Load<'a> {
         let converter = Converter::new(&schema, limits, request.admin);
         let load = Self {
             key,
+            is_mapped: mapper::applies(project.id, &collection.name)?,
             fixed: request.fixed,
             log: Log::default(),
             project,
@@ -223,6 +226,8 @@ impl<'a> Load<'a> {
             converter,
             time_past_us: self.project.time_past_us,
             time_future_us: self.project.time_future_us,
+            is_mapped: self.is_mapped,
+            room: buffer,
         };
         let mut port = reading::start(files, conversion, readers).map_err(Failure::Error)?;
         loop {
@@ -271,16 +276,15 @@ impl<'a> Load<'a> {
     }
 
     /// Takes a piece into the buffer.
-    fn take(&mut self, piece: Converted) {
+    fn take(&mut self, mut piece: Converted) {
         self.read.position = piece.after;
-        self.log.extend(piece.samples, piece.counts);
-        if piece.batch.num_rows() > 0 {
-            self.buffer_bytes += value_bytes(&piece.batch);
+        let samples = std::mem::take(&mut piece.samples);
+        self.log.extend(samples, std::mem::take(&mut piece.counts));
+        if piece.memory > 0 {
+            self.buffer_bytes += piece.memory;
             match self.buffer.last_mut() {
-                Some((last, batches)) if last.version == piece.schema.version => {
-                    batches.push(piece.batch);
-                }
-                _ => self.buffer.push((piece.schema, vec![piece.batch])),
+                Some((last, pieces)) if last.version == piece.schema.version => pieces.push(piece),
+                _ => self.buffer.push((Arc::clone(&piece.schema), vec![piece])),
             }
         }
     }
@@ -352,7 +356,7 @@ impl<'a> Load<'a> {
         )?;
         payer.quota.events_per_second = None;
         let is_mapped = mapper::applies(self.project.id, &collection.name)?;
-        for (schema, batches) in &self.buffer {
+        for (schema, pieces) in &self.buffer {
             let target = Target {
                 project_id: self.project.id,
                 collection_id: collection.id,
@@ -360,43 +364,38 @@ impl<'a> Load<'a> {
                 level: 0,
                 since_us: None,
             };
-            let mut plain = Vec::with_capacity(batches.len());
-            for batch in batches {
-                let (chunk, inbox) = roads(batch, is_mapped)?;
-                if let Some(rows) = inbox {
+            let mut months = BTreeMap::<i32, Vec<RecordBatch>>::new();
+            for piece in pieces {
+                let (mut chunks, mut inbox) = (piece.rows.months.clone(), Vec::new());
+                if let Some(rows) = &piece.rows.in_order {
+                    let (plain, others) = reading::roads(rows, is_mapped).map_err(arrow_failed)?;
+                    inbox.extend(others);
+                    if let Some(plain) = plain {
+                        chunks.extend(reading::by_month(&plain)?);
+                    }
+                }
+                if is_mapped {
+                    // Since after they were read.
+                    for (_, rows) in chunks.drain(..) {
+                        inbox.push(chunk::conform(&rows, &schema.arrow())?);
+                    }
+                }
+                for rows in inbox {
                     wait::check_interrupts();
                     stored += to_inbox(&payer, &collection, schema, &rows)?;
                 }
-                plain.extend(chunk);
+                for (month, rows) in chunks {
+                    months.entry(month).or_default().push(rows);
+                }
             }
-            let rows: usize = plain.iter().map(RecordBatch::num_rows).sum();
-            let bytes: usize = plain.iter().map(value_bytes).sum();
+            let plain = || months.values().flatten();
+            let rows: usize = plain().map(RecordBatch::num_rows).sum();
+            let bytes: usize = plain().map(value_bytes).sum();
             quota::charge_stored(&payer, rows as i64, bytes as i64)?;
             stored += rows as u64;
-            chunks::store(target, chunk::without_empty_columns(&plain)?, xid)?;
+            chunks::store(target, schema, months, xid)?;
         }
         Ok(stored)
-    }
-}
-
-/// The rows that become chunks, and those that go through the inbox.
-fn roads(
-    batch: &RecordBatch,
-    is_mapped: bool,
-) -> Result<(Option<RecordBatch>, Option<RecordBatch>)> {
-    let ids = batch.column_by_name(ID).filter(|ids| has_values(ids));
-    match ids {
-        _ if is_mapped => Ok((None, Some(batch.clone()))),
-        None => Ok((Some(batch.clone()), None)),
-        Some(ids) => {
-            let some = |mask: &BooleanArray| {
-                let part = filter_record_batch(batch, mask).map_err(arrow_failed)?;
-                Ok::<_, PgError>((part.num_rows() > 0).then_some(part))
-            };
-            let without = is_null(ids).map_err(arrow_failed)?;
-            let with = is_not_null(ids).map_err(arrow_failed)?;
-            Ok((some(&without)?, some(&with)?))
-        }
     }
 }
 
@@ -461,18 +460,6 @@ fn write_row(rows: &RecordBatch, schema: &Schema, row: usize, out: &mut String) 
     }
     out.push('}');
     Ok(())
-}
-
-/// About the memory of the columns that have values.
-fn value_bytes(batch: &RecordBatch) -> usize {
-    (batch.columns().iter())
-        .filter(|column| has_values(column))
-        .map(|column| column.get_array_memory_size())
-        .sum()
-}
-
-fn has_values(column: &ArrayRef) -> bool {
-    column.null_count() < column.len()
 }
 
 fn arrow_failed(error: arrow::error::ArrowError) -> PgError {

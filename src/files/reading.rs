@@ -1,28 +1,36 @@
-//! Files read and converted ahead of what is stored, on the engine's threads: one task reads pieces, one converts them.
+//! Files read and converted ahead of what is stored, on the engine's threads: one task reads pieces, one converts them and
+//! parts their events by month, while the load stores what came before.
 //!
-//! Both are bounded: a few pieces wait between them and before the load, then they wait, too. They end when nobody
-//! receives any more, wherever they wait.
+//! Both are bounded: what has been converted and is not stored yet has a place in memory ([`Conversion::room`]), and
+//! without one they wait. They end when nobody receives any more, wherever they wait.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, ArrayRef, BooleanArray, RecordBatch};
+use arrow::compute::{filter_record_batch, is_not_null, is_null};
+use arrow::error::ArrowError;
 use rakam_event::batch::{EventStamp, InvalidCount, InvalidValue};
-use rakam_event::schema::Schema;
+use rakam_event::schema::{ID, Schema};
 use rakam_event::types::FieldType;
 use rakam_files::FilesError;
 use rakam_files::convert::Converter;
 use rakam_files::locate::Found;
 use rakam_files::object::{Stop, blocking};
 use rakam_files::source::{self, Meter, Piece, Position, Spec};
-use tokio::sync::{mpsc, oneshot};
+use rakam_lake::error::LakeError;
+use rakam_lake::{backlog, chunk};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::task::block_in_place;
 
 use crate::pg::Result;
 use crate::pg::runtime::{self, Port, Runtime, Sender};
 
-/// Pieces that wait to be converted, and converted ones that wait for the load.
+/// Pieces that wait to be converted, and converted ones that wait for the load (of which their memory is the bound).
 const PIECES: usize = 1;
-const CONVERTED: usize = 2;
+const CONVERTED: usize = 256;
+/// Memory is counted in units of so many bytes.
+const ROOM_UNIT: usize = 4096;
 
 /// Ends the readers of its files when it is dropped.
 #[derive(Default)]
@@ -55,6 +63,10 @@ pub struct Conversion {
     /// The bounds of events' times, counted from now.
     pub time_past_us: i64,
     pub time_future_us: i64,
+    /// All rows go through the inbox.
+    pub is_mapped: bool,
+    /// Bytes that the load gathers before it stores them; as many may wait meanwhile.
+    pub room: usize,
 }
 
 /// What the load is told, in the order of the files.
@@ -72,13 +84,25 @@ pub enum Told {
 /// A piece of a file as events of the schema.
 pub struct Converted {
     pub schema: Arc<Schema>,
-    pub batch: RecordBatch,
+    pub rows: Parted,
+    /// About the memory of the rows.
+    pub memory: usize,
     pub samples: Vec<InvalidValue>,
     pub counts: Vec<InvalidCount>,
     /// Where in its file the next piece begins.
     pub after: Position,
     /// Bytes of all files that have been read.
     pub bytes: u64,
+    /// Its place in memory, until it is dropped.
+    _room: OwnedSemaphorePermit,
+}
+
+/// The events of a piece.
+pub struct Parted {
+    /// Those that go through the inbox, as the file has them.
+    pub in_order: Option<RecordBatch>,
+    /// Those that become chunks, by the first day of their month; without columns that the piece has no values of.
+    pub months: Vec<(i32, RecordBatch)>,
 }
 
 /// From the task that reads to the one that converts.
@@ -160,6 +184,11 @@ async fn read_all(
     Ok(())
 }
 
+/// Does long work without holding up the other tasks: the runtime has those that wait for this thread done by another.
+fn aside<T>(work: impl FnOnce() -> T) -> T {
+    block_in_place(work)
+}
+
 /// Converts pieces until there are no more, or nobody listens.
 async fn convert_all(
     conversion: Conversion,
@@ -171,7 +200,11 @@ async fn convert_all(
         mut converter,
         time_past_us,
         time_future_us,
+        is_mapped,
+        room,
     } = conversion;
+    let most = u32::try_from(room / ROOM_UNIT).unwrap_or(u32::MAX).max(1);
+    let free = Arc::new(Semaphore::new(2 * most as usize));
     let mut schema = Arc::new(converter.schema().clone());
     while let Some(read) = read.recv().await {
         let message = match read {
@@ -184,7 +217,7 @@ async fn convert_all(
                 declared,
                 bytes,
             } => {
-                let fields = converter.new_fields(&piece.rows, &declared);
+                let fields = aside(|| converter.new_fields(&piece.rows, &declared));
                 if !fields.is_empty() {
                     let (answer, answered) = oneshot::channel();
                     if !told.send(Told::NewFields(fields, answer)).await {
@@ -205,20 +238,32 @@ async fn convert_all(
                     // Known when the events are stored; after whatever was dropped before.
                     xid: i64::MAX,
                 };
-                match converter.convert(piece.rows, &names[file], &stamp) {
+                let converted = aside(|| {
+                    let (batch, refused) = converter.convert(piece.rows, &names[file], &stamp)?;
+                    Ok((part(&batch, is_mapped)?, refused))
+                });
+                match converted {
                     Err(error) => Told::Failed(error),
-                    Ok((batch, refused)) => {
+                    Ok((rows, refused)) => {
                         for bad in piece.bad.iter().chain(&refused) {
                             converter.log_bad(bad, &names[file], now);
                         }
                         let (samples, counts) = converter.take_log();
+                        let units = u32::try_from(rows.memory().div_ceil(ROOM_UNIT));
+                        let units = units.unwrap_or(most).min(most);
+                        // It is never closed.
+                        let Ok(room) = Arc::clone(&free).acquire_many_owned(units).await else {
+                            return;
+                        };
                         Told::Rows(Box::new(Converted {
                             schema: Arc::clone(&schema),
-                            batch,
+                            rows,
+                            memory: units as usize * ROOM_UNIT,
                             samples,
                             counts,
                             after: piece.after,
                             bytes,
+                            _room: room,
                         }))
                     }
                 }
@@ -229,6 +274,64 @@ async fn convert_all(
             return;
         }
     }
+}
+
+impl Parted {
+    fn memory(&self) -> usize {
+        let months = self.months.iter().map(|(_, rows)| rows);
+        months.chain(&self.in_order).map(value_bytes).sum()
+    }
+}
+
+/// Parts the rows of a piece.
+fn part(batch: &RecordBatch, is_mapped: bool) -> std::result::Result<Parted, FilesError> {
+    let (plain, in_order) =
+        roads(batch, is_mapped).map_err(|e| FilesError::Arrow(e.to_string()))?;
+    let months = match plain {
+        Some(rows) => by_month(&rows).map_err(|e| FilesError::Arrow(e.to_string()))?,
+        None => Vec::new(),
+    };
+    Ok(Parted { in_order, months })
+}
+
+/// Rows that become chunks, by the first day of their month.
+pub fn by_month(rows: &RecordBatch) -> std::result::Result<Vec<(i32, RecordBatch)>, LakeError> {
+    let mut months = Vec::new();
+    for lean in chunk::without_empty_columns(std::slice::from_ref(rows))? {
+        months.extend(backlog::by_month(&lean)?);
+    }
+    Ok(months)
+}
+
+/// The rows that become chunks, and those that go through the inbox: those with an `_id`, whose copies are to be found, and
+/// all where a mapper wants them.
+pub fn roads(
+    batch: &RecordBatch,
+    is_mapped: bool,
+) -> std::result::Result<(Option<RecordBatch>, Option<RecordBatch>), ArrowError> {
+    let some = |rows: RecordBatch| (rows.num_rows() > 0).then_some(rows);
+    if is_mapped {
+        return Ok((None, some(batch.clone())));
+    }
+    match batch.column_by_name(ID).filter(|ids| has_values(ids)) {
+        None => Ok((some(batch.clone()), None)),
+        Some(ids) => {
+            let part = |mask: &BooleanArray| filter_record_batch(batch, mask).map(some);
+            Ok((part(&is_null(ids)?)?, part(&is_not_null(ids)?)?))
+        }
+    }
+}
+
+/// About the memory of the columns that have values.
+pub fn value_bytes(batch: &RecordBatch) -> usize {
+    (batch.columns().iter())
+        .filter(|column| has_values(column))
+        .map(|column| column.get_array_memory_size())
+        .sum()
+}
+
+fn has_values(column: &ArrayRef) -> bool {
+    column.null_count() < column.len()
 }
 
 /// The clock in microseconds since 1970, without the server.

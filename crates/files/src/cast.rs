@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use arrow::array::builder::NullBufferBuilder;
 use arrow::array::types::{
     ArrowPrimitiveType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
     TimestampMicrosecondType,
@@ -203,6 +204,41 @@ fn cut(row: usize, raw: &str, bytes: usize, limit: usize) -> Note {
     }
 }
 
+/// A column of text as numbers or times at once; None where some value needs a look.
+fn common(texts: &StringArray, ty: FieldType, untyped: bool) -> Option<ArrayRef> {
+    Some(match ty {
+        FieldType::Float8 => Arc::new(parsed::<Float64Type>(texts, untyped, float)?),
+        FieldType::Int8 => Arc::new(parsed::<Int64Type>(texts, untyped, integer)?),
+        FieldType::Int4 => Arc::new(parsed::<Int32Type>(texts, untyped, |text| {
+            integer(text)?.try_into().ok()
+        })?),
+        FieldType::Date => Arc::new(parsed::<Date32Type>(texts, untyped, time::exact_date)?),
+        FieldType::Timestamptz => {
+            let times = parsed::<TimestampMicrosecondType>(texts, untyped, time::timestamp)?;
+            Arc::new(times.with_data_type(ty.arrow()))
+        }
+        _ => return None,
+    })
+}
+
+fn parsed<T: ArrowPrimitiveType>(
+    texts: &StringArray,
+    untyped: bool,
+    parse: impl Fn(&str) -> Option<T::Native>,
+) -> Option<PrimitiveArray<T>> {
+    let mut values = Vec::with_capacity(texts.len());
+    let mut valid = NullBufferBuilder::new(texts.len());
+    for text in texts {
+        let text = text.filter(|text| !(untyped && text.is_empty()));
+        valid.append(text.is_some());
+        values.push(match text {
+            Some(text) => parse(text)?,
+            None => T::Native::default(),
+        });
+    }
+    Some(PrimitiveArray::new(values.into(), valid.finish()))
+}
+
 /// A column of text. The common types are parsed directly; the rest goes through JSON.
 fn text_by_text(
     texts: &StringArray,
@@ -210,6 +246,13 @@ fn text_by_text(
     untyped: bool,
     max_string_bytes: usize,
 ) -> Result<Cast, EventError> {
+    if let Some(array) = common(texts, ty, untyped) {
+        return Ok(Cast {
+            array,
+            notes: Vec::new(),
+            refused: Vec::new(),
+        });
+    }
     let mut column = Column::new(&ty.arrow())?;
     let mut notes = Vec::new();
     let mut raw = String::new();
@@ -250,17 +293,7 @@ fn text_by_text(
 fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> Option<Value<'_>> {
     Some(match ty {
         FieldType::Text if text.len() <= max_string_bytes => Value::Text(Cow::Borrowed(text)),
-        FieldType::Float8 => {
-            // Short and plain numbers need none of the checks of `Number`.
-            if let Some(whole) = short_whole(text, 15) {
-                return Some(Value::Float8(whole as f64));
-            }
-            // Adding 0 makes -0 to 0.
-            let plain =
-                text.len() <= 15 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
-            let value: f64 = plain.then(|| text.parse().ok()).flatten()?;
-            Value::Float8(value + 0.0)
-        }
+        FieldType::Float8 => Value::Float8(float(text)?),
         FieldType::Int4 => Value::Int4(integer(text)?.try_into().ok()?),
         FieldType::Int8 => Value::Int8(integer(text)?),
         FieldType::Bool => match text {
@@ -275,6 +308,17 @@ fn parse(text: &str, ty: FieldType, untyped: bool, max_string_bytes: usize) -> O
         FieldType::Timestamptz => Value::Timestamptz(time::timestamp(text)?),
         _ => return None,
     })
+}
+
+/// Short and plain numbers need none of the checks of [`Number`].
+fn float(text: &str) -> Option<f64> {
+    if let Some(whole) = short_whole(text, 15) {
+        return Some(whole as f64);
+    }
+    let plain = text.len() <= 15 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-'));
+    let value: f64 = plain.then(|| text.parse().ok()).flatten()?;
+    // Adding 0 makes -0 to 0.
+    Some(value + 0.0)
 }
 
 fn integer(text: &str) -> Option<i64> {

@@ -22,9 +22,12 @@ pub struct CsvSource {
     window: Window,
     name: String,
     options: CsvOptions,
+    marks: Marks,
     /// None until the first record has told how many there are.
     schema: Option<SchemaRef>,
     position: Position,
+    /// Up to where the bytes are known to be UTF-8, counted as `position.byte`.
+    utf8_to: u64,
     max_record_bytes: usize,
 }
 
@@ -68,23 +71,52 @@ impl Record {
     }
 }
 
+/// The bytes that mean something outside of quotes, each eight times.
+#[derive(Debug, Clone, Copy)]
+struct Marks([u64; 4]);
+
+const ONES: u64 = u64::from_ne_bytes([1; 8]);
+const HIGH: u64 = u64::from_ne_bytes([0x80; 8]);
+
+impl Marks {
+    fn new(options: &CsvOptions) -> Self {
+        Self([options.delimiter, b'\n', b'\r', options.quote].map(|b| ONES * u64::from(b)))
+    }
+
+    /// How many bytes mean nothing but themselves: few, as cells go.
+    #[inline]
+    fn plain(&self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        while let Some(word) = bytes[at..].first_chunk() {
+            let word = u64::from_le_bytes(*word);
+            // The lowest bit that this leaves is in the first byte that is a mark.
+            let found = (self.0.iter())
+                .map(|mark| word ^ mark)
+                .fold(0, |found, x| found | x.wrapping_sub(ONES) & !x)
+                & HIGH;
+            if found != 0 {
+                return at + found.trailing_zeros() as usize / 8;
+            }
+            at += 8;
+        }
+        let is_mark = |b: &u8| self.0.contains(&(ONES * u64::from(*b)));
+        let rest = &bytes[at..];
+        at + rest.iter().position(is_mark).unwrap_or(rest.len())
+    }
+}
+
 /// Reads one record at the front of `bytes`: how many bytes it takes, its line end included. None: it does not end there
 /// (and more bytes may come).
 fn read_record(
     bytes: &[u8],
     ended: bool,
     options: &CsvOptions,
+    marks: Marks,
     record: &mut Record,
 ) -> Option<usize> {
     record.clear();
     let (delimiter, quote, escape) = (options.delimiter, options.quote, options.escape);
-    // How many bytes from here on mean nothing but themselves: few, as cells go.
-    let plain = |at: usize| {
-        let rest = &bytes[at..];
-        rest.iter()
-            .position(|&b| b == delimiter || b == b'\n' || b == b'\r' || b == quote)
-            .unwrap_or(rest.len())
-    };
+    let plain = |at: usize| marks.plain(&bytes[at..]);
     let mut at = 0;
     loop {
         // At the beginning of a cell.
@@ -211,9 +243,11 @@ impl CsvSource {
         let mut source = Self {
             window: Window::new(open(0)?, name),
             name: name.to_owned(),
+            marks: Marks::new(&options),
             options,
             schema: None,
             position: Position::default(),
+            utf8_to: 0,
             max_record_bytes: spec.max_record_bytes,
         };
         source.read_head()?;
@@ -274,7 +308,8 @@ impl CsvSource {
     fn read(&mut self, record: &mut Record) -> Result<usize, FilesError> {
         loop {
             let ended = self.window.ended();
-            if let Some(length) = read_record(self.window.bytes(), ended, &self.options, record) {
+            let bytes = self.window.bytes();
+            if let Some(length) = read_record(bytes, ended, &self.options, self.marks, record) {
                 return Ok(length);
             }
             if self.window.bytes().len() > self.max_record_bytes {
@@ -286,6 +321,17 @@ impl CsvSource {
             }
             self.window.fill()?;
         }
+    }
+
+    /// Whether the first `length` bytes of the window are UTF-8. Looks at all of them at once.
+    fn is_utf8(&mut self, length: usize) -> bool {
+        let end = self.position.byte + length as u64;
+        if self.utf8_to < end {
+            let bytes = self.window.bytes();
+            let valid = std::str::from_utf8(bytes).map_or_else(|e| e.valid_up_to(), str::len);
+            self.utf8_to = self.position.byte + valid as u64;
+        }
+        self.utf8_to >= end
     }
 
     fn advance(&mut self, length: usize) {
@@ -316,6 +362,7 @@ impl Source for CsvSource {
                 continue;
             }
             let length = self.read(&mut record)?;
+            let is_utf8 = self.is_utf8(length);
             let line = self.position.line + 1;
             let raw = &self.window.bytes()[..length];
             let found = record.cells.len();
@@ -327,7 +374,7 @@ impl Source for CsvSource {
                     let error =
                         format!("record of {length} bytes is over the limit of {limit} bytes");
                     bad.push(BadRow::new(line, raw, error));
-                } else if std::str::from_utf8(raw).is_err() {
+                } else if !is_utf8 {
                     bad.push(BadRow::new(line, raw, "invalid UTF-8 text"));
                 } else {
                     let null = self.options.null.as_bytes();

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::RecordBatch;
+use arrow::array::{RecordBatch, UInt32Array};
+use arrow::compute::take_record_batch;
 
 use crate::error::LakeError;
-use crate::period::{MICROS_PER_DAY, Period};
+use crate::period::{MICROS_PER_DAY, Period, day_of};
 use crate::sort::SortedRows;
 
 /// A flush makes coarser periods of finer ones rather than write more small files than this.
@@ -241,9 +242,38 @@ impl Iterator for Months<'_> {
     }
 }
 
+/// The rows of a batch by the first day of their month, each month's in the order of `_time`. No memory is shared between
+/// months, so that one may go before the other.
+pub fn by_month(batch: &RecordBatch) -> Result<Vec<(i32, RecordBatch)>, LakeError> {
+    let failed = |e| LakeError::encode("rows by month", e);
+    let times = crate::sort::times(batch)?;
+    let month = |time: i64| Period::Month.around(day_of(time)).0;
+    if times.is_sorted()
+        && let (Some(&first), Some(&last)) = (times.first(), times.last())
+        && last < month_end_us(first)
+    {
+        return Ok(vec![(month(first), batch.clone())]);
+    }
+    let mut rows: Vec<(i64, u32)> = times.iter().copied().zip(0..).collect();
+    rows.sort_unstable();
+    let mut months = Vec::new();
+    let mut rest = &rows[..];
+    while let Some(&(first, _)) = rest.first() {
+        let end_us = month_end_us(first);
+        let (part, after) = rest.split_at(rest.partition_point(|&(time, _)| time < end_us));
+        let part = UInt32Array::from_iter_values(part.iter().map(|&(_, row)| row));
+        months.push((
+            month(first),
+            take_record_batch(batch, &part).map_err(failed)?,
+        ));
+        rest = after;
+    }
+    Ok(months)
+}
+
 /// The first microsecond after the month of a time.
 fn month_end_us(time_us: i64) -> i64 {
-    let last_day = Period::Month.around(crate::period::day_of(time_us)).1;
+    let last_day = Period::Month.around(day_of(time_us)).1;
     (i64::from(last_day) + 1).saturating_mul(MICROS_PER_DAY)
 }
 
@@ -372,5 +402,21 @@ mod tests {
         let whole = concat_batches(&schema.arrow(), &batches).unwrap();
         let split = concat_batches(&schema.arrow(), &parts).unwrap();
         assert_eq!(split, crate::sort::by_time(&whole).unwrap());
+
+        let months = by_month(&whole).unwrap();
+        let first_days: Vec<i32> = months.iter().map(|(first_day, _)| *first_day).collect();
+        assert!(first_days.len() > 1 && first_days.is_sorted_by(|a, b| a < b));
+        for (first_day, rows) in &months {
+            let times = crate::sort::times(rows).unwrap();
+            assert!(
+                times
+                    .iter()
+                    .all(|t| Period::Month.around(day_of(*t)).0 == *first_day)
+            );
+            assert_eq!(by_month(rows).unwrap(), [(*first_day, rows.clone())]);
+        }
+        let months: Vec<RecordBatch> = months.into_iter().map(|(_, rows)| rows).collect();
+        assert_eq!(concat_batches(&schema.arrow(), &months).unwrap(), split);
+        assert!(by_month(&whole.slice(0, 0)).unwrap().is_empty());
     }
 }

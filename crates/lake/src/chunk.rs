@@ -372,6 +372,24 @@ pub fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>
         .collect()
 }
 
+/// Batches of [`without_empty_columns`] with the same columns: all that any of them has. `schema` is that which they had.
+pub fn of_same_columns(
+    batches: Vec<RecordBatch>,
+    schema: &EventSchema,
+) -> Result<Vec<RecordBatch>, LakeError> {
+    let Some((first, others)) = batches.split_first() else {
+        return Ok(batches);
+    };
+    if others.iter().all(|batch| batch.schema() == first.schema()) {
+        return Ok(batches);
+    }
+    let full = schema.arrow();
+    let has = |name: &str| batches.iter().any(|b| b.schema().index_of(name).is_ok());
+    let (kept, _): (Vec<_>, Vec<_>) = full.fields().iter().cloned().partition(|f| has(f.name()));
+    let common = Arc::new(Schema::new(kept));
+    batches.iter().map(|b| conform(b, &common)).collect()
+}
+
 /// A batch with the columns of the target schema: by field id, missing ones NULL.
 pub fn conform(batch: &RecordBatch, target: &SchemaRef) -> Result<RecordBatch, LakeError> {
     let schema = batch.schema();

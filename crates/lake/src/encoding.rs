@@ -15,6 +15,7 @@ use arrow::datatypes::{
     DataType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
     TimestampMicrosecondType,
 };
+use foldhash::fast::RandomState;
 use parquet::basic::{Compression, Encoding};
 use parquet::errors::ParquetError;
 
@@ -139,7 +140,7 @@ pub fn leaf(column: &ArrayRef) -> (ArrayRef, &'static [&'static str]) {
 
 /// Counts different values, and how fast new ones come.
 struct Distinct<T> {
-    seen: HashSet<T>,
+    seen: HashSet<T, RandomState>,
     n: usize,
     total: usize,
     at_half: usize,
@@ -148,7 +149,7 @@ struct Distinct<T> {
 impl<T: Hash + Eq> Distinct<T> {
     fn new(total: usize) -> Self {
         Self {
-            seen: HashSet::new(),
+            seen: HashSet::default(),
             n: 0,
             total,
             at_half: 0,

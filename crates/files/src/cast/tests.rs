@@ -242,3 +242,32 @@ fn times_of_events() {
     let ms = Arc::new(Int64Array::from(vec![1_715_932_800_000])) as ArrayRef;
     assert_eq!(seen(&ms), [(0, Some(us))]);
 }
+
+/// A column at once is what its cells are one by one, as beside one that needs a look.
+#[test]
+fn common_cells_are_the_same_at_once_and_alone() {
+    let cells = [
+        (
+            FieldType::Float8,
+            vec!["0", "-0", "12.50", "-3", "999999999999999", ""],
+        ),
+        (FieldType::Int8, vec!["0", "-7", "9223372036854775807", ""]),
+        (FieldType::Int4, vec!["2147483647", "-2147483648", ""]),
+        (FieldType::Date, vec!["2024-02-29", "0001-01-01", ""]),
+        (
+            FieldType::Timestamptz,
+            vec!["2024-05-17 08:00:00.25+02", "2024-05-17", ""],
+        ),
+    ];
+    for (ty, cells) in cells {
+        let whole = StringArray::from_iter(cells.iter().map(|c| Some(*c)).chain([None]));
+        let odd = StringArray::from_iter(whole.iter().chain([Some("odd")]));
+        let (at_once, none) = shown(Arc::new(whole.clone()), ty, true);
+        let (alone, notes) = shown(Arc::new(odd), ty, true);
+        assert_eq!(at_once, alone[..whole.len()], "as {ty}");
+        assert_eq!((none.len(), notes.len()), (0, 1));
+        assert_eq!(at_once[cells.len() - 1..], ["null", "null"]);
+        // Without a type of their own empty texts are nothing; with one they are no numbers.
+        assert_eq!(shown(Arc::new(whole), ty, false).1.len(), 1);
+    }
+}

@@ -159,3 +159,49 @@ fn an_endless_record_is_an_error() {
         Err("54000")
     );
 }
+
+/// Whatever lies around them, and however long the cells are.
+#[test]
+fn marks_are_found_at_every_place() {
+    let marks = Marks::new(
+        &spec(r#"{"delimiter": ";", "quote": "'"}"#)
+            .options
+            .csv("x.csv")
+            .unwrap(),
+    );
+    for filler in [b'a', b'\0', b'\t', b':', b'<', 0x7f, 0x80, 0xbb, 0xff] {
+        for length in 0..40 {
+            let mut bytes = vec![filler; length];
+            assert_eq!(marks.plain(&bytes), length);
+            for mark in *b";'\r\n" {
+                for at in 0..length {
+                    bytes[at] = mark;
+                    assert_eq!(marks.plain(&bytes), at);
+                    bytes[at..].reverse();
+                    let first = bytes.iter().position(|&b| b == mark);
+                    assert_eq!(Some(marks.plain(&bytes)), first);
+                    bytes.fill(filler);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_bytes_are_told_of_their_own_record() {
+    let mut content = b"a,b\n".to_vec();
+    for n in 0..40_000 {
+        content.extend_from_slice(format!("{n},\u{e4}\u{20ac}\n").as_bytes());
+        if n % 9_999 == 5 {
+            content.extend_from_slice(b"x,\xff\n");
+        }
+    }
+    let (rows, bad) = shown(&content, "{}");
+    assert_eq!(rows.len(), 40_000);
+    assert_eq!(rows[39_999], "40005: 39999|\u{e4}\u{20ac}");
+    let lines = [8, 10_008, 20_008, 30_008];
+    assert_eq!(bad.len(), lines.len());
+    for (bad, line) in bad.iter().zip(lines) {
+        assert_eq!(bad, &format!("{line}: invalid UTF-8 text"));
+    }
+}

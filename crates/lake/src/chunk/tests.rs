@@ -216,6 +216,24 @@ fn columns_without_values_are_left_out() {
         used
     );
     assert!(without_empty_columns(&[]).unwrap().is_empty());
+
+    // Batches that are lean each for itself get the columns of all.
+    let lean = |batch: &RecordBatch| without_empty_columns(std::slice::from_ref(batch)).unwrap();
+    let bare = only(&[TIME, RECEIVED_AT, XID]);
+    let parts = [lean(&bare), lean(&used), lean(&bare)].concat();
+    let same = of_same_columns(parts, &schema).unwrap();
+    assert_eq!(
+        same.iter().map(RecordBatch::schema).collect::<Vec<_>>(),
+        vec![lean(&used)[0].schema(); 3]
+    );
+    for (batch, whole) in same.iter().zip([&bare, &used, &bare]) {
+        assert_eq!(&conform(batch, &schema.arrow()).unwrap(), whole);
+    }
+    let parts = [lean(&bare), lean(&extra)].concat();
+    let same = of_same_columns(parts, &schema).unwrap();
+    assert_eq!(same[0].num_columns(), 4 + users);
+    assert_eq!(same[1], lean(&extra)[0]);
+    assert!(of_same_columns(Vec::new(), &schema).unwrap().is_empty());
 }
 
 #[test]
