@@ -47,6 +47,8 @@ pub struct Converter {
     arrow: SchemaRef,
     limits: Limits,
     may_set_received_at: bool,
+    /// By type, as long as there has been need of it.
+    nulls: HashMap<DataType, ArrayRef>,
     log: Log,
 }
 
@@ -57,6 +59,7 @@ impl Converter {
             arrow: schema.arrow(),
             limits,
             may_set_received_at,
+            nulls: HashMap::new(),
             log: Log::default(),
         }
     }
@@ -311,13 +314,14 @@ impl Converter {
             .iter()
             .enumerate()
             .map(|(position, field)| match field.name().as_str() {
-                TIME => timestamps(&times),
-                RECEIVED_AT => timestamps(&received),
+                TIME => timestamps(std::mem::take(&mut times)),
+                RECEIVED_AT => timestamps(std::mem::take(&mut received)),
                 XID => Arc::new(Int64Array::from_value(stamp.xid, rows)),
+                EXTRA if making.extra.is_empty() => nulls(&mut self.nulls, &DataType::Utf8, rows),
                 EXTRA => making.extra_column(rows),
                 _ => match fields.get_mut(position).and_then(Option::take) {
                     Some(array) => array,
-                    None => new_null_array(field.data_type(), rows),
+                    None => nulls(&mut self.nulls, field.data_type(), rows),
                 },
             })
             // An element's id is in the schema's type only.
@@ -396,11 +400,20 @@ fn failed(error: EventError) -> FilesError {
     FilesError::Arrow(error.to_string())
 }
 
-fn timestamps(values: &[i64]) -> ArrayRef {
-    Arc::new(
-        TimestampMicrosecondArray::from(values.to_vec())
-            .with_data_type(FieldType::Timestamptz.arrow()),
-    )
+fn timestamps(values: Vec<i64>) -> ArrayRef {
+    Arc::new(TimestampMicrosecondArray::from(values).with_data_type(FieldType::Timestamptz.arrow()))
+}
+
+/// An array of NULLs; batches share those that they have in common, most of which no row will ever fill.
+fn nulls(known: &mut HashMap<DataType, ArrayRef>, ty: &DataType, rows: usize) -> ArrayRef {
+    match known.get(ty) {
+        Some(nulls) if nulls.len() >= rows => nulls.slice(0, rows),
+        _ => {
+            let nulls = new_null_array(ty, rows);
+            known.insert(ty.clone(), Arc::clone(&nulls));
+            nulls
+        }
+    }
 }
 
 /// The array under a type that differs in the metadata of its element only.
@@ -565,9 +578,6 @@ impl Making {
     }
 
     fn extra_column(&mut self, rows: usize) -> ArrayRef {
-        if self.extra.is_empty() {
-            return new_null_array(&DataType::Utf8, rows);
-        }
         let mut builder = StringBuilder::new();
         let mut next = 0;
         for (&row, writer) in &mut self.extra {
