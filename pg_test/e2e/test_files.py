@@ -236,6 +236,56 @@ def test_ids_and_mappers_take_the_inbox(db, lake, folder):
     assert db.admin.execute(found.format("mapped")).fetchone() == (300, 75, float(sum(range(300)) * 2), 300)
 
 
+def test_a_mapper_that_comes_while_a_load_waits_to_store(db, lake, folder):
+    """Its rows are parted by month already, without the columns that none of them has."""
+    path = folder / "late_mapper.csv"
+    path.write_text("_time,n,empty\n" + "".join(f"2025-{n % 12 + 1:02}-01,{n},\n" for n in range(300)))
+    db.admin.execute(
+        "CREATE FUNCTION acme.late(event jsonb) RETURNS jsonb IMMUTABLE LANGUAGE sql AS $$ SELECT event || '{\"late\": true}' $$"
+    )
+    db.admin.execute("SELECT rakam.create_collection('acme', 'late_mapper')")
+    db.configure(failpoint="load.before_store=sleep(120000)")
+    try:
+        _, thread, outcome = in_background(db, lambda s: load(s, "late_mapper", path))
+        # Its columns are registered by the conversion of the rows that wait now.
+        wait_until(lambda: "n" in types(db, "late_mapper"), "the load")
+        db.admin.execute("SELECT rakam.set_mapper('acme', 'late_mapper', 'acme.late(jsonb)')")
+    finally:
+        db.configure(failpoint=None)
+    thread.join(60)
+    assert outcome == [300]
+    db.tick()
+    assert db.admin.execute(
+        "SELECT count(*), sum(n)::int, count(*) FILTER (WHERE late), count(DISTINCT _time) FROM acme.late_mapper"
+    ).fetchone() == (300, sum(range(300)), 300, 12)
+
+
+def test_files_of_one_load_have_columns_of_their_own(db, lake, folder):
+    """What only some pieces have meets in the chunks of a month, also beside an `_extra`."""
+    own = folder / "own"
+    own.mkdir()
+    (own / "a.csv").write_text("_time,both,only_a\n2025-01-01,1,x\n2025-02-01,2,y\n")
+    (own / "b.csv").write_text("_time,both,only_b\n2025-01-02,3,4\n2025-03-01,5,6\n")
+    (own / "c.ndjson").write_text(
+        json.dumps({"_time": "2025-01-03", "both": "misfit", "only_b": 7}) + "\n" + json.dumps({"_time": "2025-02-02"})
+    )
+    (own / "d.csv").write_text("_time,only_a\n2025-03-02,z\n")
+    assert load(db.admin, "own", f"file://{own}/*") == 7
+    rows = """SELECT _time::date::text, both, only_a, only_b, _extra->>'both' FROM acme.own ORDER BY _time"""
+    expected = [
+        ("2025-01-01", 1, "x", None, None),
+        ("2025-01-02", 3, None, 4, None),
+        ("2025-01-03", None, None, 7, "misfit"),
+        ("2025-02-01", 2, "y", None, None),
+        ("2025-02-02", None, None, None, None),
+        ("2025-03-01", 5, None, 6, None),
+        ("2025-03-02", None, "z", None, None),
+    ]
+    assert db.all(rows) == expected
+    db.flush(PROJECT, "own")
+    assert db.all(rows) == expected
+
+
 def test_a_fixed_schema_and_the_audit_log(db, lake, folder):
     path = folder / "fixed.csv"
     path.write_text("n,extra\n1,x\n")

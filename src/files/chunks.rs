@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::{Int64Array, RecordBatch};
 use rakam_event::schema::{Schema, XID};
+use rakam_lake::backlog::Months;
 use rakam_lake::chunk;
-use rakam_lake::sort::SortedRows;
 
 use crate::ingest::append::{self, Encoded, Target};
 use crate::pg::runtime::{self, Runtime, Sender};
@@ -34,7 +34,7 @@ struct Work {
     xid: i64,
 }
 
-/// Stores the events of batches of a schema, which are of one month each and in the order of `_time`, with the id of this
+/// Stores the events of batches of a schema, which [`rakam_lake::backlog::by_month`] has parted, with the id of this
 /// transaction.
 pub fn store(
     target: Target,
@@ -86,7 +86,7 @@ impl Work {
             let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
             // None is much smaller than the others, which a merge would take up again.
             let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
-            for part in SortedRows::all(&batches, chunk_rows)? {
+            for part in Months::new(&batches, chunk_rows)? {
                 let chunk = Encoded::new(&stamped(&part?, self.xid)?, self.schema.version)?;
                 if !told.send(Told::Chunk(chunk)).await {
                     return Ok(());

@@ -18,8 +18,9 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
 use crate::tiers::delete;
 
-/// A chunk with at least so many rows is not merged any more.
+/// A chunk with at least so many rows, or bytes, is not merged any more.
 const SMALL_ROWS: i32 = 20_000;
+const SMALL_BYTES: i32 = 512 << 10;
 /// So many small chunks of a level make a merge worth while.
 const FAN_IN: usize = 8;
 /// The same for row chunks, which are opened faster and are merged into columns soon.
@@ -173,7 +174,8 @@ fn choose(chunks: &[ChunkRow]) -> Option<Choice<'_>> {
             let mut months = BTreeMap::<Option<i32>, Vec<&ChunkRow>>::new();
             for chunk in chunks
                 .iter()
-                .filter(|c| c.format == format && c.level == level && c.n < SMALL_ROWS)
+                .filter(|c| c.format == format && c.level == level)
+                .filter(|c| c.n < SMALL_ROWS && c.bytes < SMALL_BYTES)
             {
                 months.entry(month(chunk)).or_default().push(chunk);
             }
@@ -252,6 +254,9 @@ mod tests {
         chunks.push(chunk(Rows, 499, 1));
         assert_eq!(chosen(&chunks), Some((Rows, 0, ROWS_FAN_IN + 1)));
         assert_eq!(chosen(&vec![chunk(Arrow, SMALL_ROWS, 0); 20]), None);
+        let mut wide = chunk(Arrow, 600, 0);
+        wide.bytes = SMALL_BYTES;
+        assert_eq!(chosen(&vec![wide; 20]), None);
         // Chunks of one month keep to themselves.
         let mut history = vec![chunk(Arrow, 600, 0); FAN_IN];
         history[0].min_time_us = i64::from(31) * MICROS_PER_DAY;

@@ -242,8 +242,11 @@ impl Iterator for Months<'_> {
     }
 }
 
+/// A batch is parted into at most so many: each part has columns of its own, however few its rows.
+const PARTS: usize = 512;
+
 /// The rows of a batch by the first day of their month, each month's in the order of `_time`. No memory is shared between
-/// months, so that one may go before the other.
+/// the parts, so that one may go before the other. Rows of more than [`PARTS`] months are put together under the first.
 pub fn by_month(batch: &RecordBatch) -> Result<Vec<(i32, RecordBatch)>, LakeError> {
     let failed = |e| LakeError::encode("rows by month", e);
     let times = crate::sort::times(batch)?;
@@ -256,17 +259,27 @@ pub fn by_month(batch: &RecordBatch) -> Result<Vec<(i32, RecordBatch)>, LakeErro
     }
     let mut rows: Vec<(i64, u32)> = times.iter().copied().zip(0..).collect();
     rows.sort_unstable();
-    let mut months = Vec::new();
+    let mut lengths = Vec::new();
     let mut rest = &rows[..];
     while let Some(&(first, _)) = rest.first() {
         let end_us = month_end_us(first);
-        let (part, after) = rest.split_at(rest.partition_point(|&(time, _)| time < end_us));
-        let part = UInt32Array::from_iter_values(part.iter().map(|&(_, row)| row));
-        months.push((
-            month(first),
-            take_record_batch(batch, &part).map_err(failed)?,
-        ));
+        let length = rest.partition_point(|&(time, _)| time < end_us);
+        lengths.push(length);
+        rest = &rest[length..];
+    }
+    let together = lengths.len().div_ceil(PARTS).max(1);
+    let mut months = Vec::with_capacity(lengths.len() / together + 1);
+    let mut rest = &rows[..];
+    for lengths in lengths.chunks(together) {
+        let (part, after) = rest.split_at(lengths.iter().sum());
         rest = after;
+        if let Some(&(first, _)) = part.first() {
+            let rows = UInt32Array::from_iter_values(part.iter().map(|&(_, row)| row));
+            months.push((
+                month(first),
+                take_record_batch(batch, &rows).map_err(failed)?,
+            ));
+        }
     }
     Ok(months)
 }
@@ -418,5 +431,21 @@ mod tests {
         let months: Vec<RecordBatch> = months.into_iter().map(|(_, rows)| rows).collect();
         assert_eq!(concat_batches(&schema.arrow(), &months).unwrap(), split);
         assert!(by_month(&whole.slice(0, 0)).unwrap().is_empty());
+
+        // Months beyond counting share parts, in order all the same.
+        let times: Vec<i64> = (0..2000)
+            .map(|n| n * 7919 % 2000 * 32 * MICROS_PER_DAY)
+            .collect();
+        let times = arrow::array::TimestampMicrosecondArray::from(times);
+        let column = schema.arrow().index_of("_time").unwrap();
+        let many = batch(&schema, 2000, &mut rng);
+        let mut columns = many.columns().to_vec();
+        columns[column] =
+            std::sync::Arc::new(times.with_data_type(columns[column].data_type().clone()));
+        let many = RecordBatch::try_new(many.schema(), columns).unwrap();
+        let (_, parts): (Vec<i32>, Vec<_>) = by_month(&many).unwrap().into_iter().unzip();
+        assert_eq!(parts.len(), 500);
+        let together = concat_batches(&schema.arrow(), &parts).unwrap();
+        assert_eq!(together, crate::sort::by_time(&many).unwrap());
     }
 }
