@@ -264,14 +264,14 @@ def test_files_of_one_load_have_columns_of_their_own(db, lake, folder):
     """What only some pieces have meets in the chunks of a month, also beside an `_extra`."""
     own = folder / "own"
     own.mkdir()
-    (own / "a.csv").write_text("_time,both,only_a\n2025-01-01,1,x\n2025-02-01,2,y\n")
-    (own / "b.csv").write_text("_time,both,only_b\n2025-01-02,3,4\n2025-03-01,5,6\n")
+    (own / "a.csv").write_text("_time,shared,only_a\n2025-01-01,1,x\n2025-02-01,2,y\n")
+    (own / "b.csv").write_text("_time,shared,only_b\n2025-01-02,3,4\n2025-03-01,5,6\n")
     (own / "c.ndjson").write_text(
-        json.dumps({"_time": "2025-01-03", "both": "misfit", "only_b": 7}) + "\n" + json.dumps({"_time": "2025-02-02"})
+        json.dumps({"_time": "2025-01-03", "shared": "misfit", "only_b": 7}) + "\n" + json.dumps({"_time": "2025-02-02"})
     )
     (own / "d.csv").write_text("_time,only_a\n2025-03-02,z\n")
     assert load(db.admin, "own", f"file://{own}/*") == 7
-    rows = """SELECT _time::date::text, both, only_a, only_b, _extra->>'both' FROM acme.own ORDER BY _time"""
+    rows = """SELECT _time::date::text, shared, only_a, only_b, _extra->>'shared' FROM acme.own ORDER BY _time"""
     expected = [
         ("2025-01-01", 1, "x", None, None),
         ("2025-01-02", 3, None, 4, None),

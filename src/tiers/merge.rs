@@ -20,7 +20,7 @@ use crate::tiers::delete;
 
 /// A chunk with at least so many rows, or bytes, is not merged any more.
 const SMALL_ROWS: i32 = 20_000;
-const SMALL_BYTES: i32 = 512 << 10;
+const SMALL_BYTES: i32 = 256 << 10;
 /// So many small chunks of a level make a merge worth while.
 const FAN_IN: usize = 8;
 /// The same for row chunks, which are opened faster and are merged into columns soon.
