@@ -175,8 +175,8 @@ impl std::ops::AddAssign for Flushed {
 fn bounds() -> Bounds {
     let target_bytes = guc::target_file_bytes() as u64;
     Bounds {
-        // Files of half the target are no small files: a step need not take more for one period.
-        step_bytes: (guc::flush_size_bytes() as u64).max(target_bytes / 2),
+        // In memory the rows of a chunk take several times as much.
+        step_bytes: (guc::flush_size_bytes() as u64).max(target_bytes / 4),
         target_bytes,
         min_file_events: guc::min_file_events(),
     }

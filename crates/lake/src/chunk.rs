@@ -1,7 +1,7 @@
 //! A chunk: one batch of events as an Arrow IPC stream (LZ4), sealed with a checksum.
 //!
 //! Layout: magic `RKC1`, checksum, schema version (i32 LE), then the stream: one schema message with field ids, one
-//! record batch. Decoding reads the two messages itself, so that a projection decompresses only its own columns.
+//! record batch, its numbers and times in as few bytes as they need ([`crate::narrow`]). Decoding reads the two messages itself, so that a projection decompresses only its own columns.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use rakam_event::schema::{
 
 use crate::error::LakeError;
 use crate::row_chunk::Rows;
-use crate::seal;
+use crate::{narrow, seal};
 
 const MAGIC: [u8; 4] = *b"RKC1";
 const WHAT: &str = "chunk";
@@ -142,14 +142,15 @@ pub struct ChunkInfo {
 /// Encodes a batch that follows `rakam_event::schema::Schema::arrow`.
 pub fn encode(batch: &RecordBatch, schema_version: i32) -> Result<Vec<u8>, LakeError> {
     let failed = |e| LakeError::encode(WHAT, e);
-    let mut buffer = seal::start(4 + batch.get_array_memory_size() / 2);
+    let mut buffer = seal::start(4 + batch.get_array_memory_size() / 4);
     buffer.extend_from_slice(&schema_version.to_le_bytes());
     let options = IpcWriteOptions::default()
         .try_with_compression(Some(CompressionType::LZ4_FRAME))
         .map_err(failed)?;
+    let batch = narrow::narrow(batch).map_err(failed)?;
     let mut writer =
         StreamWriter::try_new_with_options(buffer, &batch.schema(), options).map_err(failed)?;
-    writer.write(batch).map_err(failed)?;
+    writer.write(&batch).map_err(failed)?;
     let buffer = writer.into_inner().map_err(failed)?;
     if buffer.len() > MAX_BYTES {
         return Err(LakeError::TooLarge {
@@ -208,10 +209,10 @@ fn decode_stream(stream: Buffer, field_ids: Option<&[i32]>) -> Result<RecordBatc
         .map(|end| stream.slice_with_length(position, end - position))
         .ok_or_else(|| LakeError::corrupt(WHAT, "truncated body"))?;
     let bytes = check_buffers(batch, &body)?;
-    // Every event has a time, of eight bytes: without buffers for them there cannot be as many rows, which Arrow believes
-    // of a schema without columns, and for which columns of NULLs would be made.
+    // Every event has a time, of a byte at least: without buffers for them there cannot be as many rows, which Arrow
+    // believes of a schema without columns, and for which columns of NULLs would be made.
     let rows = u64::try_from(batch.length()).ok();
-    if rows.is_none_or(|rows| rows > bytes / 8 || rows > i32::MAX as u64) {
+    if rows.is_none_or(|rows| rows > bytes || rows > i32::MAX as u64) {
         return Err(LakeError::corrupt(WHAT, "impossible number of rows"));
     }
 
@@ -228,6 +229,7 @@ fn decode_stream(stream: Buffer, field_ids: Option<&[i32]>) -> Result<RecordBatc
         &message.version(),
     )
     .map_err(|e| LakeError::corrupt(WHAT, e))
+    .and_then(narrow::widen)
 }
 
 /// The metadata of the next message; `position` moves behind it, to the message's body.
