@@ -39,7 +39,7 @@ use crate::ingest::quota;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, failpoint, guc, runtime, wait};
+use crate::pg::{PgError, Result, failpoint, guc, memory, runtime, wait};
 
 /// Memory of converted events that makes a transaction worth while, in sizes of a flush: with history in any order it
 /// makes chunks of some ten thousand events of each month. As much is read while it is stored.
@@ -78,6 +78,7 @@ pub fn run(
     request: &Request,
     make_ready: impl FnOnce(i32) -> std::result::Result<(), Failure>,
 ) -> std::result::Result<u64, Failure> {
+    memory::keep_freed();
     let spec = spec(request).map_err(Failure::Error)?;
     let readers = Readers::default();
     let files = find(&request.place, &readers)?;

@@ -9,7 +9,6 @@ use pgrx::{pg_guard, pg_sys};
 use crate::catalog::job;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::exit;
-use crate::pg::memory;
 use crate::pg::shared;
 use crate::pg::xact::{self, Failure};
 use crate::tiers::gc::{self, Asked};
@@ -104,7 +103,6 @@ fn launch(
 pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     let database = pg_sys::Oid::from(argument.value() as u32);
     bgworker::begin(Some(database));
-    memory::keep_freed();
     let extra = bgworker::extra();
     let mut numbers = extra
         .chunks_exact(4)

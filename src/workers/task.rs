@@ -15,7 +15,6 @@ use crate::catalog::retention::Keep;
 use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
-use crate::pg::memory;
 use crate::pg::spi::{self, View, arg};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, wait};
@@ -218,7 +217,6 @@ fn ensure_not_in_the_way(worker: i32) -> Result<()> {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn rakam_task_main(argument: pg_sys::Datum) {
     bgworker::begin(Some(pg_sys::Oid::from(argument.value() as u32)));
-    memory::keep_freed();
     let extra = bgworker::extra();
     let number = u32::from_ne_bytes([extra[0], extra[1], extra[2], extra[3]]);
     let Some(block) = xact::plain(|| Block::attach(number).inspect(Block::pin)) else {
