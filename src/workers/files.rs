@@ -19,7 +19,8 @@ use crate::pg::{ErrorReport, PgError, not_null, security};
 /// where it was.
 /// SQL: `rakam.copy_from(project text, collection text, url text, format text, options jsonb)`.
 /// Errors: 42501 no right to write or to the files, 22023 unknown format, option or path, 58P01 no such file, 22P04 a file
-/// is not of its format, 0A000 a kind of storage that has no files, 53000 no worker slot.
+/// is not of its format, 0A000 a kind of storage that has no files, 58030 a bucket that is away or a file that was changed
+/// meanwhile, 53000 no worker slot.
 #[pg_extern(sql = "
 CREATE FUNCTION rakam.copy_from(project text, collection text, url text, format text DEFAULT NULL, options jsonb DEFAULT '{}')
 RETURNS bigint LANGUAGE c VOLATILE PARALLEL UNSAFE
