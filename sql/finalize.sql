@@ -46,3 +46,11 @@ COMMENT ON FUNCTION rakam.map_user_agent(jsonb) IS 'Mapper: browser, browser_ver
 COMMENT ON FUNCTION rakam.map_referrer(jsonb) IS 'Mapper: referrer_host, referrer_medium, referrer_term by _referrer';
 COMMENT ON FUNCTION rakam.map_geoip(jsonb) IS 'Mapper: country, region, city by _ip, from rakam.geoip_database';
 COMMENT ON FUNCTION rakam.map_session(jsonb[]) IS 'Mapper of batches: _session_id where it is missing';
+COMMENT ON FUNCTION rakam.tick() IS 'One round of all background work, now';
+COMMENT ON FUNCTION rakam.flush(text, text) IS 'Writes everything committed so far to data files (NULL: of all that one may); gives what it wrote';
+COMMENT ON FUNCTION rakam.create_collection(text, text) IS 'Makes the table of a collection ahead of its first event';
+COMMENT ON FUNCTION rakam.add_field(text, text, text, text) IS 'Declares a field and its type ahead of its first value';
+COMMENT ON FUNCTION rakam.delete_events(text, text, text) IS 'Deletes the events for which a condition is true, in every tier; returns how many';
+COMMENT ON FUNCTION rakam.copy_from(text, text, text, text, jsonb) IS 'Loads files into a collection; returns the events stored';
+COMMENT ON FUNCTION rakam.copy_to(text, text, text, text) IS 'Writes the result of a query to a file; returns the rows';
+COMMENT ON FUNCTION rakam.health() IS 'One look at everything: what is well, what is not, and what to do about it';

@@ -98,6 +98,7 @@ COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a membe
 COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
 COMMENT ON VIEW rakam.collections IS 'Collections of one''s projects';
 COMMENT ON VIEW rakam.fields IS 'Fields of the collections of one''s projects, without the system fields';
+COMMENT ON VIEW rakam.attached IS 'Tables of foreign files attached to one''s projects';
 COMMENT ON VIEW rakam.schema_versions IS 'Versions of the schemas of one''s projects'' collections, as Avro';
 COMMENT ON VIEW rakam.data_files IS 'Parquet objects in which one''s projects'' events lie';
 COMMENT ON VIEW rakam.invalid_value IS 'Samples of values that did not fit their field; count is exact per field and day';

@@ -248,3 +248,13 @@ def test_hanging_client_does_not_stop_the_server(cluster, db):
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: pid not in cluster.processes(), "the end of the session")
     assert db.one("SELECT count(*) FROM stopping.c") == 5_000
+
+
+def test_everything_that_users_see_is_described(db):
+    undescribed = db.all(
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'rakam'::regnamespace"
+        " AND obj_description(oid, 'pg_proc') IS NULL UNION ALL"
+        " SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'rakam'::regnamespace AND relkind = 'v'"
+        " AND obj_description(oid, 'pg_class') IS NULL"
+    )
+    assert undescribed == []
