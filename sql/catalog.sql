@@ -258,7 +258,7 @@ CREATE TABLE rakam_internal.hot_chunk (
   created_xid    xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
   created_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   format         text COLLATE "C" NOT NULL DEFAULT 'arrow' CHECK (format IN ('arrow', 'rows')),
-  data           bytea NOT NULL                          -- Arrow IPC stream, crates/lake `chunk.rs`; JSON text, `row_chunk.rs`
+  data           bytea NOT NULL                          -- columns, crates/lake `chunk.rs`; JSON text, `row_chunk.rs`
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50, vacuum_truncate = off,
         toast.autovacuum_vacuum_scale_factor = 0, toast.autovacuum_vacuum_threshold = 500, toast.vacuum_truncate = off);
 ALTER TABLE rakam_internal.hot_chunk ALTER COLUMN data SET STORAGE EXTERNAL;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import zlib
 from datetime import UTC, datetime
 
 import psycopg
@@ -410,6 +411,48 @@ def test_isolation_levels(db, keys, session, level):
 
 
 # -- kinds of statements -------------------------------------------------------------------------------------------------
+
+
+NUMBERED = """SELECT i AS n, (i / 100.0)::numeric(10,2) AS price, CASE WHEN i % 3 > 0 THEN i / 8.0::float8 END AS ratio,
+    CASE WHEN i % 5 > 0 THEN ARRAY['t' || i, NULL] END AS tags, jsonb_build_object('i', i) AS doc,
+    CASE WHEN i % 7 > 0 THEN repeat('w' || i, i % 20) END AS word FROM generate_series(1, 9000) i"""
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        NUMBERED,
+        f"SELECT * FROM ({NUMBERED}) q ORDER BY word, n",
+        "SELECT * FROM stored",
+        "SELECT n + 1, price, ratio, tags, doc, word || n FROM stored",
+        f"SELECT s.n, q.price, q.ratio, s.tags, q.doc, s.word FROM stored s LEFT JOIN ({NUMBERED}) q USING (n)",
+    ],
+    ids=["computed", "sorted", "stored", "changed", "joined"],
+)
+def test_rows_of_a_query_are_what_it_gives(session, keys, db, query):
+    """Their values are taken over as they are, from wherever the query has them, in more than one part of a chunk."""
+    table = make(db, f"q{zlib.crc32(query.encode())}", WIDE)
+    columns = ", ".join(WIDE)
+    # Some texts are compressed, some stored apart.
+    session.execute(
+        f"CREATE TEMP TABLE stored ON COMMIT DROP AS SELECT n, price, ratio, tags, doc,"
+        f" CASE n % 1000 WHEN 1 THEN repeat('long', 5000)"
+        f"   WHEN 2 THEN (SELECT string_agg(md5(n::text || k), '') FROM generate_series(1, 200) k) ELSE word END AS word"
+        f" FROM ({NUMBERED}) q"
+    )
+    session.execute(f"CREATE TEMP TABLE given ({', '.join(f'{n} {t}' for n, t in WIDE.items())}) ON COMMIT DROP")
+    for target in (table, "given"):
+        session.execute(f"INSERT INTO {target} ({columns}) {query}")
+    assert tiers(session, table)["chunks"] == (1, 9000)
+    assert difference(session, table, "given", columns) == []
+
+
+def test_a_view_checks_each_row(session, table):
+    session.execute(f"CREATE VIEW checked AS SELECT * FROM {table} WHERE n > 0 WITH CHECK OPTION")
+    session.execute("INSERT INTO checked (n) SELECT generate_series(1, 600)")
+    assert count(session, table) == 600
+    with pytest.raises(psycopg.errors.WithCheckOptionViolation):
+        session.execute("INSERT INTO checked (n) SELECT generate_series(5, -5, -1)")
 
 
 def test_returning(admin, table):

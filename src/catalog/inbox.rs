@@ -121,7 +121,7 @@ pub fn append(entry: &Entry<'_>) -> Result<()> {
 }
 
 /// A value that is not NULL, in the current memory context.
-fn datum(value: impl IntoDatum) -> Datum {
+pub(super) fn datum(value: impl IntoDatum) -> Datum {
     value.into_datum().unwrap_or(Datum::null())
 }
 

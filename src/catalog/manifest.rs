@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
 use rakam_lake::period::{Period, day_of};
 
-use super::deletion;
+use super::{deletion, inbox};
+use crate::pg::bytea::Bytea;
+use crate::pg::locks::{self, Mode};
 use crate::pg::spi::{self, View, arg, xid8};
-use crate::pg::{PgError, Result, xact};
+use crate::pg::{Datum, PG_EPOCH_US, PgError, Result, heap, relation, xact};
 
 /// A hot chunk without its bytes.
 #[derive(Debug, Clone)]
@@ -38,7 +40,7 @@ pub struct NewChunk<'a> {
     pub info: &'a ChunkInfo,
     /// None: now.
     pub created_at_us: Option<i64>,
-    pub data: &'a [u8],
+    pub data: &'a Bytea,
 }
 
 /// A data file of the manifest.
@@ -117,30 +119,42 @@ pub fn chunk_data(view: View, chunk_id: i64) -> Result<Option<Vec<u8>>> {
     )
 }
 
-pub fn add_chunk(chunk: &NewChunk<'_>) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.hot_chunk
-           (project_id, collection_id, schema_version, n, bytes, min_time, max_time, level, has_extra, min_xid, max_xid,
-            data, format, created_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, coalesce($14, pg_catalog.clock_timestamp()))",
+/// Stores a chunk, below the executor: a plan would copy its bytes for each of its own steps.
+pub fn add_chunk(chunk: &NewChunk<'_>) {
+    let oid = |name| relation::oid("rakam_internal", name);
+    let table = oid("hot_chunk");
+    locks::relation(table, Mode::RowExclusive);
+    let id = heap::nextval(oid("hot_chunk_chunk_id"));
+    let time = |unix_us: i64| Datum::from(unix_us - PG_EPOCH_US);
+    let ChunkInfo {
+        n,
+        min_time_us,
+        max_time_us,
+        min_xid,
+        max_xid,
+        has_extra,
+    } = *chunk.info;
+    heap::insert(
+        table,
         &[
-            arg(chunk.project_id),
-            arg(chunk.collection_id),
-            arg(chunk.schema_version),
-            arg(chunk.info.n as i32),
-            arg(chunk.data.len() as i32),
-            spi::timestamptz(chunk.info.min_time_us),
-            spi::timestamptz(chunk.info.max_time_us),
-            arg(chunk.level),
-            arg(chunk.info.has_extra),
-            xid8(chunk.info.min_xid as u64),
-            xid8(chunk.info.max_xid as u64),
-            arg(chunk.data),
-            arg(chunk.format.as_str()),
-            spi::timestamptz_or_null(chunk.created_at_us),
+            Datum::from(id),
+            Datum::from(chunk.project_id),
+            Datum::from(chunk.collection_id),
+            Datum::from(chunk.schema_version),
+            Datum::from(n as i32),
+            Datum::from(chunk.data.as_bytes().len() as i32),
+            time(min_time_us),
+            time(max_time_us),
+            Datum::from(chunk.level),
+            Datum::from(has_extra),
+            Datum::from(min_xid),
+            Datum::from(max_xid),
+            Datum::from(xact::top_xid()),
+            time(chunk.created_at_us.unwrap_or_else(xact::now_us)),
+            inbox::datum(chunk.format.as_str()),
+            chunk.data.datum(),
         ],
-    )?;
-    Ok(())
+    );
 }
 
 /// Deletes chunks by id, with what is known of their deleted rows; the caller compares the number.

@@ -14,26 +14,33 @@ use std::rc::{Rc, Weak};
 use rakam_event::batch::{BatchBuilder, EventStamp, Layout};
 use rakam_event::entry::{self, Limits};
 use rakam_event::schema::Schema;
+use rakam_lake::chunk::Writer;
 
 use super::row::{self, Datums, Filler, Row, Target};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
-use crate::ingest::append::{self, append};
+use crate::ingest::append::{self, Encoded};
 use crate::ingest::mapper::{self, Shape};
 use crate::ingest::quota;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::{PgError, Result, wait, xact};
+use crate::pg::{PgError, Result, spare, wait, xact};
 
 /// A statement that stores fewer rows leaves them to the digest, which makes one chunk of many statements.
 const FIRST_ROWS: usize = 512;
 /// So much JSON gathers before it goes to the inbox, or is taken for the start of a large statement.
 const LINES_BYTES: usize = 1 << 20;
-/// A chunk is written at this many rows or bytes in memory; it takes about a third of them in the table.
+/// A chunk is written at this many rows or bytes of values; it takes about a third of them in the table.
 const CHUNK_ROWS: usize = 1 << 16;
 const CHUNK_BYTES: usize = 16 << 20;
+/// So many rows or bytes of values are put into columns before they are encoded: few enough for the processor's cache, and for
+/// the allocator to use the same memory for the next ones.
+const PART_ROWS: usize = 1 << 12;
+const PART_BYTES: usize = 2 << 20;
+/// What a chunk takes most often.
+const BUFFER_BYTES: usize = 1 << 20;
 /// What all buffers of a statement may hold; growing ones take up to twice as much. Above it the largest one is written.
 const STATEMENT_BYTES: usize = 48 << 20;
 /// What a column of a chunk in the making takes before its first value, and about what a NULL takes of it.
@@ -67,8 +74,17 @@ struct Chunk {
     /// Of the targets' fields in the schema.
     positions: Vec<usize>,
     filler: Filler,
-    /// None: no row has come since the last chunk was written.
+    /// None: no row has come since the last part was encoded.
     builder: Option<BatchBuilder>,
+    /// Parts before that; None: there are none since the last chunk was written.
+    parts: Option<Parts>,
+}
+
+/// Encoded parts of a chunk.
+struct Parts {
+    writer: Writer,
+    /// Of the values, before they were encoded.
+    bytes: usize,
 }
 
 /// JSON of events, one a line, by their time of receipt: each time becomes an inbox row.
@@ -112,7 +128,7 @@ impl Buffer {
         if let Road::Chunks(chunk) = &mut self.road
             && let Some(time_us) = chunk.fill(targets, datums, &stamp, &self.limits)?
         {
-            if chunk.is_full() {
+            if chunk.grow()? {
                 self.write_chunk()?;
             }
             return Ok(time_us);
@@ -140,7 +156,7 @@ impl Buffer {
                 row.check_size(targets, &self.limits)?;
                 let row = row.typed(&chunk.positions);
                 chunk.builder(&self.limits)?.push_values(row, &stamp)?;
-                if chunk.is_full() {
+                if chunk.grow()? {
                     self.write_chunk()?;
                 }
             }
@@ -179,6 +195,7 @@ impl Buffer {
                 filler: Filler::new(targets, &positions),
                 positions,
                 builder: None,
+                parts: None,
             })),
         };
         let Road::First(first) = std::mem::replace(&mut self.road, road) else {
@@ -241,31 +258,25 @@ impl Buffer {
         let Road::Chunks(chunk) = &mut self.road else {
             return Ok(());
         };
-        let Some(builder) = chunk.builder.take() else {
+        let schema_version = chunk.schema.version;
+        let Some(Parts { writer, bytes }) = chunk.finish()? else {
             return Ok(());
         };
-        let schema_version = chunk.schema.version;
         wait::check_interrupts();
         // There is no JSON: of these events the values count.
-        let (rows, bytes) = (builder.rows() as i64, builder.bytes() as i64);
-        let built = builder.finish()?;
-        if !built.invalid_counts.is_empty() {
-            return Err(PgError::internal(
-                "a row of a chunk has a value to be logged",
-            ));
-        }
-        quota::charge_stored(&*self.charged()?, rows, bytes)?;
+        quota::charge_stored(&*self.charged()?, writer.rows() as i64, bytes as i64)?;
         let _owner = ActAs::owner();
-        append(
-            append::Target {
+        if let Some(chunk) = Encoded::of(writer)? {
+            let target = append::Target {
                 project_id: self.project.id,
                 collection_id: self.collection.id,
                 schema_version,
                 level: 0,
                 since_us: None,
-            },
-            &built.batch,
-        )
+            };
+            append::append_encoded(target, chunk);
+        }
+        Ok(())
     }
 
     /// The project whose quota counts.
@@ -312,16 +323,61 @@ impl Chunk {
         begun(&mut self.builder, &self.schema, limits)
     }
 
-    fn is_full(&self) -> bool {
-        let rows = self.builder.as_ref().map_or(0, BatchBuilder::rows);
-        rows >= CHUNK_ROWS || self.bytes() >= CHUNK_BYTES
+    /// Encodes what is enough for a part; whether all of it is enough for a chunk.
+    fn grow(&mut self) -> Result<bool> {
+        let Some(builder) = &self.builder else {
+            return Ok(false);
+        };
+        let (rows, bytes) = (builder.rows(), builder.bytes());
+        if rows < PART_ROWS && self.values_bytes(rows, bytes) < PART_BYTES {
+            return Ok(false);
+        }
+        self.encode_part()?;
+        Ok(self.parts.as_ref().is_some_and(|parts| {
+            let rows = parts.writer.rows();
+            rows >= CHUNK_ROWS || self.values_bytes(rows, parts.bytes) >= CHUNK_BYTES
+        }))
     }
 
+    /// All that has gathered, encoded. None: nothing has.
+    fn finish(&mut self) -> Result<Option<Parts>> {
+        self.encode_part()?;
+        Ok(self.parts.take())
+    }
+
+    fn encode_part(&mut self) -> Result<()> {
+        let Some(builder) = self.builder.take() else {
+            return Ok(());
+        };
+        let bytes = builder.bytes();
+        let built = builder.finish()?;
+        if !built.invalid_counts.is_empty() {
+            return Err(PgError::internal(
+                "a row of a chunk has a value to be logged",
+            ));
+        }
+        let parts = self.parts.get_or_insert_with(|| Parts {
+            writer: Writer::new(spare::take(BUFFER_BYTES), self.schema.version),
+            bytes: 0,
+        });
+        parts.writer.add(&built.batch)?;
+        parts.bytes += bytes;
+        Ok(())
+    }
+
+    /// About what values of so many bytes take as columns of so many rows.
+    fn values_bytes(&self, rows: usize, bytes: usize) -> usize {
+        bytes + self.schema.fields.len() * rows * NULL_BYTES
+    }
+
+    /// About the bytes of memory that it takes.
     fn bytes(&self) -> usize {
-        self.builder.as_ref().map_or(0, |builder| {
-            builder.bytes()
-                + self.schema.fields.len() * (COLUMN_BYTES + builder.rows() * NULL_BYTES)
-        })
+        let builder = self.builder.as_ref().map_or(0, |builder| {
+            self.schema.fields.len() * COLUMN_BYTES
+                + self.values_bytes(builder.rows(), builder.bytes())
+        });
+        let parts = self.parts.as_ref().map_or(0, |parts| parts.writer.bytes());
+        builder + parts
     }
 }
 

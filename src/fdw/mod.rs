@@ -8,7 +8,8 @@
 //!   at that, [`unique`] which events of the tail are copies
 //! - [`files`]: what a scan of attached files reads
 //! - [`tuples`]: Arrow columns as datums
-//! - [`modify`]: INSERT and COPY; [`row`] reads a row, [`bulk`] is where rows gather and are stored
+//! - [`modify`]: INSERT and COPY; [`slot`] is how rows of a query come, [`row`] reads a row, [`bulk`] is where rows gather and
+//!   are stored
 //! - [`explain`]: what EXPLAIN says
 //! - [`identity`]: scans that tell which stored row each row is, for deletion
 //!
@@ -33,6 +34,7 @@ mod plan;
 mod row;
 mod scan;
 mod shippable;
+mod slot;
 mod tiers;
 mod translate;
 mod tuples;

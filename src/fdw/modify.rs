@@ -6,7 +6,8 @@
 //! stored can be changed.
 //!
 //! There are no callbacks for batches of rows: Postgres would copy each row into one, and what is wrong with a row
-//! would be told of the line of a COPY where its batch ended. Each row goes into the buffer's columns at once instead.
+//! would be told of the line of a COPY where its batch ended. Each row goes into the buffer's columns at once instead,
+//! and comes as it is ([`super::slot`]).
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -18,6 +19,7 @@ use super::bulk::{Buffer, Statement};
 use super::node;
 use super::options;
 use super::row::{self, Datums, Target};
+use super::slot;
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::error::OrRaise;
 use crate::pg::security::{self, ActAs};
@@ -40,6 +42,8 @@ struct Insert {
     buffer: Rc<RefCell<Buffer>>,
     /// A trigger may look for a row as soon as it was inserted: nothing is kept back.
     write_through: bool,
+    /// The first row is still to come.
+    is_at_start: bool,
     /// Scratch, emptied after each row.
     memory: pg_sys::MemoryContext,
 }
@@ -196,6 +200,7 @@ unsafe fn start(estate: *mut pg_sys::EState, target: *mut pg_sys::ResultRelInfo)
             buffer: statement.join(buffer),
             statement,
             write_through: has_after_triggers(target),
+            is_at_start: true,
             memory,
         };
         let insert = PgMemoryContexts::For(query).leak_and_drop_on_delete(insert);
@@ -238,7 +243,7 @@ unsafe fn effective_user(
 
 #[pg_guard]
 pub unsafe extern "C-unwind" fn insert(
-    _estate: *mut pg_sys::EState,
+    estate: *mut pg_sys::EState,
     target: *mut pg_sys::ResultRelInfo,
     slot: *mut pg_sys::TupleTableSlot,
     _plan_slot: *mut pg_sys::TupleTableSlot,
@@ -257,6 +262,12 @@ pub unsafe extern "C-unwind" fn insert(
         }
         if wants_row(target) {
             state.complete(slot, time_us, received_at_us);
+        }
+        if state.is_at_start {
+            state.is_at_start = false;
+            if is_looked_at_here_only(target) {
+                slot::pass_values(estate, target);
+            }
         }
         slot
     }
@@ -287,6 +298,18 @@ unsafe fn has_after_triggers(target: *mut pg_sys::ResultRelInfo) -> bool {
             .into_iter()
             .filter_map(|target| target.as_ref()?.ri_TrigDesc.as_ref())
             .any(|triggers| triggers.trig_insert_after_row || triggers.trig_insert_after_statement)
+    }
+}
+
+/// Whether rows are for the insert callback alone: no triggers, nothing computed from a row. Known from the first row on.
+unsafe fn is_looked_at_here_only(target: *mut pg_sys::ResultRelInfo) -> bool {
+    // SAFETY: the executor's own structures.
+    unsafe {
+        let constraints = (*(*(*target).ri_RelationDesc).rd_att).constr;
+        (*target).ri_TrigDesc.is_null()
+            && (*target).ri_RootResultRelInfo.is_null()
+            && !wants_row(target)
+            && (constraints.is_null() || !(*constraints).has_generated_stored)
     }
 }
 

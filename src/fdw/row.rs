@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::ffi::CStr;
 
 use pgrx::{FromDatum, pg_sys, varlena};
-use rakam_event::batch::{BatchBuilder, EventStamp, TypedRow};
+use rakam_event::batch::TypedRow;
 use rakam_event::coerce::Value;
 use rakam_event::column::Plain;
 use rakam_event::entry::{self, Limits};
@@ -21,6 +21,10 @@ use rakam_event::types::FieldType;
 use super::columns::Column;
 use super::values::PG_EPOCH_DAYS;
 use crate::pg::{PG_EPOCH_US, PgError, Result};
+
+mod fill;
+
+pub use fill::Filler;
 
 /// A value other than text takes at most so many bytes of JSON.
 const PLAIN_JSON_BYTES: usize = 48;
@@ -130,13 +134,18 @@ impl Datums {
     }
 
     /// The datum of a target; None: NULL.
-    #[inline(always)]
     fn get(&self, target: &Target) -> Option<pg_sys::Datum> {
+        self.at(target.attribute)
+    }
+
+    /// The datum of a target's attribute; None: NULL.
+    #[inline(always)]
+    fn at(&self, attribute: usize) -> Option<pg_sys::Datum> {
         // SAFETY: as promised to `new`.
         unsafe {
-            match *self.nulls.add(target.attribute) {
+            match *self.nulls.add(attribute) {
                 true => None,
-                false => Some(*self.values.add(target.attribute)),
+                false => Some(*self.values.add(attribute)),
             }
         }
     }
@@ -189,105 +198,6 @@ pub fn read<'a>(
         }
     }
     Ok(row)
-}
-
-/// How rows go from their datums into the columns of a chunk.
-pub struct Filler {
-    /// Targets and their positions among the chunk's fields: values that are known to go into the column,
-    plain: Vec<(usize, usize)>,
-    /// and what has to be looked at first.
-    looked: Vec<(usize, usize)>,
-    /// At least the bytes of an event's JSON, without its texts.
-    json_bytes_max: usize,
-}
-
-impl Filler {
-    /// `positions` are those of the targets' fields in the chunk's schema.
-    pub fn new(targets: &[Target], positions: &[usize]) -> Self {
-        let (plain, looked) = positions
-            .iter()
-            .copied()
-            .enumerate()
-            .partition(|(index, _)| {
-                let target = &targets[*index];
-                target.role == Role::Field && target.ty.is_some_and(is_by_value)
-            });
-        Self {
-            plain,
-            looked,
-            json_bytes_max: targets
-                .iter()
-                .fold(2, |sum, target| sum + target.json_bytes_max()),
-        }
-    }
-
-    /// Appends a row; answers its `_time`. None: it may have to go another way, nothing was appended.
-    pub fn fill(
-        &self,
-        targets: &mut [Target],
-        datums: &Datums,
-        builder: &mut BatchBuilder,
-        stamp: &EventStamp,
-        limits: &Limits,
-    ) -> Result<Option<i64>> {
-        let mut values = Vec::with_capacity(self.looked.len());
-        let mut bytes = self.json_bytes_max;
-        let (mut time_us, mut object) = (stamp.received_at_us, None);
-        for &(index, position) in &self.looked {
-            let target = &mut targets[index];
-            let Some(datum) = datums.get(target) else {
-                continue;
-            };
-            match target.role {
-                Role::Time => {
-                    time_us = timestamp(target, datum)?;
-                    if !stamp.takes(time_us) {
-                        return Ok(None);
-                    }
-                }
-                Role::ReceivedAt => {}
-                Role::Extra => {
-                    // SAFETY: the datum is of the target's type.
-                    let text = unsafe { extra(target, datum)? };
-                    bytes += text.len();
-                    object = Some(text);
-                }
-                Role::Id => return Ok(None),
-                Role::Field => {
-                    // SAFETY: the datum is of the target's type.
-                    let Some(value) = (unsafe { value(target, datum)? }) else {
-                        continue;
-                    };
-                    if !is_plain(&value, target.ty, limits.max_string_bytes) {
-                        return Ok(None);
-                    }
-                    bytes += text_bytes_max(&value);
-                    values.push((position, value));
-                }
-            }
-        }
-        if bytes > limits.max_event_bytes || !builder.has_room(bytes) {
-            return Ok(None);
-        }
-        for &(index, position) in &self.plain {
-            let target = &targets[index];
-            if let Some(datum) = datums.get(target)
-                && let Some(ty) = target.ty
-            {
-                // SAFETY: the datum is of the target's type.
-                let value = unsafe { by_value(target, ty, datum)? };
-                builder.put(position, value);
-            }
-        }
-        for (position, value) in values {
-            match value {
-                Value::Text(text) => builder.put_text(position, &text),
-                other => builder.put_value(position, other),
-            }
-        }
-        builder.end_row(object, time_us, stamp);
-        Ok(Some(time_us))
-    }
 }
 
 impl<'a> Row<'a> {
@@ -462,17 +372,21 @@ unsafe fn element<'a>(target: &Target, ty: FieldType, datum: pg_sys::Datum) -> R
 
 /// The text of a datum; a copy of one that is compressed or stored apart is in the current memory context.
 unsafe fn text<'a>(datum: pg_sys::Datum) -> &'a str {
+    // SAFETY: a text datum that is not NULL.
+    unsafe {
+        text_in_place(datum).unwrap_or_else(|| <&str>::from_datum(datum, false).unwrap_or_default())
+    }
+}
+
+/// The text of a datum, unless it is compressed or stored apart. A call into the server costs more than most texts.
+#[inline(always)]
+unsafe fn text_in_place<'a>(datum: pg_sys::Datum) -> Option<&'a str> {
     let value = datum.cast_mut_ptr::<pg_sys::varlena>();
     // SAFETY: a text datum that is not NULL, of a database whose encoding is UTF-8, as CREATE EXTENSION makes sure.
-    // Looked at here because a call into the server costs more than most texts.
     unsafe {
         let is_plain = varlena::varatt_is_4b_u(value)
             || varlena::varatt_is_1b(value) && !varlena::varatt_is_1b_e(value);
-        if is_plain {
-            varlena::text_to_rust_str_unchecked(value)
-        } else {
-            <&str>::from_datum(datum, false).unwrap_or_default()
-        }
+        is_plain.then(|| varlena::text_to_rust_str_unchecked(value))
     }
 }
 

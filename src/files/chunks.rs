@@ -69,7 +69,7 @@ pub fn store(
     while tasks > 0 {
         wait::check_interrupts();
         match port.receive() {
-            Some(Told::Chunk(chunk)) => append::append_encoded(target, &chunk)?,
+            Some(Told::Chunk(chunk)) => append::append_encoded(target, chunk),
             Some(Told::Failed(error)) => return Err(error),
             Some(Told::End) => tasks -= 1,
             None => return Err(PgError::internal("the encoding of chunks ended early")),
@@ -87,8 +87,9 @@ impl Work {
             // None is much smaller than the others, which a merge would take up again.
             let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
             for part in Months::new(&batches, chunk_rows)? {
-                let chunk = Encoded::new(&stamped(&part?, self.xid)?, self.schema.version)?;
-                if !told.send(Told::Chunk(chunk)).await {
+                if let Some(chunk) = Encoded::new(&stamped(&part?, self.xid)?, self.schema.version)?
+                    && !told.send(Told::Chunk(chunk)).await
+                {
                     return Ok(());
                 }
             }

@@ -1,7 +1,7 @@
 //! The one door into the hot tier: events become a chunk, in the caller's transaction.
 
 use arrow::array::RecordBatch;
-use rakam_lake::chunk::{self, ChunkFormat, ChunkInfo};
+use rakam_lake::chunk::{ChunkFormat, ChunkInfo, Writer};
 use rakam_lake::error::LakeError;
 use rakam_lake::row_chunk::Rows;
 
@@ -20,42 +20,51 @@ pub struct Target {
     pub since_us: Option<i64>,
 }
 
-/// A batch as a chunk that is not stored yet. Made without the server, on any thread.
+/// A chunk that is not stored yet. Made without the server, on any thread.
 pub struct Encoded {
     info: ChunkInfo,
     data: Vec<u8>,
 }
 
 impl Encoded {
-    /// Of a batch with events. Columns without values are left out.
-    pub fn new(batch: &RecordBatch, schema_version: i32) -> std::result::Result<Self, LakeError> {
-        let info = chunk::info(batch)?;
-        let lean = chunk::without_empty_columns(std::slice::from_ref(batch))?;
-        let data = chunk::encode(lean.first().unwrap_or(batch), schema_version)?;
-        Ok(Self { info, data })
+    /// Of a batch. Columns without values are left out. None: it has no events.
+    pub fn new(
+        batch: &RecordBatch,
+        schema_version: i32,
+    ) -> std::result::Result<Option<Self>, LakeError> {
+        let mut writer = Writer::new(Vec::new(), schema_version);
+        writer.add(batch)?;
+        Self::of(writer)
+    }
+
+    /// Of what was written. None: no events.
+    pub fn of(writer: Writer) -> std::result::Result<Option<Self>, LakeError> {
+        let made = writer.finish()?;
+        Ok(made.map(|(info, data)| Self { info, data }))
     }
 }
 
 /// Stores a batch of the collection's stored layout (`Schema::arrow`).
 pub fn append(target: Target, batch: &RecordBatch) -> Result<()> {
-    if batch.num_rows() == 0 {
-        return Ok(());
+    if let Some(chunk) = Encoded::new(batch, target.schema_version)? {
+        append_encoded(target, chunk);
     }
-    append_encoded(target, &Encoded::new(batch, target.schema_version)?)
+    Ok(())
 }
 
 /// Stores a chunk of the target's schema version.
-pub fn append_encoded(target: Target, chunk: &Encoded) -> Result<()> {
-    insert(target, ChunkFormat::Arrow, &chunk.info, &chunk.data)
+pub fn append_encoded(target: Target, chunk: Encoded) {
+    insert(target, ChunkFormat::Arrow, &chunk.info, chunk.data);
 }
 
 /// Stores a few events as text. `info` is that of the batch they make, every one of them.
 pub fn append_rows(target: Target, info: &ChunkInfo, rows: &Rows) -> Result<()> {
     let data = rows.encode(target.schema_version)?;
-    insert(target, ChunkFormat::Rows, info, &data)
+    insert(target, ChunkFormat::Rows, info, data);
+    Ok(())
 }
 
-fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: &[u8]) -> Result<()> {
+fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: Vec<u8>) {
     failpoint::hit("append.before_insert");
     manifest::add_chunk(&NewChunk {
         project_id: target.project_id,
@@ -65,6 +74,6 @@ fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: &[u8]) ->
         format,
         info,
         created_at_us: target.since_us,
-        data,
-    })
+        data: &data.into(),
+    });
 }

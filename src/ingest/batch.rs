@@ -14,7 +14,7 @@ use super::quota;
 use crate::catalog::inbox::{Entry, Payload};
 use crate::catalog::projects::{self, Project};
 use crate::pg::bytea::Bytea;
-use crate::pg::jsonb::JsonbText;
+use crate::pg::jsonb::{JsonbEvents, JsonbText};
 use crate::pg::record::Record;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View, arg};
@@ -56,11 +56,11 @@ LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn collect_batch_jsonb(
     project: Option<&str>,
-    events: Option<JsonbText>,
+    events: Option<JsonbEvents>,
     api: default!(Option<JsonbText>, "NULL"),
 ) -> std::result::Result<Record, ErrorReport> {
     let project = writable_project(not_null(project, "project")?)?;
-    let events = not_null(events, "events")?.0;
+    let events = not_null(events, "events")?;
     Ok(store(&project, Events::Jsonb(&events), api)?)
 }
 
@@ -89,16 +89,16 @@ fn collect_batch_with_key(
 #[derive(Clone, Copy)]
 enum Events<'a> {
     Text(&'a str),
-    Jsonb(&'a str),
+    Jsonb(&'a JsonbEvents),
 }
 
 fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Result<Record> {
     let received_at_us = xact::now_us();
     let api = Api::parse(api.as_ref().map(|api| api.0.as_str()))?;
-    let text = match events {
+    let (text, batch) = match events {
         Events::Text(text) => {
             api.ensure_checksum(text)?;
-            text
+            (text, entry::split_batch(text, &limits())?)
         }
         Events::Jsonb(_) if api.checksum.is_some() => {
             return Err(
@@ -106,12 +106,17 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
                     .hint("Pass the events as text: the checksum is the MD5 of exactly that text."),
             );
         }
-        Events::Jsonb(text) => text,
+        Events::Jsonb(JsonbEvents::Array(events)) => {
+            (events.text.as_str(), entry::split_events(events, &limits()))
+        }
+        Events::Jsonb(JsonbEvents::Other(text)) => {
+            (text.as_str(), entry::split_batch(text, &limits())?)
+        }
     };
+    let Batch { collections, items } = batch;
     let shift_us = api
         .upload_time_us
         .map_or(0, |uploaded| received_at_us.saturating_sub(uploaded));
-    let Batch { collections, items } = entry::split_batch(text, &limits())?;
     charge(project, &items)?;
     let mut admission = Admission::new(project);
     // Each item is an event's text and its collection, or why it is refused: whatever else changes or refuses

@@ -2,59 +2,52 @@
 
 use pgrx::pg_sys;
 
-/// Bytes behind the length word of a varlena, in the memory context that was current when it was made.
-pub struct Bytea {
-    start: *mut u8,
-    len: usize,
-    capacity: usize,
-}
+use super::spare;
+
+/// Bytes behind the length word of a varlena.
+pub struct Bytea(Vec<u8>);
 
 impl Bytea {
     pub fn with_capacity(capacity: usize) -> Self {
-        // SAFETY: palloc gives so many bytes or raises an error.
-        let start = unsafe { pg_sys::palloc(pg_sys::VARHDRSZ + capacity) }.cast();
-        Self {
-            start,
-            len: 0,
-            capacity,
-        }
+        let mut bytes = spare::take(pg_sys::VARHDRSZ + capacity);
+        bytes.resize(pg_sys::VARHDRSZ, 0);
+        let mut new = Self(bytes);
+        new.note_length();
+        new
     }
 
     pub fn as_bytes(&self) -> &[u8] {
-        // SAFETY: so many bytes have been written there, and stay where they are while this is borrowed.
-        unsafe { std::slice::from_raw_parts(self.start.add(pg_sys::VARHDRSZ), self.len) }
+        self.0.get(pg_sys::VARHDRSZ..).unwrap_or_default()
     }
 
     pub fn push(&mut self, bytes: &[u8]) {
-        let len = self.len + bytes.len();
-        if len > self.capacity {
-            self.capacity = len.max(self.capacity.saturating_mul(2));
-            // SAFETY: repalloc gives so many bytes, with what was there, or raises an error and leaves the old ones.
-            self.start = unsafe {
-                pg_sys::repalloc(self.start.cast(), pg_sys::VARHDRSZ + self.capacity).cast()
-            };
-        }
-        // SAFETY: the bytes from `len` on are ours up to the capacity, and nobody else's slice.
-        unsafe {
-            let end = self.start.add(pg_sys::VARHDRSZ + self.len);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), end, bytes.len());
-        }
-        self.len = len;
+        self.0.extend_from_slice(bytes);
+        self.note_length();
     }
 
-    /// The value, which must not be used after this.
+    /// The value, which is good as long as this is.
     pub fn datum(&self) -> pg_sys::Datum {
-        // SAFETY: the length word is at the start, which palloc aligned.
-        unsafe {
-            pgrx::set_varsize_4b(self.start.cast(), (pg_sys::VARHDRSZ + self.len) as i32);
-        }
-        pg_sys::Datum::from(self.start)
+        pg_sys::Datum::from(self.0.as_ptr())
+    }
+
+    fn note_length(&mut self) {
+        // SAFETY: the buffer has a length word at its start, where the allocator aligns for anything that is not larger than
+        // two words. No value is longer than one that the server can hold: callers bound what they write.
+        unsafe { pgrx::set_varsize_4b(self.0.as_mut_ptr().cast(), self.0.len() as i32) };
+    }
+}
+
+impl From<Vec<u8>> for Bytea {
+    fn from(mut bytes: Vec<u8>) -> Self {
+        bytes.splice(0..0, [0; pg_sys::VARHDRSZ]);
+        let mut new = Self(bytes);
+        new.note_length();
+        new
     }
 }
 
 impl Drop for Bytea {
     fn drop(&mut self) {
-        // SAFETY: palloc'd above, freed once; its context outlives the call that made it.
-        unsafe { pg_sys::pfree(self.start.cast()) };
+        spare::give(std::mem::take(&mut self.0));
     }
 }

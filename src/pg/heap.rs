@@ -1,4 +1,4 @@
-//! Heap tables of ours without the executor: for the row that every collect writes, and the one it reads.
+//! Heap tables of ours without the executor: for the row that every collect writes, the one it reads, and for chunks.
 
 use pgrx::pg_sys;
 

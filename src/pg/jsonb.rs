@@ -10,6 +10,9 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use rakam_event::jsonb;
+use rakam_event::jsonb::events::{self, Events};
+
+use super::spare;
 
 /// A jsonb value of SQL: its text form, one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,20 +27,96 @@ impl FromDatum for JsonbText {
         if is_null {
             return None;
         }
-        // SAFETY: a non-null jsonb datum is a varlena; its bytes are copied before what was allocated here is freed.
+        // SAFETY: a non-null jsonb datum.
         unsafe {
-            let original = datum.cast_mut_ptr::<pg_sys::varlena>();
-            let plain = pg_sys::pg_detoast_datum(original);
-            let bytes = std::slice::from_raw_parts(
-                pgrx::vardata_any(plain).cast::<u8>(),
-                pgrx::varsize_any_exhdr(plain),
-            );
-            let text = jsonb::to_text(bytes).unwrap_or_else(|| text_of_server(plain));
-            if plain != original {
-                pg_sys::pfree(plain.cast());
-            }
-            Some(Self(text))
+            Some(with_bytes(datum, |bytes, plain| {
+                Self(jsonb::to_text(bytes).unwrap_or_else(|| text_of_server(plain)))
+            }))
         }
+    }
+}
+
+/// An array of events of SQL, as jsonb.
+#[derive(Debug)]
+pub enum JsonbEvents {
+    Array(Events),
+    /// The text of something else.
+    Other(String),
+}
+
+impl FromDatum for JsonbEvents {
+    unsafe fn from_polymorphic_datum(
+        datum: pg_sys::Datum,
+        is_null: bool,
+        _type_oid: pg_sys::Oid,
+    ) -> Option<Self> {
+        if is_null {
+            return None;
+        }
+        // SAFETY: a non-null jsonb datum.
+        unsafe {
+            Some(with_bytes(datum, |bytes, plain| {
+                match events::read(bytes, spare::take(jsonb::room_for(bytes))) {
+                    Some(events) => Self::Array(events),
+                    None => {
+                        Self::Other(jsonb::to_text(bytes).unwrap_or_else(|| text_of_server(plain)))
+                    }
+                }
+            }))
+        }
+    }
+}
+
+impl Drop for JsonbEvents {
+    fn drop(&mut self) {
+        let (Self::Array(Events { text, .. }) | Self::Other(text)) = self;
+        spare::give(std::mem::take(text).into_bytes());
+    }
+}
+
+// SAFETY: reads the argument by its FromDatum, for an argument that the SQL declares as jsonb.
+unsafe impl<'fcx> ArgAbi<'fcx> for JsonbEvents {
+    unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
+        // SAFETY: as above; NULL arguments are taken as Option.
+        unsafe { arg.unbox_arg_using_from_datum() }.unwrap_or_else(|| Self::Other(String::new()))
+    }
+
+    unsafe fn unbox_nullable_arg(arg: Arg<'_, 'fcx>) -> Nullable<Self> {
+        // SAFETY: as above.
+        unsafe { arg.unbox_arg_using_from_datum() }.into()
+    }
+}
+
+// SAFETY: names the type jsonb.
+unsafe impl SqlTranslatable for JsonbEvents {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(JsonbEvents);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
+    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb")));
+}
+
+/// Calls `read` with the bytes of a value behind its length word, and the value, neither compressed nor stored apart.
+///
+/// # Safety
+/// A jsonb datum that is not NULL. What `read` answers must not borrow from its arguments.
+unsafe fn with_bytes<T>(
+    datum: pg_sys::Datum,
+    read: impl FnOnce(&[u8], *mut pg_sys::varlena) -> T,
+) -> T {
+    // SAFETY: a jsonb datum is a varlena; its bytes are read before what was allocated here is freed.
+    unsafe {
+        let original = datum.cast_mut_ptr::<pg_sys::varlena>();
+        let plain = pg_sys::pg_detoast_datum(original);
+        let bytes = std::slice::from_raw_parts(
+            pgrx::vardata_any(plain).cast::<u8>(),
+            pgrx::varsize_any_exhdr(plain),
+        );
+        let value = read(bytes, plain);
+        if plain != original {
+            pg_sys::pfree(plain.cast());
+        }
+        value
     }
 }
 

@@ -33,6 +33,7 @@ pub mod server;
 pub mod settings;
 pub mod shared;
 pub mod snapshot;
+pub mod spare;
 pub mod spi;
 pub mod tenant;
 pub mod transition;

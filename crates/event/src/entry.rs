@@ -6,11 +6,13 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::coerce;
 use crate::error::EventError;
 use crate::infer::{Inferred, infer};
 use crate::json::{self, Cutter, Kind, MAX_DEPTH};
+use crate::jsonb::events::Events;
 use crate::names::{self, CollectionName};
 use crate::scan::{Scanned, Scanner, Unsure};
 use crate::schema;
@@ -90,6 +92,25 @@ pub fn split_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, Even
         Ok(batch) => Ok(batch),
         Err(Unsure) => explain_batch(text, limits),
     }
+}
+
+/// As [`split_batch`] of the text, of which more is known.
+pub fn split_events<'a>(events: &'a Events, limits: &Limits) -> Batch<'a> {
+    let mut batch = Builder::default();
+    batch.done.items.reserve(events.items.len());
+    let text = |range: &Range<usize>| events.text.get(range.clone()).unwrap_or_default();
+    for item in &events.items {
+        let taken = item.parts.as_ref().ok_or(Unsure).and_then(|parts| {
+            let id = parts.id.as_ref().map(text);
+            id.map_or(Ok(()), check_id).map_err(|_| Unsure)?;
+            let properties = Cow::Borrowed(text(&parts.properties));
+            batch.add(text(&parts.collection), properties, limits)
+        });
+        if taken.is_err() {
+            batch.explain(text(&item.all), limits);
+        }
+    }
+    batch.done
 }
 
 /// What an event would add to its collection.
@@ -202,13 +223,7 @@ fn scan_item<'a>(
     let (Some(collection), Some(properties)) = (collection, properties) else {
         return Err(Unsure);
     };
-    check_size(&properties, limits).map_err(|_| Unsure)?;
-    let collection = batch.collection(collection)?;
-    batch.done.items.push(Ok(BatchItem {
-        collection,
-        properties,
-    }));
-    Ok(())
+    batch.add(collection, properties, limits)
 }
 
 /// A batch in the making.
@@ -232,6 +247,22 @@ impl<'a> Builder<'a> {
         let index = self.index_of(CollectionName::parse(&name).map_err(|_| Unsure)?);
         self.last = Some((raw, index));
         Ok(index)
+    }
+
+    /// Adds an event of which all is in order but, perhaps, its size and the name of its collection.
+    fn add(
+        &mut self,
+        collection: &'a str,
+        properties: Cow<'a, str>,
+        limits: &Limits,
+    ) -> Scanned<()> {
+        check_size(&properties, limits).map_err(|_| Unsure)?;
+        let collection = self.collection(collection)?;
+        self.done.items.push(Ok(BatchItem {
+            collection,
+            properties,
+        }));
+        Ok(())
     }
 
     fn index_of(&mut self, name: CollectionName) -> usize {

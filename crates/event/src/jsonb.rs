@@ -4,7 +4,11 @@
 //! one entry per element (of an object all keys, then all values), and their data. Nothing is trusted: what does
 //! not look like it is answered by None.
 
+use std::slice::Iter;
+
 use crate::json;
+
+pub mod events;
 
 /// Containers: their kind and the number of elements or pairs.
 const SCALAR: u32 = 0x1000_0000;
@@ -31,6 +35,9 @@ const VARLENA_HEADER: usize = 4;
 const SHORT: u16 = 0x8000;
 const SPECIAL: u16 = 0xC000;
 
+/// The header of a number with a weight and a scale of zero.
+const SMALL: [u8; 2] = SHORT.to_ne_bytes();
+
 /// The longest text that the server can make. Twelve bytes of jsonb may be a number of 131,072 digits: what would be longer
 /// is left to the server, whose error it is.
 const MAX_TEXT_BYTES: usize = 0x3FFF_FFFF;
@@ -42,61 +49,77 @@ pub fn to_text(bytes: &[u8]) -> Option<String> {
 
 /// [`to_text`], of at most so many bytes.
 fn to_text_within(bytes: &[u8], most: usize) -> Option<String> {
-    // The text of short keys and numbers is about as long as their entries and data.
-    let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 8);
-    let mut open = vec![Container::new(bytes)?];
-    if let Some(byte) = open.last()?.opening() {
-        out.push(byte);
-    }
+    let mut out = Vec::with_capacity(room_for(bytes));
+    print(Container::new(bytes)?, &mut out, most)?;
+    String::from_utf8(out).ok()
+}
+
+/// The text of short keys and numbers is about as long as their entries and data.
+pub fn room_for(bytes: &[u8]) -> usize {
+    bytes.len() + bytes.len() / 8
+}
+
+/// Writes a container, without recursion; answers how many levels it has.
+fn print(container: Container<'_>, out: &mut Vec<u8>, most: usize) -> Option<usize> {
+    out.extend(container.opening());
+    let mut open = vec![container];
+    let mut levels = 1;
     while let Some(container) = open.last_mut() {
+        let is_first = std::mem::take(&mut container.is_first);
         let Some(element) = container.next()? else {
             out.extend(container.closing());
             open.pop();
             continue;
         };
-        if element.index > 0 {
+        if !is_first {
             out.extend_from_slice(b", ");
         }
         if let Some(key) = element.key {
-            json::write_bytes(key, &mut out);
+            json::write_bytes(key, out);
             out.extend_from_slice(b": ");
         }
-        match element.kind {
-            STRING => json::write_bytes(element.data, &mut out),
-            NUMERIC => write_numeric(element.data.get(VARLENA_HEADER..)?, &mut out)?,
-            FALSE => out.extend_from_slice(b"false"),
-            TRUE => out.extend_from_slice(b"true"),
-            NULL => out.extend_from_slice(b"null"),
-            CONTAINER => {
-                let inner = Container::new(element.data)?;
-                out.extend(inner.opening());
-                open.push(inner);
-            }
-            _ => return None,
+        if element.kind == CONTAINER {
+            let inner = Container::new(element.data)?;
+            out.extend(inner.opening());
+            open.push(inner);
+            levels = levels.max(open.len());
+        } else {
+            print_scalar(&element, out)?;
         }
         if out.len() > most {
             return None;
         }
     }
-    String::from_utf8(out).ok()
+    Some(levels)
+}
+
+#[inline]
+fn print_scalar(element: &Element<'_>, out: &mut Vec<u8>) -> Option<()> {
+    match element.kind {
+        STRING => json::write_bytes(element.data, out),
+        NUMERIC => write_numeric(element.data.get(VARLENA_HEADER..)?, out)?,
+        FALSE => out.extend_from_slice(b"false"),
+        TRUE => out.extend_from_slice(b"true"),
+        NULL => out.extend_from_slice(b"null"),
+        _ => return None,
+    }
+    Some(())
 }
 
 /// A container that is being read.
 struct Container<'a> {
-    /// The entries and the data.
-    entries: &'a [u8],
-    data: &'a [u8],
     kind: u32,
-    count: usize,
-    /// The next element or pair.
-    index: usize,
+    /// Entries that are still to be read: of keys (none where there are no pairs), and of elements or values.
+    keys: Iter<'a, [u8; 4]>,
+    values: Iter<'a, [u8; 4]>,
+    data: &'a [u8],
     /// Where in the data the next key, and the next element or value, begins.
     key_at: usize,
     value_at: usize,
+    is_first: bool,
 }
 
 struct Element<'a> {
-    index: usize,
     key: Option<&'a [u8]>,
     kind: u32,
     data: &'a [u8],
@@ -107,26 +130,24 @@ impl<'a> Container<'a> {
         let (header, rest) = word(bytes)?;
         let kind = header & !COUNT;
         let count = (header & COUNT) as usize;
-        let entries = match kind {
-            OBJECT => count.checked_mul(2)?,
-            ARRAY => count,
-            _ if kind == ARRAY | SCALAR && count == 1 => 1,
+        let (keys, values) = match kind {
+            OBJECT => (count, count),
+            ARRAY => (0, count),
+            _ if kind == ARRAY | SCALAR && count == 1 => (0, 1),
             _ => return None,
         };
-        let (entries, data) = rest.split_at_checked(entries.checked_mul(4)?)?;
-        let mut container = Self {
-            entries,
-            data,
+        let (entries, data) = rest.split_at_checked((keys + values).checked_mul(4)?)?;
+        let (entries, _) = entries.as_chunks::<4>();
+        let (keys, values) = entries.split_at_checked(keys)?;
+        Some(Self {
             kind,
-            count,
-            index: 0,
+            keys: keys.iter(),
+            values: values.iter(),
+            data,
             key_at: 0,
-            value_at: 0,
-        };
-        if kind == OBJECT {
-            container.value_at = container.start_of(count)?;
-        }
-        Some(container)
+            value_at: end_of(keys),
+            is_first: true,
+        })
     }
 
     fn opening(&self) -> Option<u8> {
@@ -145,66 +166,55 @@ impl<'a> Container<'a> {
         }
     }
 
-    fn entry(&self, index: usize) -> Option<u32> {
-        word(self.entries.get(index * 4..)?).map(|(entry, _)| entry)
-    }
-
-    /// Where the data of an entry begins: by the lengths of those before it, back to one that has an offset.
-    fn start_of(&self, index: usize) -> Option<usize> {
-        let mut start = 0;
-        for before in (0..index).rev() {
-            let entry = self.entry(before)?;
-            start += (entry & LENGTH) as usize;
-            if entry & HAS_OFFSET != 0 {
-                break;
-            }
-        }
-        Some(start)
-    }
-
-    /// The type and data of an entry whose data begins at `start`, and where it ends.
-    fn read(&self, index: usize, start: usize) -> Option<(u32, &'a [u8], usize)> {
-        let entry = self.entry(index)?;
-        let length = (entry & LENGTH) as usize;
-        let end = match entry & HAS_OFFSET {
-            0 => start + length,
-            _ => length,
-        };
-        let kind = entry & TYPE;
-        let begin = match kind {
-            NUMERIC | CONTAINER => start.next_multiple_of(ALIGNMENT),
-            _ => start,
-        };
-        Some((kind, self.data.get(begin..end)?, end))
-    }
-
     /// The next element or pair; None inside where there is none left.
+    #[inline(always)]
     fn next(&mut self) -> Option<Option<Element<'a>>> {
-        let index = self.index;
-        if index == self.count {
+        let Some(value) = self.values.next() else {
             return Some(None);
-        }
-        self.index += 1;
+        };
         let mut key = None;
-        let mut at = index;
         if self.kind == OBJECT {
-            let (kind, text, end) = self.read(index, self.key_at)?;
+            let (kind, text, end) = read(self.keys.next()?, self.data, self.key_at)?;
             if kind != STRING {
                 return None;
             }
             self.key_at = end;
             key = Some(text);
-            at += self.count;
         }
-        let (kind, data, end) = self.read(at, self.value_at)?;
+        let (kind, data, end) = read(value, self.data, self.value_at)?;
         self.value_at = end;
-        Some(Some(Element {
-            index,
-            key,
-            kind,
-            data,
-        }))
+        Some(Some(Element { key, kind, data }))
     }
+}
+
+/// Where the data of these entries ends: by their lengths, back to one that has an offset.
+fn end_of(entries: &[[u8; 4]]) -> usize {
+    let mut end = 0;
+    for entry in entries.iter().rev() {
+        let entry = u32::from_ne_bytes(*entry);
+        end += (entry & LENGTH) as usize;
+        if entry & HAS_OFFSET != 0 {
+            break;
+        }
+    }
+    end
+}
+
+/// The type and data of an entry whose data begins at `start`, and where it ends.
+#[inline(always)]
+fn read<'a>(entry: &[u8; 4], data: &'a [u8], start: usize) -> Option<(u32, &'a [u8], usize)> {
+    let entry = u32::from_ne_bytes(*entry);
+    let length = (entry & LENGTH) as usize;
+    let end = match entry & HAS_OFFSET {
+        0 => start + length,
+        _ => length,
+    };
+    let kind = entry & TYPE;
+    let begin = match kind {
+        NUMERIC | CONTAINER => start.next_multiple_of(ALIGNMENT),
+        _ => start,
+    };
+    Some((kind, data.get(begin..end)?, end))
 }
 
 fn word(bytes: &[u8]) -> Option<(u32, &[u8])> {
@@ -214,6 +224,12 @@ fn word(bytes: &[u8]) -> Option<(u32, &[u8])> {
 
 /// A numeric without its length word, with all digits of its display scale.
 fn write_numeric(bytes: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    // Most numbers are positive, whole and below 10,000.
+    if let Ok([a, b, low, high]) = <[u8; 4]>::try_from(bytes)
+        && [a, b] == SMALL
+    {
+        return write_small(u16::from_ne_bytes([low, high]), out);
+    }
     let (header, rest) = half(bytes)?;
     let (negative, scale, weight, digits) = match header & SPECIAL {
         // NaN and the infinities, which jsonb cannot hold.
@@ -244,9 +260,7 @@ fn write_numeric(bytes: &[u8], out: &mut Vec<u8>) -> Option<()> {
     if weight < 0 {
         out.push(b'0');
     } else {
-        let first = four_digits(digit(0))?;
-        let zeros = first.iter().take(3).take_while(|b| **b == b'0').count();
-        out.extend(first.iter().skip(zeros));
+        write_small(digit(0), out)?;
         for at in 1..=weight {
             out.extend_from_slice(&four_digits(digit(at))?);
         }
@@ -262,6 +276,13 @@ fn write_numeric(bytes: &[u8], out: &mut Vec<u8>) -> Option<()> {
             at += 1;
         }
     }
+    Some(())
+}
+
+fn write_small(digit: u16, out: &mut Vec<u8>) -> Option<()> {
+    let digits = four_digits(digit)?;
+    let zeros = usize::from(digit < 1_000) + usize::from(digit < 100) + usize::from(digit < 10);
+    out.extend_from_slice(digits.get(zeros..)?);
     Some(())
 }
 

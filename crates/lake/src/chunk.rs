@@ -1,39 +1,43 @@
-//! A chunk: one batch of events as an Arrow IPC stream (LZ4), sealed with a checksum.
+//! A chunk: events in columns, sealed with a checksum.
 //!
-//! Layout: magic `RKC1`, checksum, schema version (i32 LE), then the stream: one schema message with field ids, one
-//! record batch, its numbers and times in as few bytes as they need ([`crate::narrow`]). Decoding reads the two messages itself, so that a projection decompresses only its own columns.
+//! Layout: magic `RKC2`, checksum, schema version (i32 LE), the columns of the parts one after the other, the directory, its
+//! length (u32 LE). A part is a batch of events as they were added: of each column that has values in it the number of its
+//! field, a length (u32 LE), and the bytes of [`column`]. The directory has the number of fields, each field as its number,
+//! its id (folded LEB128), its name and its type as the registry spells it (both behind their lengths); the number of
+//! parts, and of each its numbers of rows and of columns. All other numbers are LEB128. A projection looks at no other
+//! columns.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, new_null_array};
-use arrow::buffer::Buffer;
-use arrow::compute::{concat_batches, max, min};
-use arrow::datatypes::{Field, Int64Type, Schema, SchemaRef, TimestampMicrosecondType};
-use arrow::ipc::convert::fb_to_schema;
-use arrow::ipc::reader::read_record_batch;
-use arrow::ipc::writer::{IpcWriteOptions, StreamWriter};
-use arrow::ipc::{self, CompressionType, Message, root_as_message};
+use arrow::compute::{concat, concat_batches, max, min};
+use arrow::datatypes::{
+    DataType, Field, Int64Type, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType,
+};
 use bytes::Bytes;
 use rakam_event::batch::Layout;
 use rakam_event::extra;
 use rakam_event::schema::{
     EXTRA, FIELD_ID_KEY, Field as EventField, RECEIVED_AT, SYSTEM_FIELDS, Schema as EventSchema,
-    TIME, XID,
+    TIME, XID, arrow_field,
 };
+use rakam_event::types::FieldType;
 
 use crate::error::LakeError;
 use crate::row_chunk::Rows;
-use crate::{narrow, seal};
+use crate::seal;
+use crate::varint::{get_number, get_signed, put_number, put_signed};
 
-const MAGIC: [u8; 4] = *b"RKC1";
+mod column;
+
+const MAGIC: [u8; 4] = *b"RKC2";
 const WHAT: &str = "chunk";
 /// A chunk is a `bytea`, which Postgres bounds by 1 GiB; this leaves room for the row around it.
 const MAX_BYTES: usize = 1_000_000_000;
-/// LZ4 expands a byte to at most 255; frames and empty buffers add a little.
-const MAX_EXPANSION: u64 = 255;
-const EXPANSION_SLACK: u64 = 1024;
-const CONTINUATION: [u8; 4] = [0xff; 4];
+const LENGTH_BYTES: usize = 4;
+/// More NULLs than these are not made of columns that parts do not have: of an honest chunk, there is a value for most of them.
+const MAX_ABSENT: usize = 1 << 28;
 
 /// How the bytes of a chunk are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,27 +143,214 @@ pub struct ChunkInfo {
     pub has_extra: bool,
 }
 
-/// Encodes a batch that follows `rakam_event::schema::Schema::arrow`.
-pub fn encode(batch: &RecordBatch, schema_version: i32) -> Result<Vec<u8>, LakeError> {
-    let failed = |e| LakeError::encode(WHAT, e);
-    let mut buffer = seal::start(4 + batch.get_array_memory_size() / 4);
-    buffer.extend_from_slice(&schema_version.to_le_bytes());
-    let options = IpcWriteOptions::default()
-        .try_with_compression(Some(CompressionType::LZ4_FRAME))
-        .map_err(failed)?;
-    let batch = narrow::narrow(batch).map_err(failed)?;
-    let mut writer =
-        StreamWriter::try_new_with_options(buffer, &batch.schema(), options).map_err(failed)?;
-    writer.write(&batch).map_err(failed)?;
-    let buffer = writer.into_inner().map_err(failed)?;
-    if buffer.len() > MAX_BYTES {
-        return Err(LakeError::TooLarge {
-            what: WHAT,
-            bytes: buffer.len(),
-            limit: MAX_BYTES,
-        });
+impl ChunkInfo {
+    /// Of the events of both.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            n: self.n + other.n,
+            min_time_us: self.min_time_us.min(other.min_time_us),
+            max_time_us: self.max_time_us.max(other.max_time_us),
+            min_xid: self.min_xid.min(other.min_xid),
+            max_xid: self.max_xid.max(other.max_xid),
+            has_extra: self.has_extra || other.has_extra,
+        }
     }
-    Ok(seal::seal(buffer, MAGIC))
+}
+
+/// Encodes a batch that follows `rakam_event::schema::Schema::arrow`, with all its columns.
+pub fn encode(batch: &RecordBatch, schema_version: i32) -> Result<Vec<u8>, LakeError> {
+    let mut parts = Parts::new(Vec::new(), schema_version);
+    parts.add(batch)?;
+    parts.seal(|_, _| true)
+}
+
+/// Makes a chunk of batches of one schema, which may go once they are added. Columns that no event has are left out: a reader
+/// takes a missing column for NULLs, but looks for a missing field in `_extra`.
+pub struct Writer {
+    parts: Parts,
+    info: Option<ChunkInfo>,
+}
+
+impl Writer {
+    /// The chunk comes to lie in `buffer`, whatever it holds now.
+    pub fn new(buffer: Vec<u8>, schema_version: i32) -> Self {
+        Self {
+            parts: Parts::new(buffer, schema_version),
+            info: None,
+        }
+    }
+
+    /// Adds the events of a batch that follows `rakam_event::schema::Schema::arrow`, behind those before.
+    pub fn add(&mut self, batch: &RecordBatch) -> Result<(), LakeError> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let part = info(batch)?;
+        self.parts.add(batch)?;
+        self.info = Some(self.info.map_or(part, |before| before.and(part)));
+        Ok(())
+    }
+
+    /// How many events it has.
+    pub fn rows(&self) -> usize {
+        self.info.map_or(0, |info| info.n)
+    }
+
+    /// How many bytes it takes so far.
+    pub fn bytes(&self) -> usize {
+        self.parts.out.len()
+    }
+
+    /// The chunk, and what its row says. None: it has no events.
+    pub fn finish(self) -> Result<Option<(ChunkInfo, Vec<u8>)>, LakeError> {
+        let Some(info) = self.info else {
+            return Ok(None);
+        };
+        let data = self
+            .parts
+            .seal(|name, is_used| is_kept(name, is_used, info.has_extra))?;
+        Ok(Some((info, data)))
+    }
+}
+
+/// A chunk in the making.
+struct Parts {
+    out: Vec<u8>,
+    /// Of all parts, once there is one; and which of its fields have values.
+    schema: Option<SchemaRef>,
+    used: Vec<bool>,
+    /// Rows and columns of each.
+    sizes: Vec<(usize, usize)>,
+}
+
+impl Parts {
+    fn new(buffer: Vec<u8>, schema_version: i32) -> Self {
+        let mut out = seal::within(buffer);
+        out.extend_from_slice(&schema_version.to_le_bytes());
+        Self {
+            out,
+            schema: None,
+            used: Vec::new(),
+            sizes: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, batch: &RecordBatch) -> Result<(), LakeError> {
+        let schema = self.schema.get_or_insert_with(|| batch.schema());
+        if *schema != batch.schema() {
+            return Err(LakeError::encode(WHAT, "its batches have two schemas"));
+        }
+        self.used.resize(batch.num_columns(), false);
+        let mut columns = 0;
+        for (number, (array, used)) in batch.columns().iter().zip(&mut self.used).enumerate() {
+            if array.null_count() == array.len() {
+                continue;
+            }
+            (*used, columns) = (true, columns + 1);
+            put_number(&mut self.out, number as u64);
+            let start = self.out.len() + LENGTH_BYTES;
+            self.out.extend_from_slice(&[0; LENGTH_BYTES]);
+            column::put(&mut self.out, array.as_ref())
+                .ok_or_else(|| unknown(batch.schema_ref().field(number)))?;
+            let bytes = self.out.len();
+            let length = u32::try_from(bytes - start).map_err(|_| too_large(bytes))?;
+            if let Some(place) = self.out.get_mut(start - LENGTH_BYTES..start) {
+                place.copy_from_slice(&length.to_le_bytes());
+            }
+        }
+        self.sizes.push((batch.num_rows(), columns));
+        Ok(())
+    }
+
+    /// The whole, with the fields for which `keep` says so, by their names and whether they have values.
+    fn seal(mut self, keep: impl Fn(&str, bool) -> bool) -> Result<Vec<u8>, LakeError> {
+        let start = self.out.len();
+        let fields = self.schema.iter().flat_map(|schema| schema.fields());
+        let kept: Vec<(usize, &Arc<Field>)> = fields
+            .enumerate()
+            .filter(|(number, field)| {
+                keep(
+                    field.name(),
+                    self.used.get(*number).copied().unwrap_or_default(),
+                )
+            })
+            .collect();
+        let absent =
+            |(rows, columns): &(usize, usize)| rows * (kept.len() - columns.min(&kept.len()));
+        if self.sizes.iter().map(absent).sum::<usize>() > MAX_ABSENT {
+            return Err(LakeError::encode(
+                WHAT,
+                "it has too many columns for its events",
+            ));
+        }
+        put_number(&mut self.out, kept.len() as u64);
+        for (number, field) in kept {
+            let ty = stored_type(field.data_type()).ok_or_else(|| unknown(field))?;
+            let id = field_id(field).ok_or_else(|| unknown(field))?;
+            put_number(&mut self.out, number as u64);
+            put_signed(&mut self.out, id.into());
+            put_bytes(&mut self.out, field.name().as_bytes());
+            put_bytes(&mut self.out, ty.to_string().as_bytes());
+        }
+        put_number(&mut self.out, self.sizes.len() as u64);
+        for (rows, columns) in &self.sizes {
+            put_number(&mut self.out, *rows as u64);
+            put_number(&mut self.out, *columns as u64);
+        }
+        let bytes = self.out.len();
+        let length = u32::try_from(bytes - start).map_err(|_| too_large(bytes))?;
+        self.out.extend_from_slice(&length.to_le_bytes());
+        if self.out.len() > MAX_BYTES {
+            return Err(too_large(self.out.len()));
+        }
+        Ok(seal::seal(self.out, MAGIC))
+    }
+}
+
+fn too_large(bytes: usize) -> LakeError {
+    LakeError::TooLarge {
+        what: WHAT,
+        bytes,
+        limit: MAX_BYTES,
+    }
+}
+
+fn unknown(field: &Field) -> LakeError {
+    LakeError::encode(
+        WHAT,
+        format!("column \"{}\" is none of a field", field.name()),
+    )
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_number(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+/// The type that a reader makes the column of: one of those with the same values.
+fn stored_type(data_type: &DataType) -> Option<FieldType> {
+    Some(match data_type {
+        DataType::Boolean => FieldType::Bool,
+        DataType::Int32 => FieldType::Int4,
+        DataType::Int64 => FieldType::Int8,
+        DataType::Float32 => FieldType::Float4,
+        DataType::Float64 => FieldType::Float8,
+        DataType::Decimal128(precision, scale) => FieldType::Numeric {
+            precision: *precision,
+            scale: u8::try_from(*scale).ok()?,
+        },
+        DataType::Utf8 => FieldType::Text,
+        DataType::Date32 => FieldType::Date,
+        DataType::Timestamp(TimeUnit::Microsecond, Some(_)) => FieldType::Timestamptz,
+        DataType::FixedSizeBinary(16) => FieldType::Uuid,
+        DataType::List(element) => match element.data_type() {
+            DataType::Boolean => FieldType::BoolArray,
+            DataType::Float64 => FieldType::Float8Array,
+            DataType::Utf8 => FieldType::TextArray,
+            _ => return None,
+        },
+        _ => return None,
+    })
 }
 
 /// The whole batch of a chunk.
@@ -185,111 +376,145 @@ fn split_version(payload: Bytes) -> Result<(i32, Bytes), LakeError> {
 }
 
 fn decode_with(chunk: Bytes, field_ids: Option<&[i32]>) -> Result<RecordBatch, LakeError> {
-    let (_, stream) = split_version(seal::open(chunk, MAGIC, WHAT)?)?;
-    seal::guarded(WHAT, || decode_stream(Buffer::from(stream), field_ids))
+    let (_, payload) = split_version(seal::open(chunk, MAGIC, WHAT)?)?;
+    seal::guarded(WHAT, || {
+        let directory =
+            Directory::take(payload).ok_or_else(|| LakeError::corrupt(WHAT, "malformed"))?;
+        let wanted: Vec<&Stored> = match field_ids {
+            // A column that is asked for twice is given once.
+            Some(ids) => {
+                let mut by_id: HashMap<i32, &Stored> =
+                    directory.fields.iter().map(|f| (f.id, f)).collect();
+                ids.iter().filter_map(|id| by_id.remove(id)).collect()
+            }
+            None => directory.fields.iter().collect(),
+        };
+        let mut fields = Vec::with_capacity(wanted.len());
+        let mut arrays = Vec::with_capacity(wanted.len());
+        for stored in wanted {
+            let field = arrow_field(stored.id, &stored.name, stored.ty);
+            let array = directory.array(stored, field.data_type()).ok_or_else(|| {
+                LakeError::corrupt(WHAT, format!("column \"{}\" is malformed", stored.name))
+            })?;
+            fields.push(field);
+            arrays.push(array);
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(directory.rows));
+        RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), arrays, &options)
+            .map_err(|e| LakeError::corrupt(WHAT, e))
+    })
 }
 
-fn decode_stream(stream: Buffer, field_ids: Option<&[i32]>) -> Result<RecordBatch, LakeError> {
-    let mut position = 0;
-    let head = next_message(&stream, &mut position)?;
-    let schema = message(&head)?
-        .header_as_schema()
-        .ok_or_else(|| LakeError::corrupt(WHAT, "no schema"))?;
-    let schema: SchemaRef = Arc::new(fb_to_schema(schema));
+/// What a chunk has, its columns not looked into.
+struct Directory {
+    rows: usize,
+    fields: Vec<Stored>,
+    parts: Vec<Part>,
+}
 
-    let head = next_message(&stream, &mut position)?;
-    let message = message(&head)?;
-    let batch = message
-        .header_as_record_batch()
-        .ok_or_else(|| LakeError::corrupt(WHAT, "no record batch"))?;
-    let body = usize::try_from(message.bodyLength())
-        .ok()
-        .and_then(|length| position.checked_add(length))
-        .filter(|&end| end <= stream.len())
-        .map(|end| stream.slice_with_length(position, end - position))
-        .ok_or_else(|| LakeError::corrupt(WHAT, "truncated body"))?;
-    let bytes = check_buffers(batch, &body)?;
-    // Every event has a time, of a byte at least: without buffers for them there cannot be as many rows, which Arrow
-    // believes of a schema without columns, and for which columns of NULLs would be made.
-    let rows = u64::try_from(batch.length()).ok();
-    if rows.is_none_or(|rows| rows > bytes || rows > i32::MAX as u64) {
-        return Err(LakeError::corrupt(WHAT, "impossible number of rows"));
+struct Stored {
+    number: u64,
+    id: i32,
+    name: String,
+    ty: FieldType,
+}
+
+struct Part {
+    rows: usize,
+    /// By the number of the field.
+    columns: HashMap<u64, Bytes>,
+}
+
+impl Directory {
+    fn take(mut payload: Bytes) -> Option<Self> {
+        let most = column::rows_max(payload.len());
+        let length = *payload.last_chunk::<LENGTH_BYTES>()?;
+        let end = payload.len() - LENGTH_BYTES;
+        let start = end.checked_sub(u32::from_le_bytes(length) as usize)?;
+        let mut rest = payload.slice(start..end);
+        payload.truncate(start);
+
+        // Whatever is counted takes a byte at least: no count makes us allocate more than the bytes warrant.
+        let count = |rest: &mut Bytes| {
+            let count = column::with_slice(rest, get_number)?;
+            (count <= rest.len() as u64).then_some(count)
+        };
+        let fields = (0..count(&mut rest)?)
+            .map(|_| Stored::take(&mut rest))
+            .collect::<Option<Vec<_>>>()?;
+        let mut rows = 0_usize;
+        let mut parts = Vec::new();
+        for _ in 0..count(&mut rest)? {
+            let of_part = usize::try_from(column::with_slice(&mut rest, get_number)?).ok()?;
+            rows = rows.checked_add(of_part).filter(|rows| *rows <= most)?;
+            let mut columns = HashMap::new();
+            for _ in 0..column::with_slice(&mut rest, get_number)? {
+                let number = column::with_slice(&mut payload, get_number)?;
+                let length = u32::from_le_bytes(
+                    column::take_bytes(&mut payload, LENGTH_BYTES)?[..]
+                        .try_into()
+                        .ok()?,
+                );
+                columns.insert(number, column::take_bytes(&mut payload, length as usize)?);
+            }
+            parts.push(Part {
+                rows: of_part,
+                columns,
+            });
+        }
+        let absent = |part: &Part| {
+            let is_absent = |field: &&Stored| !part.columns.contains_key(&field.number);
+            part.rows * fields.iter().filter(is_absent).count()
+        };
+        let absent: usize = parts.iter().map(absent).sum();
+        (rest.is_empty() && payload.is_empty() && absent <= MAX_ABSENT).then_some(Self {
+            rows,
+            fields,
+            parts,
+        })
     }
 
-    let projection = match field_ids {
-        Some(ids) => Some(projection(&schema, ids)?),
-        None => None,
-    };
-    read_record_batch(
-        &body,
-        batch,
-        schema,
-        &HashMap::new(),
-        projection.as_deref(),
-        &message.version(),
-    )
-    .map_err(|e| LakeError::corrupt(WHAT, e))
-    .and_then(narrow::widen)
-}
-
-/// The metadata of the next message; `position` moves behind it, to the message's body.
-fn next_message(stream: &Buffer, position: &mut usize) -> Result<Buffer, LakeError> {
-    let truncated = || LakeError::corrupt(WHAT, "truncated message");
-    let header = stream
-        .get(*position..)
-        .and_then(<[u8]>::first_chunk::<8>)
-        .ok_or_else(truncated)?;
-    let (mark, length) = header.split_at(4);
-    if mark != CONTINUATION {
-        return Err(LakeError::corrupt(WHAT, "no message"));
+    fn array(&self, stored: &Stored, data_type: &DataType) -> Option<ArrayRef> {
+        let arrays = self
+            .parts
+            .iter()
+            .map(|part| match part.columns.get(&stored.number) {
+                Some(bytes) => {
+                    let mut rest = bytes.clone();
+                    column::take(&mut rest, data_type, part.rows).filter(|_| rest.is_empty())
+                }
+                None => Some(new_null_array(data_type, part.rows)),
+            })
+            .collect::<Option<Vec<_>>>()?;
+        match arrays.as_slice() {
+            [] => Some(new_null_array(data_type, 0)),
+            [one] => Some(Arc::clone(one)),
+            many => {
+                let many: Vec<&dyn Array> = many.iter().map(AsRef::as_ref).collect();
+                concat(&many).ok()
+            }
+        }
     }
-    let length = length
-        .first_chunk::<4>()
-        .and_then(|bytes| usize::try_from(i32::from_le_bytes(*bytes)).ok())
-        .ok_or_else(truncated)?;
-    let start = *position + 8;
-    let end = start
-        .checked_add(length)
-        .filter(|&end| end <= stream.len())
-        .ok_or_else(truncated)?;
-    *position = end;
-    Ok(stream.slice_with_length(start, end - start))
 }
 
-fn message(metadata: &Buffer) -> Result<Message<'_>, LakeError> {
-    root_as_message(metadata).map_err(|e| LakeError::corrupt(WHAT, e))
-}
-
-/// Arrow allocates what a buffer's own prefix claims: refuse claims that LZ4 cannot keep, ranges outside the body, and
-/// bytes that are claimed more than once. Answers how many bytes the buffers have together, decompressed.
-fn check_buffers(batch: ipc::RecordBatch<'_>, body: &Buffer) -> Result<u64, LakeError> {
-    let compressed = batch.compression().is_some();
-    let (mut stored, mut plain) = (0, 0);
-    for buffer in batch.buffers().into_iter().flatten() {
-        let range = usize::try_from(buffer.offset())
-            .ok()
-            .zip(usize::try_from(buffer.length()).ok())
-            .and_then(|(start, length)| body.get(start..start.checked_add(length)?))
-            .ok_or_else(|| LakeError::corrupt(WHAT, "buffer outside the body"))?;
-        stored += range.len();
-        if stored > body.len() {
-            return Err(LakeError::corrupt(WHAT, "buffers above each other"));
-        }
-        if !compressed || range.is_empty() {
-            plain += range.len() as u64;
-            continue;
-        }
-        let claim = range
-            .first_chunk::<8>()
-            .map(|bytes| i64::from_le_bytes(*bytes))
-            .ok_or_else(|| LakeError::corrupt(WHAT, "truncated buffer"))?;
-        if claim > 0 && claim as u64 > MAX_EXPANSION * range.len() as u64 + EXPANSION_SLACK {
-            return Err(LakeError::corrupt(WHAT, "impossible buffer size"));
-        }
-        // A negative claim says that the buffer is not compressed.
-        plain += u64::try_from(claim).unwrap_or(range.len() as u64);
+impl Stored {
+    fn take(rest: &mut Bytes) -> Option<Self> {
+        let number = column::with_slice(rest, get_number)?;
+        let id = column::with_slice(rest, get_signed)?;
+        let name = take_sized(rest)?;
+        let ty = take_sized(rest)?;
+        Some(Self {
+            number,
+            id: i32::try_from(id).ok()?,
+            name: std::str::from_utf8(&name).ok()?.to_owned(),
+            ty: FieldType::parse(std::str::from_utf8(&ty).ok()?)?,
+        })
     }
-    Ok(plain)
+}
+
+fn take_sized(rest: &mut Bytes) -> Option<Bytes> {
+    let length = column::with_slice(rest, get_number)?;
+    column::take_bytes(rest, usize::try_from(length).ok()?)
 }
 
 /// The id in a field's metadata.
@@ -306,15 +531,6 @@ fn positions(schema: &Schema) -> Result<HashMap<i32, usize>, LakeError> {
         positions.insert(id, position);
     }
     Ok(positions)
-}
-
-fn projection(schema: &Schema, field_ids: &[i32]) -> Result<Vec<usize>, LakeError> {
-    let mut positions = positions(schema)?;
-    // A column asked for twice is given once: Arrow's projection knows no repetition.
-    Ok(field_ids
-        .iter()
-        .filter_map(|id| positions.remove(id))
-        .collect())
 }
 
 /// What the chunk's row says. A batch without events is refused: there are no empty chunks.
@@ -361,11 +577,8 @@ pub fn without_empty_columns(batches: &[RecordBatch]) -> Result<Vec<RecordBatch>
     let has_extra = used(schema.index_of(EXTRA).map_err(failed)?);
     let kept: Vec<usize> = (0..schema.fields().len())
         .filter(|&position| {
-            let name = schema.field(position).name().as_str();
-            let is_system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
-            matches!(name, TIME | RECEIVED_AT | EXTRA | XID)
-                || has_extra && !is_system
-                || used(position)
+            let name = schema.field(position).name();
+            is_kept(name, used(position), has_extra)
         })
         .collect();
     batches
@@ -390,6 +603,12 @@ pub fn of_same_columns(
     let (kept, _): (Vec<_>, Vec<_>) = full.fields().iter().cloned().partition(|f| has(f.name()));
     let common = Arc::new(Schema::new(kept));
     batches.iter().map(|b| conform(b, &common)).collect()
+}
+
+/// Whether a chunk has the column of a field, in which there are values or not.
+fn is_kept(name: &str, is_used: bool, has_extra: bool) -> bool {
+    let is_system = SYSTEM_FIELDS.iter().any(|(_, system, _)| *system == name);
+    is_used || matches!(name, TIME | RECEIVED_AT | EXTRA | XID) || has_extra && !is_system
 }
 
 /// A batch with the columns of the target schema: by field id, missing ones NULL.

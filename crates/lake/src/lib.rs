@@ -21,7 +21,6 @@ pub mod id_reader;
 pub mod id_run;
 pub mod id_set;
 pub mod merge;
-mod narrow;
 pub mod owner;
 pub mod parts;
 pub mod period;

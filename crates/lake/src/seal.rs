@@ -15,7 +15,12 @@ pub(crate) const HEADER: usize = 12;
 
 /// A buffer with room for the header; pass it to [`seal`] once the payload is appended.
 pub(crate) fn start(capacity: usize) -> Vec<u8> {
-    let mut buffer = Vec::with_capacity(HEADER + capacity);
+    within(Vec::with_capacity(HEADER + capacity))
+}
+
+/// The same of a buffer that has served before.
+pub(crate) fn within(mut buffer: Vec<u8>) -> Vec<u8> {
+    buffer.clear();
     buffer.resize(HEADER, 0);
     buffer
 }

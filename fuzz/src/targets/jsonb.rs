@@ -1,4 +1,5 @@
 //! Arbitrary bytes as Postgres' jsonb.
+use rakam_event::entry::{Limits, split_batch, split_events};
 use rakam_event::jsonb;
 
 pub fn run(bytes: &[u8]) {
@@ -7,6 +8,13 @@ pub fn run(bytes: &[u8]) {
     };
     // A text that is given is JSON, or at least nothing that panics on the way to an event.
     let _ = rakam_event::roads::event(&text);
+    if let Some(events) = jsonb::events::read(bytes, Vec::new()) {
+        assert_eq!(events.text, text);
+        let limits = Limits::default();
+        if let Ok(batch) = split_batch(&text, &limits) {
+            assert_eq!(split_events(&events, &limits), batch);
+        }
+    }
 }
 
 /// `{"a": 1}`, `[-12.50, "é", true, null]` and `"x"`, as the server writes them on a little-endian machine.

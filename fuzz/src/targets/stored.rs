@@ -49,7 +49,7 @@ pub fn run(input: &[u8]) {
 }
 
 fn chunk(payload: &[u8]) {
-    let sealed = seal(b"RKC1", payload);
+    let sealed = seal(b"RKC2", payload);
     let _ = chunk::schema_version(sealed.clone());
     let _ = chunk::decode_projected(sealed.clone(), &[9, 16, 1, 16, 99]);
     if let Ok(batch) = chunk::decode(sealed.clone()) {

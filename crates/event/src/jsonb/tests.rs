@@ -2,7 +2,7 @@ use super::*;
 use crate::testing::Random;
 
 /// Writes jsonb as the server does, beside the text that the server prints of it.
-enum Value {
+pub(super) enum Value {
     Null,
     Bool(bool),
     /// Plain notation, no zeros in front but the one before the point.
@@ -14,7 +14,7 @@ enum Value {
 }
 
 impl Value {
-    fn random(random: &mut Random, depth: usize) -> Self {
+    pub(super) fn random(random: &mut Random, depth: usize) -> Self {
         match random.next() % if depth < 4 { 9 } else { 6 } {
             0 => Self::Null,
             1 => Self::Bool(random.next().is_multiple_of(2)),
@@ -66,7 +66,7 @@ impl Value {
         }
     }
 
-    fn root(&self) -> Vec<u8> {
+    pub(super) fn root(&self) -> Vec<u8> {
         match self {
             Self::Array(_) | Self::Object(_) => self.container(),
             scalar => container(ARRAY | SCALAR | 1, &[Part::Value(scalar)]),
@@ -183,7 +183,7 @@ fn numeric(text: &str) -> Vec<u8> {
     bytes
 }
 
-fn number(random: &mut Random) -> String {
+pub(super) fn number(random: &mut Random) -> String {
     let mut digits = |most: u64| -> String {
         let count = match random.next() % 4 {
             0 => random.next() % most,
@@ -208,7 +208,7 @@ fn number(random: &mut Random) -> String {
     }
 }
 
-fn text(random: &mut Random) -> String {
+pub(super) fn text(random: &mut Random) -> String {
     let pieces = [
         "a",
         "key",

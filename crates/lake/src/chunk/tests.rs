@@ -1,7 +1,8 @@
 use super::*;
 use crate::testing::{Rng, all_types, batch};
-use arrow::array::StringArray;
-use rakam_event::schema::Schema;
+use arrow::array::{Float64Array, Int64Array, StringArray, TimestampMicrosecondArray};
+use arrow::datatypes::Float64Type;
+use rakam_event::schema::{Schema, USER};
 use rakam_event::types::FieldType;
 
 #[test]
@@ -259,11 +260,9 @@ fn garbage_is_an_error() {
         if rng.below(4) == 0 {
             crafted.truncate(rng.below(crafted.len() as u64) as usize);
         }
-        let mut sealed = seal::start(crafted.len());
-        sealed.extend_from_slice(&crafted);
-        let sealed = Bytes::from(seal::seal(sealed, MAGIC));
-        let _ = decode(sealed.clone());
-        let _ = decode_projected(sealed, &[1, 20, 31]);
+        let crafted = sealed(&crafted);
+        let _ = decode(crafted.clone());
+        let _ = decode_projected(crafted, &[1, 20, 31]);
     }
 }
 
@@ -271,20 +270,216 @@ fn rng_byte(at: usize) -> u8 {
     Rng::new(at as u64).next() as u8
 }
 
+/// A chunk of these bytes, crafted behind the checksum.
+fn sealed(payload: &[u8]) -> Bytes {
+    let mut buffer = seal::start(payload.len());
+    buffer.extend_from_slice(payload);
+    seal::seal(buffer, MAGIC).into()
+}
+
 #[test]
-fn a_buffer_that_claims_too_much_is_refused() {
+fn what_claims_too_much_is_refused() {
     let rows = batch(&Schema::new(1, Vec::new()), 5000, &mut Rng::new(27));
-    let good = encode(&rows, 1).unwrap();
-    // The size stands before the buffer's LZ4 frame.
-    let frame = [0x04, 0x22, 0x4d, 0x18];
-    let at = good.windows(4).position(|w| w == frame).unwrap() - 8;
+    let good = encode(&rows, 1).unwrap()[seal::HEADER..].to_vec();
+    assert_eq!(decode(sealed(&good)).unwrap(), rows);
+    // The directory ends with the numbers of rows (two bytes) and of columns.
+    let at = good.len() - LENGTH_BYTES - 3;
+    for rows in [4_999, 5_001, 1 << 30] {
+        let mut crafted = good[..at].to_vec();
+        put_number(&mut crafted, rows);
+        crafted.push(good[at + 2]);
+        let grown = (crafted.len() - at - 3) as u32;
+        let length = u32::from_le_bytes(*good.last_chunk().unwrap()) + grown;
+        crafted.extend(length.to_le_bytes());
+        let error = decode(sealed(&crafted)).unwrap_err().to_string();
+        assert!(error.starts_with("chunk is corrupt: "), "{error}");
+    }
     let mut crafted = good;
-    crafted[at..at + 8].copy_from_slice(&(1u64 << 45).to_le_bytes());
-    let mut sealed = seal::start(crafted.len());
-    sealed.extend_from_slice(&crafted[seal::HEADER..]);
-    let error = decode(seal::seal(sealed, MAGIC).into()).unwrap_err();
-    assert!(
-        error.to_string().contains("impossible buffer size"),
-        "{error}"
-    );
+    let end = crafted.len();
+    crafted[end - LENGTH_BYTES..].fill(0xff);
+    assert!(decode(sealed(&crafted)).is_err());
+}
+
+#[test]
+fn parts_are_one_chunk() {
+    let schema = all_types();
+    let mut rng = Rng::new(31);
+    for (sizes, without) in [
+        (&[1, 7, 300, 64][..], &[][..]),
+        (&[5, 0, 5], &[USER, "f.8 text", EXTRA]),
+        (&[40], &[EXTRA]),
+    ] {
+        let mut writer = Writer::new(vec![7; 100], 3);
+        let mut added = Vec::new();
+        for (part, &n) in sizes.iter().enumerate() {
+            // Fields that only some parts have, or none.
+            let whole = batch(&schema, n, &mut rng);
+            let layout = whole.schema();
+            let columns = layout.fields().iter().zip(whole.columns());
+            let columns = columns
+                .enumerate()
+                .map(|(at, (field, column))| {
+                    let stays = [TIME, RECEIVED_AT, XID].contains(&field.name().as_str());
+                    let goes = without.contains(&field.name().as_str()) || (at + part) % 3 == 0;
+                    match goes && !stays {
+                        true => new_null_array(field.data_type(), n),
+                        false => Arc::clone(column),
+                    }
+                })
+                .collect();
+            let rows = RecordBatch::try_new(whole.schema(), columns).unwrap();
+            writer.add(&rows).unwrap();
+            added.push(rows);
+        }
+        let whole = concat_batches(&schema.arrow(), &added).unwrap();
+        assert_eq!(writer.rows(), whole.num_rows());
+        let (found, data) = writer.finish().unwrap().unwrap();
+        assert_eq!(found, info(&whole).unwrap());
+        let data = Bytes::from(data);
+        let lean = without_empty_columns(std::slice::from_ref(&whole)).unwrap();
+        assert_eq!(decode(data.clone()).unwrap(), lean[0]);
+        assert_eq!(schema_version(data.clone()).unwrap(), 3);
+        let ids = [XID, "f.1 integer", "f.16 text[]", TIME]
+            .map(|name| field_id(schema.arrow().field_with_name(name).unwrap()).unwrap());
+        let some = decode_projected(data, &ids).unwrap();
+        for column in some.schema().fields() {
+            assert_eq!(
+                some.column_by_name(column.name()),
+                whole.column_by_name(column.name())
+            );
+        }
+        assert!(some.num_columns() >= 3 || sizes.len() == 1);
+    }
+    assert!(Writer::new(Vec::new(), 1).finish().unwrap().is_none());
+    let mut writer = Writer::new(Vec::new(), 1);
+    writer.add(&batch(&schema, 3, &mut rng)).unwrap();
+    let other = batch(&Schema::new(1, Vec::new()), 3, &mut rng);
+    assert!(writer.add(&other).is_err());
+}
+
+/// Rows that have this column beside those that every event has.
+fn beside(schema: &Schema, column: ArrayRef) -> RecordBatch {
+    let whole = batch(schema, column.len(), &mut Rng::new(29));
+    let mut columns = whole.columns().to_vec();
+    columns[SYSTEM_FIELDS.len()] = column;
+    RecordBatch::try_new(whole.schema(), columns).unwrap()
+}
+
+fn with_field(ty: FieldType) -> Schema {
+    let field = EventField {
+        id: 16,
+        name: "f".into(),
+        ty,
+        added_version: 1,
+        column_ready: true,
+    };
+    Schema::new(1, vec![field])
+}
+
+#[test]
+fn floats_keep_their_bits() {
+    let schema = with_field(FieldType::Float8);
+    let edges = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        255.0,
+        256.0,
+        65_536.0,
+        f64::from(i32::MAX),
+        f64::from(i32::MIN),
+        f64::from(i32::MAX) + 1.0,
+        f64::from(i32::MIN) - 1.0,
+        4_503_599_627_370_496.0,
+        9_007_199_254_740_993.0,
+        0.5,
+        1e300,
+        f64::MIN_POSITIVE,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::NAN,
+    ];
+    for a in edges {
+        for b in edges {
+            let values = Float64Array::from(vec![Some(a), None, Some(b), Some(7.0)]);
+            let rows = beside(&schema, Arc::new(values));
+            let back = decode(encode(&rows, 1).unwrap().into()).unwrap();
+            let bits = |batch: &RecordBatch| -> Vec<Option<u64>> {
+                let column = batch.column_by_name("f").unwrap();
+                let floats = column.as_primitive::<Float64Type>();
+                floats.iter().map(|v| v.map(f64::to_bits)).collect()
+            };
+            assert_eq!(bits(&back), bits(&rows), "{a} {b}");
+        }
+    }
+}
+
+#[test]
+fn whole_numbers_of_any_span_come_back() {
+    let spans = [0, 1, 255, 256, 65_535, 65_536, 4_294_967_295, 4_294_967_296];
+    let starts = [0, -1, 1_577_934_245_000_000, i64::MIN, i64::MIN / 2];
+    let units = [1, 1_000, 60_000_000, 3_600_000_000, 7];
+    for ty in [FieldType::Int8, FieldType::Timestamptz] {
+        let schema = with_field(ty);
+        for (start, span, unit) in starts
+            .into_iter()
+            .flat_map(|s| spans.map(|n| (s, n)))
+            .flat_map(|(s, n)| units.map(|u| (s, n, u)))
+        {
+            let at = |n: i64| start.wrapping_add(n.wrapping_mul(unit));
+            let values = [
+                Some(at(span)),
+                Some(start),
+                None,
+                Some(at(span / 2)),
+                Some(i64::MAX),
+            ];
+            for count in [2, 4, 5] {
+                let values = Int64Array::from(values[..count].to_vec());
+                let values = arrow::compute::cast(&values, &ty.arrow()).unwrap();
+                let rows = beside(&schema, values);
+                let back = decode(encode(&rows, 1).unwrap().into()).unwrap();
+                assert_eq!(back, rows, "{start} {span} {unit}");
+            }
+        }
+    }
+}
+
+#[test]
+fn few_bytes_hold_what_repeats_or_is_small() {
+    let n = 10_000;
+    let bytes = |ty, column: ArrayRef| {
+        let rows = beside(&with_field(ty), column);
+        let field = |ids: &[i32]| {
+            let all = decode(encode(&rows, 1).unwrap().into()).unwrap();
+            let at: Vec<usize> = ids
+                .iter()
+                .map(|id| {
+                    let schema = all.schema();
+                    schema
+                        .fields()
+                        .iter()
+                        .position(|f| field_id(f) == Some(*id))
+                        .unwrap()
+                })
+                .collect();
+            encode(&all.project(&at).unwrap(), 1).unwrap().len()
+        };
+        field(&[1, 16]) - field(&[1])
+    };
+    let mut rng = Rng::new(30);
+    let small: Float64Array = (0..n).map(|_| Some(rng.between(-20, 200) as f64)).collect();
+    assert!(bytes(FieldType::Float8, Arc::new(small)) < n + 64);
+    let same: StringArray = (0..n).map(|_| Some("EWR")).collect();
+    assert!(bytes(FieldType::Text, Arc::new(same)) < n / 20);
+    let codes: StringArray = (0..n)
+        .map(|_| Some(format!("N{:05}", rng.below(90_000))))
+        .collect();
+    assert!(bytes(FieldType::Text, Arc::new(codes)) < 7 * n);
+    let minutes = (0..n).map(|_| 1_577_934_240_000_000 + 60_000_000 * rng.between(0, 60_000));
+    let minutes = TimestampMicrosecondArray::from_iter_values(minutes).with_timezone("UTC");
+    assert!(bytes(FieldType::Timestamptz, Arc::new(minutes)) < 2 * n + 64);
+    let none = Float64Array::new_null(n);
+    assert!(bytes(FieldType::Float8, Arc::new(none)) < n / 20);
 }
