@@ -81,15 +81,3 @@ def test_open_ranges_find_every_file(many):
     # Far apart from all files, before and after the dates that a month or a year can begin with.
     for day in ("4713-01-01 BC", "294276-12-31"):
         assert many.one(f"SELECT count(*) FROM many.hit WHERE _time = '{day}'") == 0
-
-
-def test_the_log_is_bounded(many):
-    """Only its newest entries are kept; the newest one always is."""
-    log = "FROM rakam_internal.manifest_log"
-    many.admin.execute(
-        """INSERT INTO rakam_internal.manifest_log (collection_id, project_id, op, file_id, path)
-           SELECT 0, 0, 'add', n, 'p' FROM generate_series(1, 150000) n"""
-    )
-    newest = many.one(f"SELECT max(seq) {log}")
-    many.admin.execute("SELECT rakam.tick()")
-    assert many.one(f"SELECT (max(seq), max(seq) - min(seq), count(*))::text {log}") == f"({newest},100000,100001)"

@@ -281,3 +281,17 @@ def test_explain_names_tiers_and_files(db, project):
     assert "~*" in told["Not Pushed Down"], plan
     assert "~*" in told["Filter"], plan
     assert db.one("SELECT count(*) FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'") == 20
+
+
+def test_the_manifests_log_is_bounded(db):
+    """Only its newest entries are kept; the newest one always is."""
+    log = "FROM rakam_internal.manifest_log"
+    db.admin.execute(
+        """INSERT INTO rakam_internal.manifest_log (collection_id, project_id, op, file_id, path)
+           SELECT 0, 0, 'add', n, 'p' FROM generate_series(1, 150000) n"""
+    )
+    newest = db.one(f"SELECT max(seq) {log}")
+    db.admin.execute("SELECT rakam.tick()")
+    oldest, after = db.all(f"SELECT min(seq), max(seq) {log}")[0]
+    assert after >= newest
+    assert 100_000 - (after - newest) <= newest - oldest <= 100_000
