@@ -93,7 +93,9 @@ def outage(demo: Demo, services: Services, events: list[tuple[str, dict]], calm_
     told += demo.psql("SELECT * FROM rakam.flush('web')")
     if told.count("58030") != 2:
         sys.exit("the outage went unnoticed")
-    demo.psql('SELECT "check", status, detail, hint FROM rakam.health() WHERE "check" = \'storage\' AND status <> \'ok\'')
+    demo.psql(
+        "SELECT \"check\", status, detail, hint FROM rakam.health() WHERE \"check\" = 'storage' AND status <> 'ok'"
+    )
     demo.psql(
         "SELECT storage, reachable, pg_size_pretty(pending_bytes) AS pending, last_error FROM rakam.stat_lake"
         " WHERE storage = 'bucket'"
@@ -142,7 +144,11 @@ def others(demo: Demo, services: Services) -> None:
     duck = DuckS3(services.env, services.env["S3_ENDPOINT_URL"])
     for what, query, collection in (
         ("purchases, revenue, buyers", "count(*), round(sum(amount)::numeric, 2), count(DISTINCT _user)", "purchase"),
-        ("pageviews, users, first, last", "count(*), count(DISTINCT _user), min(_time)::date, max(_time)::date", "pageview"),
+        (
+            "pageviews, users, first, last",
+            "count(*), count(DISTINCT _user), min(_time)::date, max(_time)::date",
+            "pageview",
+        ),
     ):
         paths = demo.db.all("SELECT path FROM rakam.data_files WHERE project = 'web' AND collection = %s", collection)
         files = [path for (path,) in paths]

@@ -299,7 +299,9 @@ def test_one_thread_and_a_name_to_look_up(db, bucket):
         attach(session, "by_name", f"{bucket.url}/one")
         attach(session, "one_parquet", f"{bucket.url}/one-parquet")
         assert one(session, "SELECT count(*) FROM acme.by_name") == 300_000
-        assert one(session, "SELECT sum(a.n) FROM acme.by_name a JOIN acme.one_parquet b USING (n)") == 3 * sum(range(2000))
+        assert one(session, "SELECT sum(a.n) FROM acme.by_name a JOIN acme.one_parquet b USING (n)") == 3 * sum(
+            range(2000)
+        )
         assert load(session, "one_thread", f"{bucket.url}/one/0.csv.gz") == 100_000
     finally:
         db.configure(threads=None)
@@ -373,7 +375,11 @@ def test_who_may_name_which_object(db, bucket):
     # A superuser is no exception: what is in no storage has no credentials.
     with refused("42501"):
         load(db.admin, "rights", "s3://elsewhere/x.csv")
-    for bad, state in (("hdfs://namenode/x.csv", "0A000"), ("s3://key:hunter2@b/x.csv", "22023"), (bucket.url, "42501")):
+    for bad, state in (
+        ("hdfs://namenode/x.csv", "0A000"),
+        ("s3://key:hunter2@b/x.csv", "22023"),
+        (bucket.url, "42501"),
+    ):
         with refused(state):
             load(db.admin, "rights", bad)
     with refused("22023"):

@@ -204,7 +204,9 @@ def world(cluster, db):
     db.tick()
     db.admin.execute("CREATE VIEW err.of_n AS SELECT n FROM err.known")
     db.admin.execute("SELECT rakam.attach('err', 'held', %s)", (f"file://{keys['file']}",))
-    db.admin.execute("CREATE FOREIGN TABLE err.forged (n float8) SERVER rakam OPTIONS (project 'err', collection 'known')")
+    db.admin.execute(
+        "CREATE FOREIGN TABLE err.forged (n float8) SERVER rakam OPTIONS (project 'err', collection 'known')"
+    )
     db.admin.execute("GRANT INSERT ON err.forged TO rakam_err_admin")
     db.admin.execute("CREATE SCHEMA occupied")
     db.admin.execute("CREATE ROLE rakam_claimed_read")

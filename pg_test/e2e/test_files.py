@@ -267,7 +267,9 @@ def test_files_of_one_load_have_columns_of_their_own(db, lake, folder):
     (own / "a.csv").write_text("_time,shared,only_a\n2025-01-01,1,x\n2025-02-01,2,y\n")
     (own / "b.csv").write_text("_time,shared,only_b\n2025-01-02,3,4\n2025-03-01,5,6\n")
     (own / "c.ndjson").write_text(
-        json.dumps({"_time": "2025-01-03", "shared": "misfit", "only_b": 7}) + "\n" + json.dumps({"_time": "2025-02-02"})
+        json.dumps({"_time": "2025-01-03", "shared": "misfit", "only_b": 7})
+        + "\n"
+        + json.dumps({"_time": "2025-02-02"})
     )
     (own / "d.csv").write_text("_time,only_a\n2025-03-02,z\n")
     assert load(db.admin, "own", f"file://{own}/*") == 7
