@@ -25,15 +25,13 @@ pub struct Making {
     bucket: Arc<Bucket>,
     path: String,
     location: Path,
-    /// The upload was begun, which it is once there is more than one part.
-    is_begun: bool,
+    /// The uploads of this name that were there before, while one that nobody knows may be: of a beginning without answer.
+    known_before: Option<Vec<String>>,
     id: Option<String>,
     sending: FuturesOrdered<Sending>,
     sent: Vec<PartId>,
     parts: usize,
     bytes: u64,
-    /// The object may be there.
-    is_ending: bool,
 }
 
 impl Making {
@@ -52,13 +50,12 @@ impl Making {
             bucket,
             path: path.to_owned(),
             location,
-            is_begun: false,
+            known_before: None,
             id: None,
             sending: FuturesOrdered::new(),
             sent: Vec::new(),
             parts: 0,
             bytes: 0,
-            is_ending: false,
         })
     }
 
@@ -76,9 +73,16 @@ impl Making {
         let id = match &self.id {
             Some(id) => id.clone(),
             None => {
-                self.is_begun = true;
-                let begin = || self.bucket.parts.create_multipart(&self.location);
+                self.known_before = Some(self.bucket.uploads_of(&self.location).await?);
+                let mut attempts = 0;
+                let begin = || {
+                    attempts += 1;
+                    self.bucket.parts.create_multipart(&self.location)
+                };
                 let id = self.bucket.retry("write", &self.path, begin).await?;
+                if attempts == 1 {
+                    self.known_before = None;
+                }
                 self.id.insert(id).clone()
             }
         };
@@ -123,11 +127,7 @@ impl Making {
     /// the store can tell.
     pub async fn complete(&mut self, rest: Bytes) -> Result<()> {
         if self.id.is_none() {
-            self.is_ending = true;
-            let put = self.bucket.put(&self.path, rest).await;
-            // What is there then is somebody else's.
-            self.is_ending = !matches!(put, Err(LakeError::Exists { .. }));
-            return put;
+            return self.bucket.put(&self.path, rest).await;
         }
         if !rest.is_empty() {
             self.part(rest).await?;
@@ -144,7 +144,6 @@ impl Making {
             }
             Err(error) => return Err(error),
         }
-        self.is_ending = true;
         let id = self.id.clone().unwrap_or_default();
         let mut pause = Pause::new(self.bucket.timeout);
         loop {
@@ -160,7 +159,6 @@ impl Making {
                 Meaning::Missing => match self.bucket.head(&self.path).await {
                     Ok(info) if info.bytes == self.bytes => break,
                     Ok(_) | Err(LakeError::Missing { .. }) => {
-                        self.is_ending = false;
                         return Err(LakeError::Unreachable {
                             action: "write",
                             path: self.path.clone(),
@@ -179,12 +177,16 @@ impl Making {
         Ok(())
     }
 
-    /// Of a beginning whose answer was lost, and which was repeated, there is an upload that nobody knows.
+    /// Of a beginning whose answer was lost there is an upload that nobody knows. Those that were there before belong to
+    /// others, who may be at work.
     async fn abort_others(&mut self) -> Result<()> {
-        if !self.is_begun {
+        let Some(known) = self.known_before.take() else {
             return Ok(());
-        }
+        };
         for id in self.bucket.uploads_of(&self.location).await? {
+            if known.contains(&id) || self.id.as_ref() == Some(&id) {
+                continue;
+            }
             let abort = || self.bucket.parts.abort_multipart(&self.location, &id);
             self.bucket
                 .retry("abort the upload of", &self.path, abort)
@@ -193,16 +195,14 @@ impl Making {
         Ok(())
     }
 
-    /// Leaves nothing behind, as well as the store lets it: what stays is found by [`super::Storage::list_uploads`].
+    /// Leaves no unfinished upload behind, as well as the store lets it: what stays is found by
+    /// [`super::Storage::list_uploads`]. An object whose last answer was lost may be there, whole; it is never deleted,
+    /// because by now the name may be somebody else's.
     pub async fn give_up(mut self) -> Result<()> {
         // Parts on their way would come after the end.
         self.sending = FuturesOrdered::new();
         let Some(id) = self.id.take() else {
-            return match self.is_ending {
-                // There was none before, and its answer was not waited for.
-                true => self.bucket.delete(&self.path).await,
-                false => self.abort_others().await,
-            };
+            return self.abort_others().await;
         };
         let mut pause = Pause::new(self.bucket.timeout);
         loop {
@@ -211,8 +211,6 @@ impl Making {
                 Err(error) => error,
             };
             match explain(&error).meaning {
-                // It was completed, and only the answer was lost.
-                Meaning::Missing if self.is_ending => return self.bucket.delete(&self.path).await,
                 Meaning::Missing => return self.abort_others().await,
                 Meaning::Transient if pause.take().await => {}
                 _ => {

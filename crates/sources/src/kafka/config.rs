@@ -40,12 +40,13 @@ const DEFAULTS: [(&str, &str); 8] = [
 ];
 
 /// Refused, with the reason.
-const REFUSED: [(&str, &str); 20] = [
+const REFUSED: [(&str, &str); 21] = [
     ("plugin.library.paths", CODE),
     ("ssl.engine.location", CODE),
     ("ssl.engine.id", CODE),
     ("ssl.providers", CODE),
     ("sasl.kerberos.kinit.cmd", CODE),
+    ("internal.termination.signal", SIGNAL),
     ("sasl.kerberos.keytab", KERBEROS),
     ("sasl.kerberos.principal", KERBEROS),
     ("sasl.kerberos.service.name", KERBEROS),
@@ -66,6 +67,7 @@ const REFUSED: [(&str, &str); 20] = [
     ("delivery.report.only.error", CALLBACK),
 ];
 const CODE: &str = "it makes the database server load or run a program";
+const SIGNAL: &str = "it sends signals to the database server";
 const KERBEROS: &str = "Kerberos is not built in";
 const GROUPS: &str = "offsets are kept in the database, without consumer groups";
 const CALLBACK: &str = "it has no meaning here";
@@ -309,6 +311,7 @@ mod tests {
             ("enable.partition.eof", "true"),
             ("group.instance.id", "x"),
             ("plugin.library.paths", "/tmp/x.so"),
+            ("internal.termination.signal", "9"),
             ("sasl.kerberos.kinit.cmd", "true"),
             ("sasl.kerberos.principal", "x; true"),
             ("sasl.mechanisms", "gssapi"),
