@@ -67,7 +67,12 @@ pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
             statements.push(format!("GRANT INSERT ON {table} TO {w}, {a}"));
         }
     }
-    for name in &project.attached {
+    // One that was dropped or renamed by hand has nothing to grant on.
+    for name in project
+        .attached
+        .iter()
+        .filter(|name| relation::qualified_name(relation::oid(&project.name, name)).is_some())
+    {
         let table = format!("{schema}.{}", quote_ident(name));
         statements.push(format!("GRANT SELECT ON {table} TO {r}, {a}"));
         statements.push(format!("GRANT INSERT ON {table} TO {a}"));

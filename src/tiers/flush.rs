@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::catalog::load;
 use crate::catalog::manifest;
 use crate::catalog::progress::{self, Progress};
+use crate::catalog::projects;
 use crate::catalog::registry::{self, Collection};
 use crate::catalog::retention;
 use crate::ingest::append::{Target, append};
@@ -182,14 +183,21 @@ fn bounds() -> Bounds {
     }
 }
 
+/// What a chunk counts for each of its rows and columns at least: in memory all columns of all rows are there, however
+/// little the chunk stores of them.
+const CELL_BYTES: u64 = 1;
+/// Columns that no field is registered for.
+const OWN_COLUMNS: u64 = 6;
+
 /// The collection's chunks as they are now, oldest first.
 fn spans(collection_id: i32) -> std::result::Result<Vec<ChunkSpan>, Failure> {
     xact::worker(|| {
         let chunks = manifest::chunks(View::Current, collection_id, None)?;
+        let row_bytes = CELL_BYTES * (projects::fields(collection_id)?.len() as u64 + OWN_COLUMNS);
         let span = |c: &manifest::ChunkRow| ChunkSpan {
             id: c.chunk_id,
             n: u64::from(c.n.unsigned_abs()),
-            bytes: u64::from(c.bytes.unsigned_abs()),
+            bytes: u64::from(c.bytes.unsigned_abs()).max(u64::from(c.n.unsigned_abs()) * row_bytes),
             first_day: period::day_of(c.min_time_us),
             last_day: period::day_of(c.max_time_us),
         };

@@ -328,10 +328,12 @@ fn put_lengths(out: &mut Vec<u8>, offsets: &[i32]) -> Option<(usize, usize)> {
 }
 
 fn take_lengths(rest: &mut Bytes, rows: usize) -> Option<OffsetBuffer<i32>> {
-    let mut offsets = Vec::with_capacity(rows.checked_add(1)?);
+    // As many as are there: the number of rows may be a lie.
+    let lengths = take_numbers(rest, rows, |v| v)?;
+    let mut offsets = Vec::with_capacity(lengths.len().checked_add(1)?);
     offsets.push(0);
     let mut end = 0_i32;
-    for length in take_numbers(rest, rows, |v| v)? {
+    for length in lengths {
         end = end.checked_add(i32::try_from(length).ok().filter(|l| *l >= 0)?)?;
         offsets.push(end);
     }
