@@ -25,8 +25,10 @@ pub struct Making {
     bucket: Arc<Bucket>,
     path: String,
     location: Path,
-    /// The uploads of this name that were there before, while one that nobody knows may be: of a beginning without answer.
+    /// While the upload begins: those of this name that were there before.
     known_before: Option<Vec<String>>,
+    /// Uploads of which nobody knows: begun for this object, and the answer was lost.
+    lost: Vec<String>,
     id: Option<String>,
     sending: FuturesOrdered<Sending>,
     sent: Vec<PartId>,
@@ -51,6 +53,7 @@ impl Making {
             path: path.to_owned(),
             location,
             known_before: None,
+            lost: Vec::new(),
             id: None,
             sending: FuturesOrdered::new(),
             sent: Vec::new(),
@@ -74,16 +77,12 @@ impl Making {
             Some(id) => id.clone(),
             None => {
                 self.known_before = Some(self.bucket.uploads_of(&self.location).await?);
-                let mut attempts = 0;
-                let begin = || {
-                    attempts += 1;
-                    self.bucket.parts.create_multipart(&self.location)
-                };
+                let begin = || self.bucket.parts.create_multipart(&self.location);
                 let id = self.bucket.retry("write", &self.path, begin).await?;
-                if attempts == 1 {
-                    self.known_before = None;
-                }
-                self.id.insert(id).clone()
+                self.id = Some(id.clone());
+                self.lost = self.unknown().await?;
+                self.known_before = None;
+                id
             }
         };
         while self.sending.len() >= PARTS_AT_A_TIME {
@@ -173,20 +172,25 @@ impl Making {
         }
         self.id = None;
         // It is there: whatever becomes of remains, the object is whole.
-        let _found_later = self.abort_others().await;
+        let _found_later = self.abort_lost().await;
         Ok(())
     }
 
-    /// Of a beginning whose answer was lost there is an upload that nobody knows. Those that were there before belong to
-    /// others, who may be at work.
-    async fn abort_others(&mut self) -> Result<()> {
-        let Some(known) = self.known_before.take() else {
-            return Ok(());
+    /// The uploads of this name that came while ours began, but for ours. Those that were there before belong to others, who
+    /// may be at work.
+    async fn unknown(&mut self) -> Result<Vec<String>> {
+        let Some(known) = &self.known_before else {
+            return Ok(Vec::new());
         };
-        for id in self.bucket.uploads_of(&self.location).await? {
-            if known.contains(&id) || self.id.as_ref() == Some(&id) {
-                continue;
-            }
+        let mut found = self.bucket.uploads_of(&self.location).await?;
+        found.retain(|id| !known.contains(id) && self.id.as_ref() != Some(id));
+        Ok(found)
+    }
+
+    async fn abort_lost(&mut self) -> Result<()> {
+        let mut lost = std::mem::take(&mut self.lost);
+        lost.extend(self.unknown().await?);
+        for id in lost {
             let abort = || self.bucket.parts.abort_multipart(&self.location, &id);
             self.bucket
                 .retry("abort the upload of", &self.path, abort)
@@ -202,16 +206,16 @@ impl Making {
         // Parts on their way would come after the end.
         self.sending = FuturesOrdered::new();
         let Some(id) = self.id.take() else {
-            return self.abort_others().await;
+            return self.abort_lost().await;
         };
         let mut pause = Pause::new(self.bucket.timeout);
         loop {
             let error = match self.bucket.parts.abort_multipart(&self.location, &id).await {
-                Ok(()) => return self.abort_others().await,
+                Ok(()) => return self.abort_lost().await,
                 Err(error) => error,
             };
             match explain(&error).meaning {
-                Meaning::Missing => return self.abort_others().await,
+                Meaning::Missing => return self.abort_lost().await,
                 Meaning::Transient if pause.take().await => {}
                 _ => {
                     return Err(LakeError::of_store(
