@@ -56,7 +56,7 @@ def _bucket(bench, services: Services) -> None:
             )
         db.flush(project)
     count, size = db.admin.execute("SELECT count(*), sum(bytes) FROM rakam.data_files WHERE project = 'far'").fetchone()
-    print(f"  far: {count} files, {size / 1e6:.1f} MB", flush=True)
+    print(f"  far: {count} files, {float(size) / 1e6:.1f} MB", flush=True)
     paths = [path for (path,) in db.all("SELECT path FROM rakam.data_files WHERE project = 'far'")]
     duck = DuckS3(env, env["FAULTPROXY_URL"])
     services.faults([{"match": {"method": "GET"}, "fault": {"delay_ms": LATENCY_MS}}])
