@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import secrets
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from harness.buckets import Bucket
-from harness.database import Database, one, refused, wait_until
+from harness.database import in_background, one, refused, wait_until
 from harness.event_files import EXPECTED, FORMATS, ROWS, SUMMARY
 from psycopg import sql
 
@@ -87,22 +86,6 @@ def counted(db, table: str) -> tuple:
 
 def whole(rows: int) -> tuple:
     return rows, rows, sum(range(rows))
-
-
-def in_background(db: Database, call):
-    """Runs a call in a session of its own; its session, and a place for its outcome."""
-    session = db.connect()
-    outcome: list = []
-
-    def run() -> None:
-        try:
-            outcome.append(call(session))
-        except psycopg.Error as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return session, thread, outcome
 
 
 # -- loads -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 from uuid import UUID
@@ -22,7 +21,7 @@ import psycopg
 import pyarrow
 import pyarrow.parquet
 import pytest
-from harness.database import Database, has_column, one, refused, wait_until
+from harness.database import Database, has_column, in_background, one, refused, wait_until
 from harness.event_files import EVENTS, EXPECTED, FORMATS, ROWS, SUMMARY
 
 PROJECT = "acme"
@@ -531,22 +530,6 @@ def long_csv(path: Path, rows: int) -> None:
         file.write("_time,n,word\n")
         for n in range(rows):
             file.write(f"2025-{n % 12 + 1:02}-01,{n},{n * 7919 % 100_003:x}-{'long word ' * 10}\n")
-
-
-def in_background(db: Database, call):
-    """Runs a call in a session of its own; its session, and a place for its outcome."""
-    session = db.connect()
-    outcome: list = []
-
-    def run() -> None:
-        try:
-            outcome.append(call(session))
-        except psycopg.Error as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return session, thread, outcome
 
 
 def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):

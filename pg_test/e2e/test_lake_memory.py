@@ -17,7 +17,7 @@ import pytest
 from harness.cluster import Cluster
 from harness.database import Database, collect_batch, wait_until
 from harness.numbered import make
-from harness.peak import Peak, peak_bytes
+from harness.peak import SEEN_S, Peak, peak_bytes
 
 DATA_MB = int(os.environ.get("RAKAM_LAKE_MEMORY_MB", "9"))
 TARGET = os.environ.get("RAKAM_LAKE_MEMORY_TARGET", "1MB")
@@ -73,14 +73,20 @@ def paths(db: Database, collection: str) -> list[str]:
     return [path.removeprefix("file://") for (path,) in found]
 
 
+def peak_of(db: Database, call) -> Peak:
+    """What the worker of a call takes at most; it stays until it has been seen."""
+    db.admin.execute(f"ALTER DATABASE {db.name} SET rakam.failpoint = 'task.after_reply=sleep({int(SEEN_S * 1000)})'")
+    try:
+        peak = peak_bytes(db.cluster, TASK, call)
+    finally:
+        db.admin.execute(f"ALTER DATABASE {db.name} RESET rakam.failpoint")
+    assert all(peak), "the worker has not been seen"
+    return peak
+
+
 def idle_worker(db: Database) -> Peak:
-    """What a worker takes that has nothing to do; it may have ended before it was found."""
-
-    def seen() -> Peak | None:
-        peak = peak_bytes(db.cluster, TASK, db.tick)
-        return peak if all(peak) else None
-
-    return wait_until(seen, "a worker that is seen")
+    """What a worker takes that has nothing to do."""
+    return peak_of(db, db.tick)
 
 
 def fill(db: Database, collection: str, megabytes: int, parts: int) -> None:
@@ -133,7 +139,7 @@ def test_memory_of_compaction(measured, lake):
         size = sum(Path(path).stat().st_size for path in before)
         events = db.one(f"SELECT count(*) FROM acme.{collection}")
         call = f"SELECT rakam.compact('acme', '{collection}')"
-        peak = peak_bytes(measured, TASK, lambda call=call: db.admin.execute(call))
+        peak = peak_of(db, lambda call=call: db.admin.execute(call))
         more = peak.beyond(idle)
         taken[collection] = more.resident
         after = paths(db, collection)
@@ -169,7 +175,7 @@ def test_memory_of_a_rebuilt_catalog(measured, lake):
     db.create()
     db.admin.execute(f"CREATE SERVER lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{folder}')")
     idle = idle_worker(db)
-    peak = peak_bytes(measured, TASK, lambda: db.admin.execute("SELECT rakam.rebuild_catalog('lake')"))
+    peak = peak_of(db, lambda: db.admin.execute("SELECT rakam.rebuild_catalog('lake')"))
     assert db.one("SELECT count(*) FROM rakam.data_files") == files
     assert db.one("SELECT sum(events) FROM rakam.stat_collection") == FILES
     bound = READ_AT_ONCE + files * PER_FILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -156,6 +157,22 @@ class Database:
 def one(connection: psycopg.Connection, query: str, *values: Any) -> Any:
     row = connection.execute(query, values or None).fetchone()
     return None if row is None else row[0]
+
+
+def in_background(db: Database, call):
+    """Runs a call in a session of its own; its session, and a place for its outcome."""
+    session = db.connect()
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append(call(session))
+        except psycopg.Error as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return session, thread, outcome
 
 
 def collect(connection: psycopg.Connection, project: str, collection: str, properties: dict | str) -> None:

@@ -13,6 +13,8 @@ from .cluster import Cluster
 # Between two looks: what a process takes and gives back in its last moment is not seen.
 PAUSE_S = 0.005
 SEARCH_S = 0.05
+# For how long a process has to be there to be seen, however slow the looks are.
+SEEN_S = 0.3
 
 
 class Peak(NamedTuple):

@@ -13,7 +13,7 @@ use rakam_event::types::FieldType;
 
 use super::PG_EPOCH_US;
 use super::error::{PgError, Result};
-use super::spi;
+use super::{settings, spi};
 
 /// The one SELECT (or VALUES, TABLE, WITH … SELECT) that a text is, without what follows it.
 ///
@@ -181,16 +181,7 @@ impl Cursor {
         // texts are copied.
         unsafe {
             let nest_level = pg_sys::NewGUCNestLevel();
-            pg_sys::set_config_option(
-                c"search_path".as_ptr(),
-                path.as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_SESSION,
-                pg_sys::GucAction::GUC_ACTION_SAVE,
-                true,
-                0,
-                false,
-            );
+            settings::save(c"search_path", &path);
             pg_sys::SPI_connect();
             let plan = pg_sys::SPI_prepare(text.as_ptr(), 0, std::ptr::null_mut());
             if plan.is_null() {

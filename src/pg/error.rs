@@ -4,6 +4,8 @@ use pgrx::pg_sys::errcodes::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, function_name, pg_sys};
 
+use super::settings;
+
 /// What a client sees of an error: SQLSTATE, message, detail, hint in the wording of Postgres.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PgError {
@@ -82,16 +84,7 @@ impl PgError {
         // SAFETY: a GUC nest level around one report, closed right after it.
         unsafe {
             let level = pg_sys::NewGUCNestLevel();
-            pg_sys::set_config_option(
-                c"client_min_messages".as_ptr(),
-                c"notice".as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_SESSION,
-                pg_sys::GucAction::GUC_ACTION_SAVE,
-                true,
-                0,
-                false,
-            );
+            settings::save(c"client_min_messages", c"notice");
             self.notice();
             pg_sys::AtEOXact_GUC(true, level);
         }

@@ -19,6 +19,25 @@ const DEFAULTS: [(&CStr, &CStr); 8] = [
     (c"standard_conforming_strings", c"on"),
 ];
 
+/// Sets a variable until the current GUC nest level, which the caller has opened, ends.
+///
+/// Raises an error for a value that is not valid.
+pub(super) fn save(name: &CStr, value: &CStr) {
+    // SAFETY: NUL-terminated texts, copied.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
 /// Sets a variable for the current GUC nest level if it differs: setting costs more than looking.
 ///
 /// # Safety
@@ -30,16 +49,7 @@ pub unsafe fn pin(name: &CStr, value: &CStr) {
         if !now.is_null() && CStr::from_ptr(now) == value {
             return;
         }
-        pg_sys::set_config_option(
-            name.as_ptr(),
-            value.as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
+        save(name, value);
     }
 }
 
@@ -95,19 +105,7 @@ impl Settings {
             else {
                 return Err(PgError::internal("NUL byte in a setting"));
             };
-            // SAFETY: NUL-terminated texts, copied; a value that is not valid raises an error.
-            unsafe {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    value.as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
-            }
+            save(&name, &value);
         }
         Ok(settings)
     }

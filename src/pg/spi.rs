@@ -11,6 +11,7 @@ use pgrx::datum::{FromDatum, IntoDatum};
 use pgrx::pg_sys;
 
 use super::error::{PgError, Result};
+use super::settings::save;
 use super::snapshot::Snapshot;
 
 /// One argument: its type and value.
@@ -392,23 +393,6 @@ impl PinnedPath {
         Self {
             nest_level: Some(nest_level),
         }
-    }
-}
-
-/// Sets a variable until the present nest level ends.
-fn save(name: &CStr, value: &CStr) {
-    // SAFETY: NUL-terminated texts, copied; within a nest level that the caller has opened.
-    unsafe {
-        pg_sys::set_config_option(
-            name.as_ptr(),
-            value.as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
     }
 }
 

@@ -141,14 +141,7 @@ fn info(chunks: &[&ChunkRow]) -> Result<ChunkInfo> {
     chunks
         .iter()
         .map(|chunk| bounds(chunk))
-        .reduce(|a, b| ChunkInfo {
-            n: a.n + b.n,
-            min_time_us: a.min_time_us.min(b.min_time_us),
-            max_time_us: a.max_time_us.max(b.max_time_us),
-            min_xid: a.min_xid.min(b.min_xid),
-            max_xid: a.max_xid.max(b.max_xid),
-            has_extra: a.has_extra || b.has_extra,
-        })
+        .reduce(ChunkInfo::and)
         .ok_or_else(|| PgError::internal("a merge of no chunks"))
 }
 

@@ -17,7 +17,7 @@ use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
 use crate::pg::spi::{self, View, arg};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, wait};
+use crate::pg::{PgError, Result, failpoint, wait};
 
 /// What a task worker can be asked to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -241,6 +241,7 @@ pub extern "C-unwind" fn rakam_task_main(argument: pg_sys::Datum) {
         ));
         block.reply(&serde_json::to_vec(&short).unwrap_or_default());
     }
+    failpoint::hit("task.after_reply");
 }
 
 fn failed(error: PgError) -> Reply {

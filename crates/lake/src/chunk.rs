@@ -12,9 +12,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, new_null_array};
 use arrow::compute::{concat, concat_batches, max, min};
-use arrow::datatypes::{
-    DataType, Field, Int64Type, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType,
-};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, TimestampMicrosecondType};
 use bytes::Bytes;
 use rakam_event::batch::Layout;
 use rakam_event::extra;
@@ -25,6 +23,7 @@ use rakam_event::schema::{
 use rakam_event::types::FieldType;
 
 use crate::error::LakeError;
+use crate::file_info::type_of;
 use crate::row_chunk::Rows;
 use crate::seal;
 use crate::varint::{get_number, get_signed, put_number, put_signed};
@@ -285,7 +284,8 @@ impl Parts {
         }
         put_number(&mut self.out, kept.len() as u64);
         for (number, field) in kept {
-            let ty = stored_type(field.data_type()).ok_or_else(|| unknown(field))?;
+            // One of those with the same values.
+            let ty = type_of(field.data_type()).ok_or_else(|| unknown(field))?;
             let id = field_id(field).ok_or_else(|| unknown(field))?;
             put_number(&mut self.out, number as u64);
             put_signed(&mut self.out, id.into());
@@ -325,32 +325,6 @@ fn unknown(field: &Field) -> LakeError {
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     put_number(out, bytes.len() as u64);
     out.extend_from_slice(bytes);
-}
-
-/// The type that a reader makes the column of: one of those with the same values.
-fn stored_type(data_type: &DataType) -> Option<FieldType> {
-    Some(match data_type {
-        DataType::Boolean => FieldType::Bool,
-        DataType::Int32 => FieldType::Int4,
-        DataType::Int64 => FieldType::Int8,
-        DataType::Float32 => FieldType::Float4,
-        DataType::Float64 => FieldType::Float8,
-        DataType::Decimal128(precision, scale) => FieldType::Numeric {
-            precision: *precision,
-            scale: u8::try_from(*scale).ok()?,
-        },
-        DataType::Utf8 => FieldType::Text,
-        DataType::Date32 => FieldType::Date,
-        DataType::Timestamp(TimeUnit::Microsecond, Some(_)) => FieldType::Timestamptz,
-        DataType::FixedSizeBinary(16) => FieldType::Uuid,
-        DataType::List(element) => match element.data_type() {
-            DataType::Boolean => FieldType::BoolArray,
-            DataType::Float64 => FieldType::Float8Array,
-            DataType::Utf8 => FieldType::TextArray,
-            _ => return None,
-        },
-        _ => return None,
-    })
 }
 
 /// The whole batch of a chunk.

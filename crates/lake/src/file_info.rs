@@ -212,7 +212,7 @@ fn types_agree(known: &DataType, stored: &DataType) -> bool {
 }
 
 /// The type of a field that is stored so; what is stored as text is text unless the file says otherwise.
-fn type_of(stored: &DataType) -> Option<FieldType> {
+pub(crate) fn type_of(stored: &DataType) -> Option<FieldType> {
     Some(match stored {
         DataType::Boolean => FieldType::Bool,
         DataType::Int32 => FieldType::Int4,
