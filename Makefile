@@ -1,7 +1,7 @@
 # What a newcomer types. Each target is a script in scripts/ or demo/, which says what it does.
 # RAKAM_PROFILE=dev builds in seconds after a change and runs slower; RAKAM_CACHE moves everything that is built.
 
-.PHONY: help setup build demo test check fuzz pgrx-test bench install clean-cluster
+.PHONY: help setup services build demo test check fuzz pgrx-test bench install clean-cluster
 
 help:
 	@echo 'make demo           install what is missing, build, load real events, show what rakam does'
@@ -15,13 +15,16 @@ help:
 setup:
 	scripts/setup.sh
 
+services: setup
+	scripts/setup.sh services
+
 build: setup
 	scripts/build.sh
 
-demo: build
+demo: build services
 	demo/run.sh
 
-test: setup
+test: services
 	scripts/test.sh
 
 check: setup

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Installs what building and testing rakam needs and this machine lacks (Debian or Ubuntu, as root or with sudo).
+# `setup.sh services` installs what the tests' Kafka and Kinesis run on.
 # Safe to repeat; takes a second or two when nothing is missing.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$RAKAM_ROOT/pg_test/services/jvm.sh"
 
 pgrx_version=0.18.1
 createcluster_conf=/etc/postgresql-common/createcluster.conf
@@ -101,7 +103,37 @@ step_python() {
   say "Python environment"
 }
 
+# What the services of pg_test/services run on, which fetch themselves by Maven and npm. Not to have them costs the tests
+# with Kafka and Kinesis, which say so, and nothing else.
+step_services() {
+  local wanted=()
+  java_at_least 17 >/dev/null || wanted+=(jre)
+  command -v mvn >/dev/null || wanted+=(maven)
+  command -v npm >/dev/null || wanted+=(npm)
+  if [ "${#wanted[@]}" -gt 0 ]; then
+    say "packages for Kafka and Kinesis in tests: ${wanted[*]}"
+    # In a shell of its own: without root rights as_root ends it.
+    (as_root apt-get update -qq && apt_install "${wanted[@]/#jre/$(jre_package)}") ||
+      say "not installed: ${wanted[*]}; the tests that need them will be skipped"
+  fi
+  say "services for tests"
+}
+
+# The oldest Java of the distribution that Kafka takes.
+jre_package() {
+  local version
+  for version in 17 21 25; do
+    # Not grep -q, as in pg_major.
+    if apt-cache policy "openjdk-$version-jre-headless" 2>/dev/null | grep 'Candidate: [0-9]' >/dev/null; then break; fi
+  done
+  echo "openjdk-$version-jre-headless"
+}
+
 mkdir -p "$RAKAM_CACHE" "$RAKAM_STATE"
+if [ "$#" -gt 0 ]; then
+  for step in "$@"; do "step_$step"; done
+  exit
+fi
 step_packages
 step_rust
 step_pgrx

@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.buckets import S3, FaultProxy  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database  # noqa: E402
+from harness.kafka import Kafka  # noqa: E402
+from harness.kinesis import Kinesis  # noqa: E402
 from harness.lake import make_storage  # noqa: E402
+from harness.services import Unavailable  # noqa: E402
 
 CLUSTER = os.environ.get("RAKAM_TEST_CLUSTER", "e2e")
 SEED = int(os.environ.get("RAKAM_SEED") or random.SystemRandom().randrange(1, 1_000_000))
@@ -65,6 +68,42 @@ def s3_strict():
     """An S3 store that checks signatures (s3s-fs)."""
     with S3("fs") as store:
         yield store
+
+
+def available(make):
+    """What `make` makes; where the machine lacks what it runs on the test is skipped."""
+    try:
+        return make()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def kafka():
+    """A real Kafka broker."""
+    with available(Kafka) as broker:
+        yield broker
+
+
+@pytest.fixture
+def private_kafka():
+    """A broker of the test's own, which it may kill."""
+    with available(Kafka) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def kinesis():
+    """A Kinesis service that is near to the meaning (kinesis-mock)."""
+    with available(Kinesis) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def kinesis_fast():
+    """A Kinesis service that is fast and knows less (kinesalite)."""
+    with available(lambda: Kinesis("lite")) as service:
+        yield service
 
 
 @pytest.fixture

@@ -14,6 +14,10 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parents[1] / "services"
 
 
+class Unavailable(RuntimeError):
+    """What a service runs on is not on this machine; the text says what. Its tests are skipped."""
+
+
 class Services:
     """A set of services. `env` holds what the started ones say a client needs. With `kept`, a folder, they outlive this
     object: the next one of that folder finds them."""
@@ -45,6 +49,10 @@ class Services:
         """Stops `name`.sh if it runs."""
         self._script(name, "stop", {})
 
+    def pid(self, name: str) -> int:
+        """The process that the script of this name started."""
+        return int((self._run / f"{name}.pid").read_text().split()[0])
+
     def faults(self, rules: list[dict]) -> None:
         """Replaces the rules of the proxy."""
         request = urllib.request.Request(
@@ -65,6 +73,8 @@ class Services:
             capture_output=True,
             text=True,
         )
+        if done.returncode == 4:
+            raise Unavailable(done.stderr.strip().splitlines()[-1])
         if done.returncode:
             raise RuntimeError(f"{name}.sh {verb}: {done.stdout}{done.stderr}")
         return done.stdout

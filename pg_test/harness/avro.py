@@ -1,0 +1,33 @@
+"""Avro records as other programs write them: by fastavro, in each framing that a source reads."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import fastavro
+
+
+def schema(name: str, **fields: str) -> dict[str, Any]:
+    """A record of optional fields, each with its Avro type."""
+    optional = [{"name": field, "type": ["null", kind], "default": None} for field, kind in fields.items()]
+    return {"type": "record", "name": name, "fields": optional}
+
+
+def body(schema: dict[str, Any], event: dict[str, Any]) -> bytes:
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(schema), event)
+    return out.getvalue()
+
+
+def confluent(schema_id: int, schema: dict[str, Any], event: dict[str, Any]) -> bytes:
+    """In the framing of Confluent's registry."""
+    return b"\0" + struct.pack(">I", schema_id) + body(schema, event)
+
+
+def container(schema: dict[str, Any], events: list[dict[str, Any]], codec: str = "deflate") -> bytes:
+    """A container file."""
+    out = io.BytesIO()
+    fastavro.writer(out, fastavro.parse_schema(schema), events, codec)
+    return out.getvalue()
