@@ -36,10 +36,15 @@ extension_sql_file!(
     requires = ["bootstrap"]
 );
 extension_sql_file!(
+    "../sql/sources.sql",
+    name = "sources",
+    requires = ["catalog"]
+);
+extension_sql_file!(
     "../sql/access.sql",
     name = "access",
     requires = [
-        "catalog",
+        "sources",
         readable_projects,
         member_projects,
         announce_change

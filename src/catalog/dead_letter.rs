@@ -40,6 +40,36 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
     Ok(())
 }
 
+/// A record of a source that is no event.
+pub struct NewRecord<'a> {
+    pub project_id: i32,
+    pub source: &'a str,
+    pub split: &'a str,
+    /// Digits of a numeric.
+    pub offset: &'a str,
+    pub payload: &'a [u8],
+    pub error: &'a str,
+    pub received_at_us: i64,
+}
+
+/// Keeps a record of a source as a dead letter. Workers only.
+pub fn insert_record(letter: &NewRecord<'_>) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.dead_letter (project_id, source, split, off, payload, error, received_at)
+         VALUES ($1, $2, $3, $4::text::numeric, $5, $6, $7)",
+        &[
+            arg(letter.project_id),
+            arg(letter.source),
+            arg(letter.split),
+            arg(letter.offset),
+            arg(letter.payload),
+            arg(letter.error),
+            timestamptz(letter.received_at_us),
+        ],
+    )?;
+    Ok(())
+}
+
 /// A dead letter of collect.
 #[derive(Debug)]
 pub struct Letter {

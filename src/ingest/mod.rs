@@ -16,5 +16,6 @@ pub mod mapper;
 pub mod quota;
 mod replay;
 pub mod room;
+pub mod stream;
 mod track;
 mod waiting;

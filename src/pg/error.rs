@@ -126,6 +126,14 @@ impl From<rakam_files::FilesError> for PgError {
     }
 }
 
+impl From<rakam_sources::SourceError> for PgError {
+    fn from(error: rakam_sources::SourceError) -> Self {
+        let mut out = Self::new(error.sqlstate(), error.to_string());
+        out.hint = error.hint();
+        out
+    }
+}
+
 /// The value of an argument that must not be NULL.
 pub fn not_null<T>(value: Option<T>, argument: &str) -> Result<T> {
     value.ok_or_else(|| {
