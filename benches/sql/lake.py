@@ -1,14 +1,16 @@
-"""Chapters about the lake: reading a bucket, and a manifest of many files."""
+"""Chapters about the lake: reading a bucket, an outage of it, and a manifest of many files."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import manifest
-from harness.database import one
+from harness.database import one, wait_until
 from harness.duck_s3 import DuckS3
 from harness.services import Services
 from measure import interleaved, wall_s
@@ -18,6 +20,8 @@ LATENCY_MS = 30
 # Years of flights: one is five megabytes.
 YEARS = int(os.environ.get("RAKAM_BUCKET_YEARS", "8"))
 FILES = 100_000
+CLIENTS = 4
+OUTAGE_S = int(os.environ.get("RAKAM_OUTAGE_S", "60"))
 
 
 def bucket(bench) -> None:
@@ -31,14 +35,7 @@ def bucket(bench) -> None:
 def _bucket(bench, services: Services) -> None:
     db, env = bench.db, services.env
     bench.load()
-    db.admin.execute(
-        f"CREATE SERVER far FOREIGN DATA WRAPPER rakam OPTIONS (url 's3://{env['S3_BUCKET']}/bench',"
-        f" endpoint '{env['FAULTPROXY_URL']}', allow_http 'true', region 'us-east-1')"
-    )
-    db.admin.execute(
-        "CREATE USER MAPPING FOR postgres SERVER far OPTIONS"
-        f" (access_key_id '{env['AWS_ACCESS_KEY_ID']}', secret_access_key '{env['AWS_SECRET_ACCESS_KEY']}')"
-    )
+    _storage(db, env, "far")
     columns = one(
         db.admin,
         "SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute WHERE attrelid = 'flights.departure'::regclass"
@@ -114,6 +111,77 @@ def _bucket(bench, services: Services) -> None:
         )
     duck.close()
     services.faults([])
+
+
+def outage(bench) -> None:
+    """What collecting takes while the bucket is away, and how long the backlog takes to drain afterwards."""
+    with Services() as services:
+        env = services.start("s3")
+        services.start("faultproxy", FAULTPROXY_TARGET=env["S3_ENDPOINT_URL"])
+        _outage(bench, services)
+
+
+def _outage(bench, services: Services) -> None:
+    db = bench.db
+    _storage(db, services.env, "away")
+    db.project("through", "away")
+    # Files all the time, so that the bucket is needed all the time.
+    db.configure(flush_max_age="1s", flush_interval="1s")
+    _collect_for(db, 1)
+    there = _collect_for(db, OUTAGE_S)
+    services.faults([{"fault": {"reset": "before"}}])
+    away = _collect_for(db, OUTAGE_S)
+    waiting = db.one("SELECT pending_bytes FROM rakam.stat_lake WHERE storage = 'away'")
+    reachable = "SELECT reachable FROM rakam.stat_lake WHERE storage = 'away'"
+    wait_until(lambda: db.one(reachable) is False, "the outage being noticed", 60, 0.2)
+    services.faults([])
+    cold = "SELECT inbox_events + hot_events = 0 FROM rakam.stat_collection WHERE project = 'through'"
+    drained = wall_s(lambda: wait_until(lambda: db.one(cold), "the backlog's end", 300, 0.2))
+    sent = db.one("SELECT sum(n) FROM sent")
+    assert db.all("SELECT count(*), count(DISTINCT (client, n)) FROM through.hit") == [(sent, sent)]
+    db.configure(flush_max_age=None, flush_interval=None)
+    for name, at in (("median", 0.5), ("p99", 0.99)):
+        before, after = (sorted(taken)[int(len(taken) * at)] * 1000 for taken in (there, away))
+        bench.table.add(
+            f"collect() by {CLIENTS} clients for {OUTAGE_S} s with the bucket away, {name}",
+            f"{after:.2f} ms", f"there {before:.2f} ms", after / before, "",
+        )  # fmt: skip
+    bench.table.add(
+        f"until the backlog of {len(away):,} events, {float(waiting) / 1e6:.1f} MB, is in the bucket",
+        f"{drained:.1f} s", "", None, "",
+    )  # fmt: skip
+
+
+def _collect_for(db, seconds: float) -> list[float]:
+    """Seconds that each collect took, one event a transaction; how many each client sent is in the table `sent`."""
+    db.admin.execute("CREATE TABLE IF NOT EXISTS sent (n bigint)")
+    first = db.one("SELECT coalesce(sum(n), 0) FROM sent")
+    end = time.monotonic() + seconds
+
+    def client(number: int) -> list[float]:
+        taken = []
+        with db.cluster.connect(db.name, autocommit=True) as session:
+            session.execute("PREPARE send (jsonb) AS SELECT rakam.collect('through', 'hit', $1)")
+            while time.monotonic() < end:
+                body = json.dumps({"client": number, "n": int(first) + len(taken)})
+                taken.append(wall_s(lambda body=body: session.execute(f"EXECUTE send ('{body}')")))
+            session.execute("INSERT INTO sent VALUES (%s)", (len(taken),))
+        return taken
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return [one for taken in pool.map(client, range(CLIENTS)) for one in taken]
+
+
+def _storage(db, env: dict[str, str], name: str) -> None:
+    """A storage behind the fault proxy."""
+    db.admin.execute(
+        f"CREATE SERVER {name} FOREIGN DATA WRAPPER rakam OPTIONS (url 's3://{env['S3_BUCKET']}/{name}',"
+        f" endpoint '{env['FAULTPROXY_URL']}', allow_http 'true', region 'us-east-1')"
+    )
+    db.admin.execute(
+        f"CREATE USER MAPPING FOR postgres SERVER {name} OPTIONS"
+        f" (access_key_id '{env['AWS_ACCESS_KEY_ID']}', secret_access_key '{env['AWS_SECRET_ACCESS_KEY']}')"
+    )
 
 
 def many_files(bench) -> None:

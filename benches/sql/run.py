@@ -1,7 +1,7 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
 benches/sql/run.sh                 everything
-benches/sql/run.sh collect idle    some of: collect batch files size scan bucket compact floor idle manifest
+benches/sql/run.sh collect idle    some of: collect batch files size scan bucket outage compact floor idle manifest
 
 RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads.
 """
@@ -31,7 +31,7 @@ from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, thread_cpu_s, wakeups, wall_s  # noqa: E402
 
 # Last the one that makes files up: what merges files stumbles over those.
-CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "compact", "floor", "idle", "manifest"]
+CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "outage", "compact", "floor", "idle", "manifest"]
 CLICKS = 120_000
 HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "10000000"))
 BATCH = 500
@@ -473,6 +473,9 @@ class Bench:
 
     def bucket(self) -> None:
         lake.bucket(self)
+
+    def outage(self) -> None:
+        lake.outage(self)
 
     def manifest(self) -> None:
         lake.many_files(self)
