@@ -10,6 +10,7 @@ RAKAM_POWER_CUTS (default 4) sets the number of seeded runs; the full run is 100
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -185,30 +186,41 @@ def test_nothing_is_lost_by_power_cuts(private_cluster, seed):
 def die(db: Database, cluster: Cluster, rng: random.Random, point: str | None, run: int) -> None:
     """Works on the collection until the server dies."""
     time.sleep(rng.uniform(0.1, 0.6))
-    with contextlib.suppress(psycopg.Error):
-        db.flush("acme")
-        # Files to be written anew, and one to be deleted.
-        trimmed = [{"collection": "trimmed", "properties": {"key": f"{run}-{k}", "k": k}} for k in range(20)]
-        db.admin.execute("SELECT rakam.collect_batch('acme', %s)", (json.dumps(trimmed),))
-        db.flush("acme", "trimmed")
-        db.admin.execute("SELECT rakam.collect('acme', 'doomed', '{\"n\": 1}')")
-        db.flush("acme", "doomed")
-        if point is None:
-            threading.Timer(rng.uniform(0, 0.5), cluster.kill9_postmaster).start()
-        else:
-            db.admin.execute("UPDATE rakam_internal.storage_state SET renewed_at = now() - interval '1 hour'")
-            db.admin.execute(f"ALTER SYSTEM SET rakam.failpoint = '{point}=exit'")
-            db.admin.execute("SELECT pg_reload_conf()")
-        db.admin.execute("SELECT rakam.drop_collection('acme', 'doomed')")
-        db.admin.execute("SELECT rakam.delete_events('acme', 'trimmed', 'k >= 10')")
-        for _ in range(3):
-            db.flush("acme")
-            db.tick()
-            check(db)
-    wait_until(lambda: not cluster.running or not cluster.processes(), f"the death of the server at {point}", 30)
+    if point is None:
+        threading.Timer(rng.uniform(0.2, 1.5), cluster.kill9_postmaster).start()
+    turn = itertools.count()
+
+    def dead() -> bool:
+        if cluster.running and cluster.processes():
+            with contextlib.suppress(psycopg.Error):
+                work(db, f"{run}-{next(turn)}", point)
+        return not cluster.running or not cluster.processes()
+
+    # The background may do what a step is there for before it has read that it is to die of it: so more than once.
+    wait_until(dead, f"the death of the server at {point}", 120, 0.1)
     db.close()
     auto = cluster.data / "postgresql.auto.conf"
     auto.write_text("".join(line for line in auto.read_text().splitlines(True) if "failpoint" not in line))
+
+
+def work(db: Database, turn: str, point: str | None) -> None:
+    """Files to be written anew, and one to be deleted; then every step at which a process can die."""
+    db.flush("acme")
+    trimmed = [{"collection": "trimmed", "properties": {"key": f"{turn}-{k}", "k": k}} for k in range(20)]
+    db.admin.execute("SELECT rakam.collect_batch('acme', %s)", (json.dumps(trimmed),))
+    db.flush("acme", "trimmed")
+    db.admin.execute("SELECT rakam.collect('acme', 'doomed', '{\"n\": 1}')")
+    db.flush("acme", "doomed")
+    if point is not None:
+        db.admin.execute("UPDATE rakam_internal.storage_state SET renewed_at = now() - interval '1 hour'")
+        db.admin.execute(f"ALTER SYSTEM SET rakam.failpoint = '{point}=exit'")
+        db.admin.execute("SELECT pg_reload_conf()")
+    db.admin.execute("SELECT rakam.drop_collection('acme', 'doomed')")
+    db.admin.execute("SELECT rakam.delete_events('acme', 'trimmed', 'k >= 10')")
+    for _ in range(3):
+        db.flush("acme")
+        db.tick()
+        check(db)
 
 
 def settled(db: Database, folder: Path) -> bool:
