@@ -7,6 +7,7 @@ use rakam_files::source::Piece;
 
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
+use crate::published::Mark;
 
 /// The offset of a record, for dead letters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub(crate) struct NewRecord<'a> {
     pub(crate) value: Option<&'a [u8]>,
     /// What the record itself says, beside its value, of where it belongs.
     pub(crate) collection: Option<&'a [u8]>,
+    /// Which record of an event store it is.
+    pub(crate) mark: Option<Mark>,
 }
 
 /// A record of a batch; its bytes are the batch's.
@@ -43,6 +46,8 @@ pub struct Record {
     pub offset: Offset,
     /// When it was written, in milliseconds since 1970, if the source knows.
     pub timestamp_ms: Option<i64>,
+    /// Which record of an event store it is; None: of none of ours.
+    pub mark: Option<Mark>,
     value: Option<Range<usize>>,
     collection: Option<Range<usize>>,
 }
@@ -148,8 +153,18 @@ impl Batch {
             split,
             offset: record.offset.clone(),
             timestamp_ms: record.timestamp_ms,
+            mark: record.mark,
             value,
             collection,
+        });
+    }
+
+    /// Keeps the records of which `keep` says so, by their split and mark. How far the splits have come stays the same.
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&str, Option<&Mark>) -> bool) {
+        let moves = &self.moves;
+        self.records.retain(|record| {
+            let split = moves.get(record.split).map_or("", |m| m.split.as_str());
+            keep(split, record.mark.as_ref())
         });
     }
 

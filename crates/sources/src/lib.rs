@@ -11,6 +11,8 @@
 //! | [`options`] | what `create_source` takes |
 //! | [`kafka`], [`kinesis`], [`files`] | the kinds: a state machine that is tested without network, and a client |
 //! | [`decode`] | records as events, and as dead letters |
+//! | [`published`] | records that an event store published, and copies among them |
+//! | [`publish`] | events out into topics and streams |
 //!
 //! Every kind passes the tests of `conformance`.
 #![forbid(unsafe_code)]
@@ -29,6 +31,8 @@ mod memory;
 pub mod options;
 pub mod plan;
 pub mod position;
+pub mod publish;
+pub mod published;
 pub mod source;
 
 pub use error::{SourceError, StopReason};

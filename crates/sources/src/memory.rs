@@ -101,6 +101,7 @@ impl Fetch for MemoryFetch {
                         timestamp_ms: None,
                         value: Some(value),
                         collection: None,
+                        mark: None,
                     };
                     batch.push(moved, record);
                     next += 1;

@@ -131,16 +131,7 @@ impl SourceOptions {
             }),
             Kind::Kinesis => {
                 let stream = given.needed("stream", "the name of the stream")?;
-                if stream.len() > 128
-                    || !stream
-                        .bytes()
-                        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-                {
-                    return Err(SourceError::option(
-                        format!("\"{stream}\" is not the name of a stream"),
-                        "A stream has up to 128 letters, digits, dots, underscores and hyphens.",
-                    ));
-                }
+                check_stream(stream)?;
                 let collection = match given.text("collection")? {
                     Some(name) => name,
                     None => stream,
@@ -187,6 +178,18 @@ impl SourceOptions {
             }
         }
     }
+}
+
+/// Error: the name of a stream cannot be this.
+pub(crate) fn check_stream(name: &str) -> Result<(), SourceError> {
+    let is_legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    if name.len() <= 128 && name.bytes().all(is_legal) {
+        return Ok(());
+    }
+    Err(SourceError::option(
+        format!("\"{name}\" is not the name of a stream"),
+        "A stream has up to 128 letters, digits, dots, underscores and hyphens.",
+    ))
 }
 
 /// Where `rakam.seek_source` goes: `earliest`, `latest`, a timestamp, or a JSON object of splits and the `next_offset` that

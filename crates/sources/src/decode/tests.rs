@@ -24,6 +24,7 @@ fn batch(values: &[Option<&[u8]>]) -> Batch {
                 timestamp_ms: Some(100 + at as i64),
                 value: *value,
                 collection: None,
+                mark: None,
             },
         );
     }
@@ -157,6 +158,7 @@ fn poison_is_a_dead_letter_alone() {
                 timestamp_ms: None,
                 value: Some(value.as_bytes()),
                 collection: None,
+                mark: None,
             },
         );
     }
@@ -250,6 +252,7 @@ fn our_framing_is_read_into_columns() {
                 timestamp_ms: None,
                 value: Some(value),
                 collection,
+                mark: None,
             },
         );
     }

@@ -10,8 +10,8 @@ use rdkafka::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Headers, Message as _};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
+use rdkafka::message::{BorrowedMessage, Headers, Message as _};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio::task::spawn_blocking;
 
 use super::config::KafkaConfig;
@@ -22,6 +22,7 @@ use super::{Broker, Failure, Message, Partition};
 use crate::decode::COLLECTION_HEADER;
 use crate::error::SourceError;
 use crate::position::Position;
+use crate::published::{Mark, ORIGIN_HEADER, SEQUENCE_HEADER};
 use crate::source::{Fetch, Split, Splits, Start};
 
 /// How long a question about topics and offsets may take.
@@ -45,29 +46,10 @@ pub(crate) struct Client(BaseConsumer<Quiet>);
 
 impl Client {
     fn new(config: &KafkaConfig) -> Result<Self, SourceError> {
-        let mut native = ClientConfig::new();
-        for (name, value) in config.properties() {
-            native.set(name, value);
-        }
-        // Else librdkafka would write to the server's standard error while it reads its configuration.
-        native.set_log_level(RDKafkaLogLevel::Emerg);
-        native
+        native(config.properties())
             .create_with_context(Quiet)
             .map(Self)
-            .map_err(|error| {
-                // The value may be a secret, so only the property is named.
-                let message = match error {
-                    KafkaError::ClientConfig(_, reason, name, _) => {
-                        let reason = reason.trim().trim_end_matches('.');
-                        format!("option \"{name}\" is not usable: {reason}")
-                    }
-                    error => format!("options are not usable: {error}"),
-                };
-                SourceError::option(
-                    message,
-                    "Options are the properties of librdkafka's CONFIGURATION.md.",
-                )
-            })
+            .map_err(unusable)
     }
 
     /// The topics of the cluster that are asked for, each with its partitions.
@@ -140,20 +122,48 @@ impl Client {
     }
 }
 
-fn list(partition: &Partition) -> TopicPartitionList {
-    let mut list = TopicPartitionList::with_capacity(1);
-    list.add_partition(&partition.topic, partition.number);
+/// A configuration of librdkafka.
+pub(super) fn native<'a>(properties: impl Iterator<Item = (&'a str, &'a str)>) -> ClientConfig {
+    let mut native = ClientConfig::new();
+    for (name, value) in properties {
+        native.set(name, value);
+    }
+    // Else librdkafka would write to the server's standard error while it reads its configuration.
+    native.set_log_level(RDKafkaLogLevel::Emerg);
+    native
+}
+
+/// What is wrong with a configuration. The value may be a secret, so only the property is named.
+pub(super) fn unusable(error: KafkaError) -> SourceError {
+    let message = match error {
+        KafkaError::ClientConfig(_, reason, name, _) => {
+            let reason = reason.trim().trim_end_matches('.');
+            format!("option \"{name}\" is not usable: {reason}")
+        }
+        error => format!("options are not usable: {error}"),
+    };
+    SourceError::option(
+        message,
+        "Options are the properties of librdkafka's CONFIGURATION.md.",
+    )
+}
+
+fn list(partitions: &[Partition]) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(partitions.len());
+    for partition in partitions {
+        list.add_partition(&partition.topic, partition.number);
+    }
     list
 }
 
-fn failure(error: &KafkaError) -> Failure {
+pub(super) fn failure(error: &KafkaError) -> Failure {
     match error.rdkafka_error_code() {
         Some(code) => explain(code),
         None => Failure::Transient(error.to_string()),
     }
 }
 
-fn explain(code: RDKafkaErrorCode) -> Failure {
+pub(super) fn explain(code: RDKafkaErrorCode) -> Failure {
     use RDKafkaErrorCode as Code;
     let reason = code.to_string();
     match code {
@@ -192,34 +202,14 @@ impl Broker for Client {
             .map_err(|error| failure(&error))
     }
 
-    fn unassign(&mut self, partition: &Partition) -> Result<(), Failure> {
+    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure> {
         self.0
-            .incremental_unassign(&list(partition))
+            .incremental_unassign(&list(partitions))
             .map_err(|error| failure(&error))
     }
 
-    fn unassign_all(&mut self) -> Result<(), Failure> {
-        self.0.unassign().map_err(|error| failure(&error))
-    }
-
-    fn positions(&mut self) -> Result<Vec<(Partition, Option<i64>)>, Failure> {
-        let positions = self.0.position().map_err(|error| failure(&error))?;
-        let of = |element: TopicPartitionListElem<'_>| {
-            let partition = Partition {
-                topic: element.topic().to_owned(),
-                number: element.partition(),
-            };
-            let position = match element.offset() {
-                Offset::Offset(position) => Some(position),
-                _ => None,
-            };
-            (partition, position)
-        };
-        Ok(positions.elements().into_iter().map(of).collect())
-    }
-
     fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure> {
-        let list = list(partition);
+        let list = list(std::slice::from_ref(partition));
         let result = match paused {
             true => self.0.pause(&list),
             false => self.0.resume(&list),
@@ -236,22 +226,48 @@ impl Broker for Client {
             None => Ok(false),
             Some(Err(error)) => Err(failure(&error)),
             Some(Ok(message)) => {
-                let named = message.headers().and_then(|headers| {
-                    headers
-                        .iter()
-                        .find(|header| header.key == COLLECTION_HEADER)
-                        .and_then(|header| header.value)
-                });
+                let named = Named::of(&message);
                 take(Message {
                     topic: message.topic(),
                     partition: message.partition(),
                     offset: message.offset(),
                     timestamp_ms: message.timestamp().to_millis(),
                     value: message.payload(),
-                    collection: named,
+                    collection: named.collection,
+                    mark: named.mark,
                 });
                 Ok(true)
             }
+        }
+    }
+}
+
+/// What a record says of itself in its headers.
+#[derive(Default)]
+struct Named<'a> {
+    collection: Option<&'a [u8]>,
+    mark: Option<Mark>,
+}
+
+impl<'a> Named<'a> {
+    fn of(message: &'a BorrowedMessage<'_>) -> Self {
+        let Some(headers) = message.headers() else {
+            return Self::default();
+        };
+        let (mut collection, mut origin, mut sequence) = (None, None, None);
+        for header in headers.iter() {
+            match header.key {
+                COLLECTION_HEADER => collection = header.value,
+                ORIGIN_HEADER => origin = header.value,
+                SEQUENCE_HEADER => sequence = header.value,
+                _ => {}
+            }
+        }
+        Self {
+            collection,
+            mark: origin
+                .zip(sequence)
+                .and_then(|(origin, sequence)| Mark::parse(origin, sequence)),
         }
     }
 }

@@ -39,6 +39,28 @@ const DEFAULTS: [(&str, &str); 8] = [
     ("topic.metadata.refresh.interval.ms", "30000"),
 ];
 
+/// As [`FIXED`], for clients that write: nothing is given up but by us, and nothing overtakes what came before it.
+const WRITING: [(&str, &str); 5] = [
+    ("enable.idempotence", "true"),
+    ("enable.gapless.guarantee", "true"),
+    ("acks", "all"),
+    // Without end: an outage is waited out.
+    ("message.timeout.ms", "0"),
+    ("queuing.strategy", "fifo"),
+];
+const WRITING_ALIASES: [(&str, &str); 2] = [
+    ("request.required.acks", "acks"),
+    ("delivery.timeout.ms", "message.timeout.ms"),
+];
+/// As [`DEFAULTS`], for clients that write: names of the property, and its value.
+const WRITING_DEFAULTS: [(&[&str], &str); 3] = [
+    (&["compression.codec", "compression.type"], "lz4"),
+    // What a topic takes the broker decides.
+    (&["message.max.bytes"], "16777216"),
+    // A batch of the relay fits in.
+    (&["queue.buffering.max.kbytes"], "65536"),
+];
+
 /// Refused, with the reason.
 const REFUSED: [(&str, &str); 21] = [
     ("plugin.library.paths", CODE),
@@ -183,6 +205,44 @@ impl KafkaConfig {
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
+    /// The same for a client that writes. Error: 22023 for an option by which records could be lost or change their order.
+    pub(crate) fn for_producer(&self) -> Result<BTreeMap<String, String>, SourceError> {
+        let mut properties = self.properties.clone();
+        for (name, fixed) in WRITING {
+            for name in WRITING_ALIASES
+                .iter()
+                .filter(|(_, own)| *own == name)
+                .map(|(alias, _)| *alias)
+                .chain([name])
+            {
+                let given = properties.remove(name);
+                if let Some(given) = given.filter(|given| !given.eq_ignore_ascii_case(fixed)) {
+                    return Err(SourceError::option(
+                        format!("option \"{name}\" of an event store cannot be \"{given}\""),
+                        format!(
+                            "Each event arrives, and in the order of its key, because it is \"{fixed}\": leave the option out."
+                        ),
+                    ));
+                }
+            }
+            properties.insert(name.to_owned(), fixed.to_owned());
+        }
+        if properties.contains_key("transactional.id") {
+            return Err(SourceError::option(
+                "option \"transactional.id\" cannot be set for an event store",
+                "Leave the option out: what is sent twice is told by its headers.",
+            ));
+        }
+        // Asking for a topic may make it here: it is about to be written.
+        properties.insert("allow.auto.create.topics".to_owned(), "true".to_owned());
+        for (names, value) in WRITING_DEFAULTS {
+            if !names.iter().any(|name| properties.contains_key(*name)) {
+                properties.insert(names[0].to_owned(), value.to_owned());
+            }
+        }
+        Ok(properties)
+    }
+
     /// The options by which librdkafka reads files of the server: who gives them needs the right to.
     pub fn file_options(&self) -> Vec<&str> {
         let is_file = |name: &&str| FILES.contains(name);
@@ -300,6 +360,38 @@ mod tests {
         // As librdkafka has it: nobody is asked for them.
         let unused = parse(&[("brokers", "a")], &[("username", "u"), ("password", "p")]);
         assert!(unused.is_ok_and(|config| config.ignores_credentials()));
+    }
+
+    #[test]
+    fn writing_loses_nothing() {
+        let with = |options: &[(&str, &str)]| {
+            let mut server = vec![("brokers", "a")];
+            server.extend(options);
+            let config = parse(&server, &[]).unwrap_or_else(|e| panic!("{e}"));
+            config.for_producer()
+        };
+        let properties = with(&[("compression.type", "gzip")]).unwrap_or_else(|e| panic!("{e}"));
+        let get = |name: &str| properties.get(name).map(String::as_str);
+        assert_eq!(get("enable.idempotence"), Some("true"));
+        assert_eq!(get("message.timeout.ms"), Some("0"));
+        assert_eq!(get("bootstrap.servers"), Some("a"));
+        assert_eq!(
+            (get("compression.type"), get("compression.codec")),
+            (Some("gzip"), None)
+        );
+        assert!(with(&[("acks", "ALL"), ("delivery.timeout.ms", "0")]).is_ok());
+        for (name, value) in [
+            ("acks", "1"),
+            ("request.required.acks", "1"),
+            ("enable.idempotence", "false"),
+            ("delivery.timeout.ms", "5000"),
+            ("transactional.id", "x"),
+        ] {
+            assert!(
+                with(&[(name, value)]).is_err_and(|e| e.sqlstate() == "22023"),
+                "{name}"
+            );
+        }
     }
 
     #[test]

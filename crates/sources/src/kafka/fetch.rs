@@ -60,11 +60,7 @@ impl<B: Broker + 'static> Fetch for Fetcher<B> {
     }
 
     async fn rewind(&mut self) -> Result<(), SourceError> {
-        self.run(|reader| {
-            reader.rewind();
-            Ok(())
-        })
-        .await
+        self.run(Reader::rewind).await
     }
 
     async fn pause(&mut self, split: &str, paused: bool) -> Result<(), SourceError> {

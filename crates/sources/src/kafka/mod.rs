@@ -1,7 +1,7 @@
 //! Kafka: topics and partitions.
 //!
 //! [`config`] says what a server's options may say, [`topics`] which partitions there are, [`reader`] is the state machine
-//! that reads them through a [`Broker`], and [`client`] is that broker by librdkafka.
+//! that reads them through a [`Broker`], and [`client`] is that broker by librdkafka. [`producer`] writes.
 //!
 //! Partitions are assigned by us and offsets kept in the database: there are no consumer groups, whose rebalances cannot fence
 //! a writer of another system, and nothing is ever skipped (`auto.offset.reset=error`). What librdkafka cannot tell of an
@@ -10,6 +10,7 @@
 pub mod client;
 pub mod config;
 pub(crate) mod fetch;
+pub mod producer;
 pub(crate) mod reader;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ pub mod topics;
 use std::time::Duration;
 
 use crate::error::SourceError;
+use crate::published::Mark;
 
 /// A partition of a topic, as a split: `<topic>/<partition>`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +61,7 @@ pub(crate) struct Message<'a> {
     pub(crate) timestamp_ms: Option<i64>,
     pub(crate) value: Option<&'a [u8]>,
     pub(crate) collection: Option<&'a [u8]>,
+    pub(crate) mark: Option<Mark>,
 }
 
 /// What went wrong with a call to the cluster.
@@ -85,18 +88,10 @@ impl Failure {
 
 /// What [`reader::Reader`] needs of a cluster. Calls block, those of one partition's ends for a few seconds at most.
 pub(crate) trait Broker: Send {
-    /// Reads these partitions, which it does not read yet, from these offsets on (None: the oldest record).
+    /// Reads these partitions from these offsets on (None: the oldest record), instead of where they were read before.
     fn assign(&mut self, partitions: &[(Partition, Option<i64>)]) -> Result<(), Failure>;
 
-    fn unassign(&mut self, partition: &Partition) -> Result<(), Failure>;
-
-    /// Reads nothing any more.
-    fn unassign_all(&mut self) -> Result<(), Failure>;
-
-    /// Behind the last message that was shown of each partition that it reads, or behind the last marker of a transaction that
-    /// was passed over since; None: neither was. Until a message is shown, or it was None, it may be of an assignment before
-    /// the present one.
-    fn positions(&mut self) -> Result<Vec<(Partition, Option<i64>)>, Failure>;
+    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure>;
 
     fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure>;
 

@@ -16,16 +16,18 @@ use aws_sdk_kinesis::config::retry::RetryConfig;
 use aws_sdk_kinesis::config::timeout::TimeoutConfig;
 use aws_sdk_kinesis::config::{BehaviorVersion, Config, Credentials, Region};
 use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_kinesis::primitives::DateTime;
-use aws_sdk_kinesis::types::ShardIteratorType;
+use aws_sdk_kinesis::primitives::{Blob, DateTime};
+use aws_sdk_kinesis::types::{PutRecordsRequestEntry, PutRecordsResultEntry, ShardIteratorType};
 use aws_smithy_http_client::tls;
 use object_store::aws::{AmazonS3Builder, AwsCredentialProvider};
 
 use super::config::KinesisConfig;
+use super::producer::{Producer, Put, Puts};
 use super::reader::{Pace, Reader};
 use super::{Answer, Failure, Raw, Shard, Stream};
 use crate::error::SourceError;
 use crate::position::Position;
+use crate::publish::Publish;
 use crate::source::{Fetch, Split, Splits, Start};
 
 const CONNECT: Duration = Duration::from_secs(5);
@@ -40,7 +42,7 @@ pub(crate) struct AwsStream {
 }
 
 impl AwsStream {
-    fn new(config: &KinesisConfig, name: &str) -> Result<Self, SourceError> {
+    pub(super) fn new(config: &KinesisConfig, name: &str) -> Result<Self, SourceError> {
         let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
         let http = aws_smithy_http_client::Builder::new()
             .tls_provider(provider)
@@ -226,6 +228,35 @@ fn hashes(range: &aws_sdk_kinesis::types::HashKeyRange) -> Option<RangeInclusive
     Some(first..=last)
 }
 
+#[async_trait]
+impl Puts for AwsStream {
+    async fn put(&self, records: &[Put<'_>]) -> Result<Vec<Result<(), String>>, Failure> {
+        let entries = records.iter().map(|record| {
+            PutRecordsRequestEntry::builder()
+                .partition_key(&*record.key)
+                .data(Blob::new(record.data))
+                .build()
+        });
+        let entries: Vec<_> = entries
+            .collect::<Result<_, _>>()
+            .map_err(|error| Failure::Transient(error.to_string()))?;
+        let answer = self
+            .sdk
+            .put_records()
+            .stream_name(&self.name)
+            .set_records(Some(entries))
+            .send()
+            .await
+            .map_err(|error| failure(&error))?;
+        let outcome = |entry: &PutRecordsResultEntry| match entry.error_code() {
+            None => Ok(()),
+            // The message names the account.
+            Some(code) => Err(code.to_owned()),
+        };
+        Ok(answer.records().iter().map(outcome).collect())
+    }
+}
+
 /// What an error means, by its code; its text may name the account.
 fn failure<E: ProvideErrorMetadata>(error: &SdkError<E>) -> Failure {
     let status = error
@@ -297,6 +328,12 @@ impl Splits for Shards {
 pub fn fetch(config: &KinesisConfig, stream: &str) -> Result<Box<dyn Fetch>, SourceError> {
     let stream = AwsStream::new(config, stream)?;
     Ok(Box::new(Reader::new(stream, Pace::default())))
+}
+
+/// What writes to a stream. Asks nobody yet.
+pub fn publisher(config: &KinesisConfig, stream: &str) -> Result<Box<dyn Publish>, SourceError> {
+    let stream = AwsStream::new(config, stream)?;
+    Ok(Box::new(Producer::new(stream, Pace::default())))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Kinesis: streams and shards.
 //!
 //! [`config`] says what a server's options may say, [`reader`] is the state machine that reads shards through a [`Stream`],
-//! [`aggregate`] unpacks what Amazon's producer library packs, and [`client`] is the stream by Amazon's SDK.
+//! [`producer`] writes, [`aggregate`] unpacks what Amazon's producer library packs, and [`client`] is the stream by Amazon's SDK.
 //!
 //! There is no lease table of Amazon's beside ours: positions, and who reads what, are in the database. Enhanced fan-out is not
 //! used: it needs a consumer registered per source, and pushes whether or not the database keeps up.
@@ -9,6 +9,7 @@
 pub(crate) mod aggregate;
 pub mod client;
 pub mod config;
+pub mod producer;
 pub(crate) mod reader;
 #[cfg(test)]
 mod tests;

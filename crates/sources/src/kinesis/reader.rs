@@ -19,6 +19,7 @@ use crate::batch::{Batch, Limits, NewRecord, Offset, Stop};
 use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
+use crate::published::split_mark;
 use crate::source::{Fetch, Lag};
 
 const READ: &str = "read from Kinesis";
@@ -332,12 +333,17 @@ impl Ask {
 /// Adds the user records of a record, all or none of an aggregate to the same batch.
 fn add(batch: &mut Batch, moved: usize, raw: &Raw, hashes: &RangeInclusive<u128>) {
     let offset = Offset::Digits(Arc::from(raw.sequence.as_str()));
-    let mut push = |value: &[u8]| {
+    let mut push = |bytes: &[u8]| {
+        let (value, collection, mark) = match split_mark(bytes) {
+            Some((value, collection, mark)) => (value, Some(collection), Some(mark)),
+            None => (bytes, None, None),
+        };
         let record = NewRecord {
             offset: &offset,
             timestamp_ms: raw.arrived_ms,
             value: Some(value),
-            collection: None,
+            collection,
+            mark,
         };
         batch.push(moved, record);
     };
