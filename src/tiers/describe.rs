@@ -197,14 +197,14 @@ fn delete_before(remote: &Remote, writer: &str, number: u64) -> Outcome<()> {
     let mut old = Vec::new();
     remote.list(&format!("{PREFIX}{writer}"), |page| {
         let names = page.iter().filter_map(|object| Name::parse(&object.path));
-        old.extend(names.filter(|name| name.number < number));
+        old.extend(
+            names
+                .filter(|name| name.number < number)
+                .map(|name| name.path()),
+        );
         Ok(())
     })?;
-    for name in old {
-        wait::check_interrupts();
-        remote
-            .delete(&name.path())
-            .map_err(|e| Failure::Error(e.into()))?;
-    }
-    Ok(())
+    remote
+        .delete_all(&old)
+        .map_err(|e| Failure::Error(e.into()))
 }

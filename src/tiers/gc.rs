@@ -133,7 +133,7 @@ fn abandoned(storage_id: i32, remote: &Remote) -> std::result::Result<u64, Failu
         if allowed != Some(true) {
             break;
         }
-        remote.delete(&path)?;
+        remote.discard(&path)?;
         cache::forget(storage_id, &path);
         failpoint::hit("gc.after_object");
         xact::worker(|| manifest::delete_intent(storage_id, &path))?;

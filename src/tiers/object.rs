@@ -206,9 +206,10 @@ impl Remote {
         self.call(|storage| async move { storage.head(&path).await })
     }
 
-    pub fn delete(&self, path: &str) -> Answer<()> {
+    /// Deletes an object that may not have been written to its end, and what is left of the write.
+    pub fn discard(&self, path: &str) -> Answer<()> {
         let path = path.to_owned();
-        self.call(|storage| async move { storage.delete(&path).await })
+        self.call(|storage| async move { storage.discard(&path).await })
     }
 
     /// Deletes objects, several at a time. Those that are not there are deleted.

@@ -137,8 +137,18 @@ impl Decoder {
         }
     }
 
-    /// Lets records of this version be read. `fields` as [`parse_schema`] gives them.
+    /// Lets records of this version be read. `fields` as [`parse_schema`] gives them. A field never changes its type, so a
+    /// version in which one has another than in the target is refused.
     pub fn add_version(&mut self, version: u32, fields: Vec<AvroField>) -> Result<(), AvroError> {
+        for field in &fields {
+            let known = self.target.fields.iter().find(|f| f.id == field.id);
+            if let Some(known) = known.filter(|known| known.ty != field.ty) {
+                return Err(AvroError::Schema(format!(
+                    "field \"{}\" is of type {}, not {}",
+                    known.name, known.ty, field.ty
+                )));
+            }
+        }
         let mut store = SchemaStore::new_with_type(FingerprintAlgorithm::Id);
         let fingerprint = Fingerprint::Id(version);
         store.set(

@@ -10,6 +10,8 @@ const NUMERIC_SCALE_DIGITS: i64 = 16_383;
 /// Plain notation may add this many zeros to the written digits; beyond it the text form has an exponent, so
 /// that `1e131071` in an event does not become 128 kB of text.
 const MAX_PADDING: i64 = 40;
+/// Exponents beyond this, far beyond those of numeric, are all the same.
+const MAX_EXPONENT: i64 = u32::MAX as i64;
 
 /// A decimal number in normal form: the digits `head` then `tail`, without outer zeros, the last of them
 /// worth 10^`last`. Zero has no digits and no sign.
@@ -56,7 +58,7 @@ impl<'a> Number<'a> {
                     return None;
                 }
                 let power = power.iter().fold(0_i64, |n, b| {
-                    (n * 10 + i64::from(b - b'0')).min(i64::from(u32::MAX))
+                    (n * 10 + i64::from(b - b'0')).min(MAX_EXPONENT)
                 });
                 if minus { -power } else { power }
             }
@@ -201,7 +203,7 @@ impl<'a> Number<'a> {
                 out.push(char::from(digit));
             }
             // Writing into a String cannot fail.
-            let _ = write!(out, "e{}", point - 1);
+            let _ = write!(out, "e{}", (point - 1).clamp(-MAX_EXPONENT, MAX_EXPONENT));
             return;
         }
         if point <= 0 {
@@ -360,6 +362,19 @@ mod tests {
         assert!(number("-0").to_f64().is_some_and(f64::is_sign_positive));
         assert_eq!(number("1e39").to_f32(), None);
         assert_eq!(number("16777217").to_f32(), Some(16_777_216.0));
+    }
+
+    #[test]
+    fn exponents_beyond_all_limits_are_one() {
+        for text in ["4474.099e4294967298", "-1e99999999999999999999"] {
+            let (mut once, mut twice) = (String::new(), String::new());
+            number(text).write(&mut once);
+            number(&once).write(&mut twice);
+            assert_eq!(once, twice);
+        }
+        let mut small = String::new();
+        number("0.0012e-4294967294").write(&mut small);
+        assert_eq!(small, "1.2e-4294967295");
     }
 
     #[test]

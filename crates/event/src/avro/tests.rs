@@ -196,6 +196,21 @@ fn every_older_version_decodes() {
 }
 
 #[test]
+fn a_version_of_other_types_is_refused() {
+    let target = Schema::new(2, vec![field(0, "x", FieldType::Text, 1)]);
+    let other = Schema::new(1, vec![field(0, "x", FieldType::Uuid, 1)]);
+    let mut decoder = Decoder::new(&target);
+    let refused = decoder.add_version(1, versions(&other)).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("\"x\" is of type text, not uuid")
+    );
+    assert!(!decoder.has_version(1));
+    decoder.add_version(2, versions(&target)).unwrap();
+}
+
+#[test]
 fn names_are_spelled_in_avros_characters() {
     let schema = Schema::new(
         1,

@@ -284,6 +284,14 @@ impl Bucket {
         }
     }
 
+    /// Deletes an object and gives up every upload of it.
+    pub(super) async fn discard(&self, path: &str) -> Result<()> {
+        for id in self.uploads_of(&self.location(path)?).await? {
+            self.abort_upload_of(path, &id).await?;
+        }
+        self.delete(path).await
+    }
+
     /// Objects below a path in the order of their names. A page that fails is asked for again, from the last name on.
     pub(super) fn list(
         self: &Arc<Self>,
@@ -354,10 +362,14 @@ impl Bucket {
     }
 
     pub(super) async fn abort_upload(&self, upload: &Upload) -> Result<()> {
-        let location = self.location(&upload.path)?;
+        self.abort_upload_of(&upload.path, &upload.id).await
+    }
+
+    async fn abort_upload_of(&self, path: &str, id: &String) -> Result<()> {
+        let location = self.location(path)?;
         let aborted = self
-            .retry("abort the upload of", &upload.path, || {
-                self.parts.abort_multipart(&location, &upload.id)
+            .retry("abort the upload of", path, || {
+                self.parts.abort_multipart(&location, id)
             })
             .await;
         match aborted {

@@ -118,6 +118,43 @@ impl Directory {
         }
     }
 
+    /// Deletes an object and what interrupted writes left of it.
+    pub(super) fn discard(&self, path: &str) -> Result<(), LakeError> {
+        let target = self.resolve(path)?;
+        let failed = |e: io::Error| LakeError::io("delete", path, &e);
+        let name = target
+            .file_name()
+            .and_then(OsStr::to_str)
+            .unwrap_or_default();
+        let parent = target.parent().unwrap_or(&self.root);
+        let entries = match fs::read_dir(parent) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return self.delete(path),
+            Err(e) => return Err(failed(e)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let left = (entry.file_name().to_str())
+                .and_then(|other| {
+                    other
+                        .strip_prefix(name)?
+                        .strip_prefix('.')?
+                        .strip_suffix(".tmp")
+                })
+                .is_some_and(|id| Uuid::try_parse(id).is_ok());
+            if left {
+                fs::remove_file(entry.path())
+                    .or_else(|e| match e.kind() {
+                        io::ErrorKind::NotFound => Ok(()),
+                        _ => Err(e),
+                    })
+                    .and_then(|()| sync_directory(parent))
+                    .map_err(failed)?;
+            }
+        }
+        self.delete(path)
+    }
+
     pub(super) fn read(&self, path: &str) -> Result<Bytes, LakeError> {
         let target = self.resolve(path)?;
         self.check_root()?;
@@ -469,6 +506,18 @@ mod tests {
         assert!(remains.len() == 1 && remains[0].path.ends_with(".tmp"));
         storage.delete(&remains[0].path).unwrap();
         drop(file);
+
+        // And by the name that it was to have, but not those of another.
+        for name in ["a/x", "a/x.y"] {
+            std::mem::forget(storage.create(name).unwrap());
+        }
+        storage.put("a/x", b"whole").unwrap();
+        storage.discard("a/x").unwrap();
+        storage.discard("b/none").unwrap();
+        let remains = storage.list("").unwrap();
+        assert!(remains.len() == 1 && remains[0].path.starts_with("a/x.y."));
+        storage.discard("a/x.y").unwrap();
+        assert_eq!(storage.list("").unwrap(), []);
 
         drop(storage.create("a/x").unwrap());
         assert_eq!(storage.list("").unwrap(), []);

@@ -238,6 +238,18 @@ impl Storage {
         }
     }
 
+    /// Deletes an object of which nobody knows whether it was written to its end, and what an interrupted write left of it.
+    /// Nobody may be writing it.
+    pub async fn discard(&self, path: &str) -> Result<(), LakeError> {
+        match &self.kind {
+            Kind::Directory(directory) => {
+                let path = path.to_owned();
+                blocking(directory, move |d| d.discard(&path)).await
+            }
+            Kind::Bucket(bucket) => bucket.discard(path).await,
+        }
+    }
+
     /// Every object below a path (of whole components; empty: all), remains of interrupted writes to a directory included.
     pub fn list(&self, prefix: &str) -> BoxStream<'static, Result<ObjectInfo, LakeError>> {
         match &self.kind {

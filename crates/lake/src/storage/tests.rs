@@ -117,6 +117,7 @@ async fn conformance(config: &StorageConfig) {
 
     if storage.is_remote() {
         making(&storage, &data).await;
+        discarded(&storage, &data).await;
     }
     conditions(&storage).await;
     many(&storage).await;
@@ -162,6 +163,24 @@ async fn making(storage: &Storage, data: &Bytes) {
         if let Some(uploads) = storage.list_uploads().await.unwrap() {
             assert_eq!(uploads, []);
         }
+    }
+}
+
+/// Half an object, whose writer died.
+async fn discarded(storage: &Storage, data: &Bytes) {
+    let (path, other) = ("other/half", "other/half-of-another");
+    for path in [path, other] {
+        let mut made = storage.make(path).await.unwrap();
+        made.part(data.slice(..PART_BYTES)).await.unwrap();
+        std::mem::forget(made);
+    }
+    storage.discard(path).await.unwrap();
+    if let Some(uploads) = storage.list_uploads().await.unwrap() {
+        assert_eq!(uploads.iter().map(|u| &u.path).collect::<Vec<_>>(), [other]);
+    }
+    storage.discard(other).await.unwrap();
+    if let Some(uploads) = storage.list_uploads().await.unwrap() {
+        assert_eq!(uploads, []);
     }
 }
 
