@@ -12,3 +12,8 @@ GRANT USAGE ON FOREIGN DATA WRAPPER rakam TO rakam_admin;
 -- Whoever may use this server can make a foreign table of any name on it: what it reads is checked at each read.
 CREATE SERVER rakam FOREIGN DATA WRAPPER rakam;
 GRANT USAGE ON FOREIGN SERVER rakam TO PUBLIC;
+
+-- Servers of sources: nothing is read through them, so there is no handler.
+REVOKE ALL ON FUNCTION rakam_internal.source_validator(text[], oid) FROM PUBLIC;
+CREATE FOREIGN DATA WRAPPER rakam_source VALIDATOR rakam_internal.source_validator;
+GRANT USAGE ON FOREIGN DATA WRAPPER rakam_source TO rakam_admin;

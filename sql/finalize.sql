@@ -53,4 +53,9 @@ COMMENT ON FUNCTION rakam.add_field(text, text, text, text) IS 'Declares a field
 COMMENT ON FUNCTION rakam.delete_events(text, text, text) IS 'Deletes the events for which a condition is true, in every tier; returns how many';
 COMMENT ON FUNCTION rakam.copy_from(text, text, text, text, jsonb) IS 'Loads files into a collection; returns the events stored';
 COMMENT ON FUNCTION rakam.copy_to(text, text, text, text) IS 'Writes the result of a query to a file; returns the rows';
+COMMENT ON FUNCTION rakam.create_source(text, text, text, jsonb) IS 'Begins to read topics, a stream or files into a project, each record once';
+COMMENT ON FUNCTION rakam.pause_source(text, text) IS 'Lets a source wait';
+COMMENT ON FUNCTION rakam.resume_source(text, text) IS 'Lets a paused source go on';
+COMMENT ON FUNCTION rakam.drop_source(text, text) IS 'Reads a source no more; its events stay';
+COMMENT ON FUNCTION rakam.seek_source(text, text, text, boolean) IS 'Lets a source go on elsewhere: earliest, latest, a timestamp, or offsets of splits';
 COMMENT ON FUNCTION rakam.health() IS 'One look at everything: what is well, what is not, and what to do about it';

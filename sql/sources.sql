@@ -4,6 +4,11 @@ CREATE SEQUENCE rakam_internal.source_id;
 -- Of leases: a number is given once, so that nobody who had a split before can still write it.
 CREATE SEQUENCE rakam_internal.source_epoch;
 
+-- What is left of a rate that was noted then: means are over about ten seconds.
+CREATE FUNCTION rakam_internal.fade(since timestamptz) RETURNS float8 LANGUAGE sql STABLE PARALLEL SAFE
+RETURN pg_catalog.exp(-least(700, greatest(0, coalesce(
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - since), 0)) / 10));
+
 CREATE TABLE rakam_internal.source (
   source_id  int PRIMARY KEY DEFAULT pg_catalog.nextval('rakam_internal.source_id'),
   project_id int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
@@ -39,7 +44,7 @@ CREATE TABLE rakam_internal.source_split (
   lacks_id    boolean NOT NULL DEFAULT false,
   record_at   timestamptz,                               -- when the last record was written, by its own time
   stored_at   timestamptz,                               -- when records were stored last
-  -- Means that fade with the time since `stored_at` (src/catalog/sources.rs).
+  -- Means, as of `stored_at`: they fade with the time since.
   records_per_s float8 NOT NULL DEFAULT 0,
   bytes_per_s   float8 NOT NULL DEFAULT 0,
   lag_records bigint,                                    -- as seen last; NULL: not known

@@ -90,10 +90,42 @@ SELECT r.pid, p.name AS project, r.what, r.done, r.total, r.unit, r.started_at
 FROM rakam_internal.progress r JOIN rakam_internal.project p USING (project_id)
 WHERE rakam_internal.is_running(r.pid);
 
-GRANT SELECT ON rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.attached, rakam.schema_versions,
+CREATE VIEW rakam.sources WITH (security_invoker = true) AS
+SELECT p.name AS project, s.name AS source, s.kind, f.srvname::text AS server, s.options, s.is_paused AS paused, s.created_at
+FROM rakam_internal.source s
+JOIN rakam_internal.project p USING (project_id)
+LEFT JOIN pg_catalog.pg_foreign_table t ON t.ftrelid = s.anchor
+LEFT JOIN pg_catalog.pg_foreign_server f ON f.oid = t.ftserver;
+
+CREATE VIEW rakam.offsets WITH (security_invoker = true) AS
+SELECT p.name AS project, s.name AS source, t.split, t.next_offset, t.epoch, t.state, t.updated_at
+FROM rakam_internal.source_split t
+JOIN rakam_internal.source s USING (source_id)
+JOIN rakam_internal.project p ON p.project_id = s.project_id;
+
+-- One row a split; of a source without any, one row without split. Rates fade while nothing comes.
+CREATE VIEW rakam.stat_source WITH (security_invoker = true) AS
+SELECT p.name AS project, s.name AS source, t.split,
+       CASE WHEN s.is_paused AND coalesce(t.state, 'open') = 'open' THEN 'paused' ELSE coalesce(t.state, 'open') END AS state,
+       CASE WHEN t.state = 'ended' THEN 0 ELSE t.lag_records END AS lag_records,
+       CASE WHEN t.state = 'ended' OR t.lag_records = 0 THEN 0
+            WHEN t.lag_ms IS NOT NULL THEN t.lag_ms / 1000.0::float8
+            WHEN t.lag_records > 0 THEN greatest(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - t.record_at))
+       END AS lag_s,
+       t.records_per_s * rakam_internal.fade(t.stored_at) AS records_per_s,
+       t.bytes_per_s * rakam_internal.fade(t.stored_at) AS bytes_per_s,
+       t.stored_at AS last_commit_at, coalesce(t.error, s.last_error) AS last_error
+FROM rakam_internal.source s
+JOIN rakam_internal.project p USING (project_id)
+LEFT JOIN rakam_internal.source_split t USING (source_id);
+
+GRANT SELECT ON rakam.sources, rakam.offsets, rakam.stat_source, rakam.projects, rakam.keys, rakam.collections, rakam.fields, rakam.attached, rakam.schema_versions,
   rakam.data_files, rakam.invalid_value, rakam.dead_letter, rakam.stat_collection, rakam.stat_lake, rakam.audit_log,
   rakam.stat_progress TO PUBLIC;
 
+COMMENT ON VIEW rakam.sources IS 'What one''s projects read of Kafka, Kinesis and storages';
+COMMENT ON VIEW rakam.offsets IS 'How far each split of one''s projects'' sources is stored';
+COMMENT ON VIEW rakam.stat_source IS 'How one''s projects'' sources are doing, split by split';
 COMMENT ON VIEW rakam.projects IS 'Projects of which the current role is a member';
 COMMENT ON VIEW rakam.keys IS 'Key sets of one''s projects; the keys themselves are stored nowhere';
 COMMENT ON VIEW rakam.collections IS 'Collections of one''s projects';

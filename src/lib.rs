@@ -13,6 +13,7 @@ pub mod files;
 pub mod ingest;
 pub mod pg;
 pub mod projects;
+pub mod sources;
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;
 pub mod tiers;
@@ -67,7 +68,11 @@ extension_sql_file!(
 extension_sql_file!(
     "../sql/fdw.sql",
     name = "fdw",
-    requires = ["catalog", fdw::options::fdw_validator]
+    requires = [
+        "catalog",
+        fdw::options::fdw_validator,
+        sources::validator::source_validator
+    ]
 );
 extension_sql_file!(
     "../sql/workers.sql",

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module of `src/` → the other modules it may name.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("pg", &[]),
     ("catalog", &["pg"]),
     ("views", &["catalog", "pg"]),
@@ -15,6 +15,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("ingest", &["views", "catalog", "pg"]),
     ("tiers", &["ingest", "catalog", "pg"]),
     ("files", &["ingest", "catalog", "pg"]),
+    ("sources", &["catalog", "pg"]),
     ("fdw", &["files", "ingest", "catalog", "pg"]),
     ("query", &["catalog", "pg"]),
     (
@@ -26,8 +27,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
     (
         "workers",
         &[
-            "product", "query", "files", "fdw", "tiers", "ingest", "projects", "views", "catalog",
-            "pg",
+            "product", "query", "sources", "files", "fdw", "tiers", "ingest", "projects", "views",
+            "catalog", "pg",
         ],
     ),
     // The tests inside a server: like workers, they run steps of every module.

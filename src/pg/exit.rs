@@ -33,3 +33,15 @@ unsafe extern "C-unwind" fn run_handlers(_code: i32, _arg: pg_sys::Datum) {
         handler();
     }
 }
+
+/// Has this process end without the cleanup of its libraries, after that of the server: theirs would run while threads of
+/// other libraries still work. First thing in a worker's main function, so that it is the last to run.
+pub fn without_cleanup() {
+    // SAFETY: registers a function of this library, which is never unloaded.
+    unsafe { pg_sys::on_proc_exit(Some(end_now), pg_sys::Datum::from(0usize)) };
+}
+
+unsafe extern "C-unwind" fn end_now(code: i32, _arg: pg_sys::Datum) {
+    // SAFETY: ends the process, whose shared memory and files the server has let go of.
+    unsafe { libc::_exit(code) };
+}

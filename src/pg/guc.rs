@@ -5,9 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::shared;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum, pg_sys};
 
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
+static MAX_CONSUMERS: GucSetting<i32> = GucSetting::<i32>::new(2);
+static SOURCE_REFRESH: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static THREADS: GucSetting<i32> = GucSetting::<i32>::new(0);
 static MEMORY_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static ENABLE_PUSHDOWN: GucSetting<bool> = GucSetting::<bool>::new(true);
@@ -66,6 +69,24 @@ pub fn init() {
         64,
         GucContext::Sighup,
         plain,
+    );
+    int(
+        c"rakam.max_consumers",
+        c"Most workers of rakam that read sources at a time in a database.",
+        &MAX_CONSUMERS,
+        1,
+        shared::CONSUMERS as i32 / 2,
+        GucContext::Sighup,
+        plain,
+    );
+    int(
+        c"rakam.source_refresh",
+        c"Time between two looks for new topics, partitions, shards and objects of a source.",
+        &SOURCE_REFRESH,
+        100,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
     );
     int(
         c"rakam.threads",
@@ -379,6 +400,14 @@ fn bool_guc(
     flags: GucFlags,
 ) {
     GucRegistry::define_bool_guc(name, what, c"", setting, context, flags);
+}
+
+pub fn max_consumers() -> usize {
+    MAX_CONSUMERS.get() as usize
+}
+
+pub fn source_refresh() -> Duration {
+    Duration::from_millis(SOURCE_REFRESH.get() as u64)
 }
 
 pub fn max_workers() -> usize {

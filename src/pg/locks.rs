@@ -31,6 +31,8 @@ pub enum LockOn {
     Check(i32),
     /// The description of a storage: it is written, or read to rebuild a catalogue.
     Describe(i32),
+    /// Reading of sources by a called tick, where there are no consumers.
+    Consume,
     /// A load of files, by a hash of its key: the same call runs once at a time.
     Load(i32),
 }
@@ -53,6 +55,7 @@ impl LockOn {
             Self::Check(storage_id) => (107, storage_id),
             Self::Compaction(id) => (108, id),
             Self::Describe(storage_id) => (109, storage_id),
+            Self::Consume => (110, 0),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -239,6 +239,22 @@ impl<M> Port<M> {
         }
     }
 
+    /// The next message, if it comes within the time and before this process is woken for something else: else None.
+    pub fn receive_or_wake(&mut self, time: Duration) -> Option<Option<M>> {
+        let mut waited = false;
+        loop {
+            match self.receiver.try_recv() {
+                Ok(message) => return Some(Some(message)),
+                Err(mpsc::error::TryRecvError::Disconnected) => return Some(None),
+                Err(mpsc::error::TryRecvError::Empty) if waited => return None,
+                Err(mpsc::error::TryRecvError::Empty) => {
+                    wait::wait(Some(&self.waker), time);
+                    waited = true;
+                }
+            }
+        }
+    }
+
     /// As [`Self::receive`], for a while: None when it is over.
     pub fn receive_within(&mut self, time: Duration) -> Option<Option<M>> {
         let end = Instant::now() + time;

@@ -10,6 +10,9 @@ pub type Options = Vec<(String, String)>;
 
 /// A foreign server's options, and those in the user mapping of its owner. Not `Debug`: they hold secrets.
 pub struct Server {
+    /// Its TYPE.
+    pub kind: Option<String>,
+    pub owner: pg_sys::Oid,
     pub options: Options,
     /// Those of PUBLIC where the owner has none; empty without any.
     pub mapping: Options,
@@ -28,10 +31,52 @@ pub fn named(name: &str, wrapper: &str) -> Option<Server> {
         }
         let mapping = mapping((*server).serverid, (*server).owner)
             .or_else(|| mapping((*server).serverid, pg_sys::InvalidOid));
+        let kind = (*server).servertype;
         Some(Server {
+            kind: (!kind.is_null()).then(|| CStr::from_ptr(kind).to_string_lossy().into_owned()),
+            owner: (*server).owner,
             options: definitions((*server).options),
             mapping: mapping.unwrap_or_default(),
         })
+    }
+}
+
+/// Whether a user has USAGE on a server.
+pub fn is_usable(name: &str, user: pg_sys::Oid) -> bool {
+    let Ok(name) = CString::new(name) else {
+        return false;
+    };
+    // SAFETY: catalog look-ups, missing_ok; the names of the functions differ by version, their meaning does not.
+    unsafe {
+        let server = pg_sys::get_foreign_server_oid(name.as_ptr(), true);
+        if server == pg_sys::InvalidOid {
+            return false;
+        }
+        let usage = pg_sys::ACL_USAGE as pg_sys::AclMode;
+        #[cfg(feature = "pg15")]
+        let result = pg_sys::pg_foreign_server_aclcheck(server, user, usage);
+        #[cfg(not(feature = "pg15"))]
+        let result = pg_sys::object_aclcheck(pg_sys::ForeignServerRelationId, server, user, usage);
+        result == pg_sys::AclResult::ACLCHECK_OK
+    }
+}
+
+/// Whose options a validator is asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OptionsOf {
+    Server,
+    Mapping,
+    Other,
+}
+
+impl OptionsOf {
+    /// By the catalog that a validator is called with.
+    pub fn catalog(catalog: pg_sys::Oid) -> Self {
+        match catalog {
+            pg_sys::ForeignServerRelationId => Self::Server,
+            pg_sys::UserMappingRelationId => Self::Mapping,
+            _ => Self::Other,
+        }
     }
 }
 

@@ -18,6 +18,21 @@ pub const STATES: [&str; 9] = [
     "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase", "compact",
 ];
 
+/// Consumers that a database can have at a time.
+pub const CONSUMERS: usize = 16;
+
+/// A worker that reads sources.
+#[derive(Default)]
+pub struct Consumer {
+    /// 0: nobody.
+    pub pid: AtomicI32,
+    /// When its threads were seen to run, microseconds since 1970: a process that is stopped has no beat.
+    pub beat_us: AtomicI64,
+    pub since_us: AtomicI64,
+    /// How many splits it reads.
+    pub splits: AtomicU32,
+}
+
 /// One database's part.
 #[derive(Default)]
 pub struct Slot {
@@ -45,6 +60,13 @@ pub struct Slot {
     /// Bytes that the hot tier may still take, and when that was measured, milliseconds since 1970: see `ingest::room`.
     pub room_bytes: AtomicI64,
     pub room_at_ms: AtomicI64,
+    pub consumers: [Consumer; CONSUMERS],
+    /// How many consumers there should be.
+    pub consumers_wanted: AtomicU32,
+    /// How often consumers ended by themselves and were started again.
+    pub consumer_restarts: AtomicU32,
+    /// Counts the transactions that changed which sources are read, or where.
+    pub sources_changed: AtomicU64,
 }
 
 pub struct Shared {
@@ -151,13 +173,26 @@ impl Slot {
         self.since_us.store(0, Ordering::Relaxed);
         self.not_before_ms.store(0, Ordering::Relaxed);
         self.room_at_ms.store(0, Ordering::Relaxed);
+        self.consumers_wanted.store(0, Ordering::Relaxed);
+        self.consumer_restarts.store(0, Ordering::Relaxed);
     }
 
     /// Sets the latch of the slot's worker, if one runs.
     pub fn wake(&self) {
-        let pid = self.pid.load(Ordering::Acquire);
-        if pid != 0 {
-            super::wait::set_latch_of(pid);
-        }
+        wake(&self.pid);
+    }
+}
+
+impl Consumer {
+    /// Sets its latch, if it runs.
+    pub fn wake(&self) {
+        wake(&self.pid);
+    }
+}
+
+fn wake(pid: &AtomicI32) {
+    let pid = pid.load(Ordering::Acquire);
+    if pid != 0 {
+        super::wait::set_latch_of(pid);
     }
 }

@@ -1,4 +1,4 @@
-//! Telling the resident worker, at commit, that events wait. Nothing is sent on rollback, and nothing is
+//! Telling the resident worker, at commit, that events wait, and the consumers that sources have changed. Nothing is sent on rollback, and nothing is
 //! sent twice: only the first commit after the worker's last look wakes it.
 
 use std::cell::Cell;
@@ -9,6 +9,7 @@ use pgrx::{pg_guard, pg_sys};
 use super::shared;
 
 thread_local! {
+    static SOURCES_CHANGED: Cell<bool> = const { Cell::new(false) };
     static COLLECTED: Cell<u64> = const { Cell::new(0) };
     static REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
@@ -16,14 +17,28 @@ thread_local! {
 /// Counts events of this transaction. A rolled-back savepoint leaves them counted: the worker then looks
 /// for nothing, once.
 pub fn at_commit(events: u32) {
+    if register() {
+        COLLECTED.set(COLLECTED.get() + u64::from(events));
+    }
+}
+
+/// This transaction changes which sources are read, or where: the resident and the consumers look at its commit.
+pub fn sources_at_commit() {
+    if register() {
+        SOURCES_CHANGED.set(true);
+    }
+}
+
+/// Registers the callback, if there is anybody to be woken.
+fn register() -> bool {
     if !shared::preloaded() {
-        return;
+        return false;
     }
     if !REGISTERED.replace(true) {
         // SAFETY: registers a function of this library for the life of the process.
         unsafe { pg_sys::RegisterXactCallback(Some(xact_callback), std::ptr::null_mut()) };
     }
-    COLLECTED.set(COLLECTED.get() + u64::from(events));
+    true
 }
 
 #[pg_guard]
@@ -38,8 +53,14 @@ unsafe extern "C-unwind" fn xact_callback(
             if n > 0 {
                 notify(n);
             }
+            if SOURCES_CHANGED.take() {
+                sources_changed();
+            }
         }
-        XACT_EVENT_ABORT | XACT_EVENT_PREPARE => COLLECTED.set(0),
+        XACT_EVENT_ABORT | XACT_EVENT_PREPARE => {
+            COLLECTED.set(0);
+            SOURCES_CHANGED.set(false);
+        }
         _ => {}
     }
 }
@@ -52,5 +73,18 @@ fn notify(events: u64) {
         && slot.waiting.fetch_add(events, Ordering::AcqRel) == 0
     {
         slot.wake();
+    }
+}
+
+/// Has the resident and the consumers of this database look at the sources.
+fn sources_changed() {
+    // SAFETY: reads a backend variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
+        slot.sources_changed.fetch_add(1, Ordering::AcqRel);
+        slot.wake();
+        for consumer in &slot.consumers {
+            consumer.wake();
+        }
     }
 }

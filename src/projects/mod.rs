@@ -14,10 +14,10 @@ use rakam_event::names::ProjectName;
 
 use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
-use crate::catalog::track;
+use crate::catalog::{sources, track};
 use crate::pg::security::{self, ActAs};
 use crate::pg::spi::View;
-use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, xact};
+use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, wake, xact};
 use keys::KeySet;
 
 /// Creates a project: schema, roles, users table, `_all`, one key set, which is shown this once.
@@ -96,6 +96,9 @@ fn drop_by_name(name: &str) -> Result<()> {
         locks::transaction(locks::LockOn::Manifest(collection));
     }
     track::drop_triggers(&project.name, None)?;
+    // First of all rows: what a consumer is storing just now is there before the other rows are deleted.
+    sources::drop(project.id, None)?;
+    wake::sources_at_commit();
     catalog::delete(project.id)?;
     objects::drop(&project)
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::consumer::supply::Supply;
 use super::helper::{self, Helper};
 use crate::catalog::{audit, job, storages};
 use crate::ingest::digest::{self, Watch, When};
@@ -104,6 +105,7 @@ pub struct Cycle<'a> {
     /// The eraser has more to do: a step in every cycle.
     erasing: bool,
     cache: cache::Upkeep,
+    consumers: Supply,
 }
 
 impl<'a> Cycle<'a> {
@@ -135,6 +137,7 @@ impl<'a> Cycle<'a> {
             eraser: Eraser::default(),
             erasing: false,
             cache: cache::Upkeep::default(),
+            consumers: Supply::default(),
         }
     }
 
@@ -180,6 +183,10 @@ impl<'a> Cycle<'a> {
             self.cache.look();
         }
         let evicting = self.cache.step(CACHE_BUDGET);
+        match self.consumers.look(self.slot) {
+            Err(Failure::Error(error)) => error.warn(),
+            outcome => outcome?,
+        }
         if self.erasing && self.may(Step::Erase, 0) {
             self.erase()?;
         }

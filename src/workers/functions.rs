@@ -11,7 +11,7 @@ use rakam_event::types::FieldType;
 use serde_json::json;
 
 use super::task::{self, Scope, Task};
-use super::{attach, definitions, delete, rebuild, storages};
+use super::{attach, consumer, definitions, delete, rebuild, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
 use crate::catalog::retention::{self, Keep};
@@ -21,7 +21,8 @@ use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, guc, not_null, security, types, wait};
+use crate::pg::{PgError, Result, guc, not_null, security, shared, types, wait};
+use crate::sources::seek;
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{
@@ -309,6 +310,7 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
         Task::Detach(request) => attach::undo(request).map(|()| json!(null)),
         Task::CheckStorage { storage_id } => storages::check(*storage_id).map(|()| json!(null)),
         Task::AdoptStorage { storage_id } => storages::adopt(*storage_id).map(|()| json!(null)),
+        Task::Seek(request) => seek::perform(request).map(|()| json!(null)),
         Task::CopyFrom(request) => {
             let (project, name) = (request.project_id, &request.collection);
             let events = load::run(request, |collection_id| {
@@ -321,6 +323,9 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
 }
 
 fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
+    if !shared::preloaded() {
+        consumer::round()?;
+    }
     digest::catch_up(None)?;
     sync_for(Duration::from_secs(1))?;
     {

@@ -6,6 +6,7 @@
 //! crash: the launcher starts it again, later each time.
 
 pub mod attach;
+pub mod consumer;
 pub mod cycle;
 pub mod definitions;
 pub mod delete;
@@ -16,6 +17,7 @@ pub mod helper;
 pub mod launcher;
 mod rebuild;
 pub mod resident;
+mod sources;
 pub mod status;
 pub mod stop;
 mod storages;

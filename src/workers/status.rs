@@ -7,10 +7,10 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::health::{self, Finding};
-use super::resident;
+use super::{consumer, resident};
 use crate::catalog::job;
-use crate::pg::shared::{self, STATES};
-use crate::pg::{PgError, bgworker, relation, security, types};
+use crate::pg::shared::{self, Consumer, STATES, Slot};
+use crate::pg::{Oid, PgError, bgworker, relation, security, types};
 
 /// Called once, by CREATE EXTENSION.
 #[pg_extern(schema = "rakam_internal", volatile, parallel_unsafe)]
@@ -113,6 +113,7 @@ fn workers() -> std::result::Result<
                 slot.restarts.load(Ordering::Acquire) as i32,
                 last_error,
             ));
+            rows.extend(consumers(database, slot));
         }
     }
     rows.extend(job::tasks()?.into_iter().map(|(pid, database, since)| {
@@ -128,6 +129,33 @@ fn workers() -> std::result::Result<
         )
     }));
     Ok(TableIterator::new(rows))
+}
+
+/// The consumers of a database; what a source struggles with is in `rakam.stat_source`.
+fn consumers(database: Oid, slot: &Slot) -> Vec<WorkerRow> {
+    let live = consumer::live(slot);
+    let restarts = slot.consumer_restarts.load(Ordering::Acquire) as i32;
+    let of = |pid: i32, consumer: &Consumer| {
+        let splits = consumer.splits.load(Ordering::Relaxed);
+        (
+            Some(pid),
+            relation::database_name(database),
+            "consumer".to_owned(),
+            Some(format!("{splits} splits")),
+            match live.contains(&pid) {
+                true => "running".to_owned(),
+                false => "stalled".to_owned(),
+            },
+            types::timestamptz(consumer.since_us.load(Ordering::Acquire)),
+            restarts,
+            None,
+        )
+    };
+    (slot.consumers.iter())
+        .map(|consumer| (consumer.pid.load(Ordering::Acquire), consumer))
+        .filter(|(pid, _)| *pid != 0)
+        .map(|(pid, consumer)| of(pid, consumer))
+        .collect()
 }
 
 /// One look at everything. Counts are those of the caller's own projects; superusers and rakam_admin see all.

@@ -232,8 +232,10 @@ fn stop(database: pg_sys::Oid) {
     slot.not_before_ms
         .store(xact::now_us() / 1000 + 15_000, Ordering::Release);
     wait::terminate(pid);
-    let helpers =
-        [&slot.helper, &slot.compactor].map(|place| (place, place.load(Ordering::Acquire)));
+    let helpers: Vec<_> = ([&slot.helper, &slot.compactor].into_iter())
+        .chain(slot.consumers.iter().map(|consumer| &consumer.pid))
+        .map(|place| (place, place.load(Ordering::Acquire)))
+        .collect();
     for (_, helper) in helpers.iter().filter(|(_, helper)| *helper != 0) {
         wait::terminate(*helper);
     }

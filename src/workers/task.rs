@@ -18,6 +18,7 @@ use crate::pg::dsm::Block;
 use crate::pg::spi::{self, View, arg};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
+use crate::sources::seek;
 
 /// What a task worker can be asked to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -74,6 +75,8 @@ pub enum Task {
     },
     /// Load files into a collection.
     CopyFrom(load::Request),
+    /// Let a source go on elsewhere.
+    Seek(seek::Request),
 }
 
 /// The collections a task is about.

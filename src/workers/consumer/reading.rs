@@ -1,0 +1,522 @@
+//! One source as one consumer reads it.
+
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rakam_sources::SourceError;
+use rakam_sources::batch::{Batch, Stop};
+use rakam_sources::options::{Kind, What as Reads};
+use rakam_sources::plan::{Plan, plan};
+use rakam_sources::position::Position;
+use rakam_sources::source::{Lag, Split, Start};
+
+use super::share::{Among, share};
+use super::tasks::{Lister, Reader, Told, What};
+use crate::catalog::sources::leases::{self, Claim};
+use crate::catalog::sources::{self, Source};
+use crate::ingest::stream::Stream;
+use crate::pg::runtime::{Runtime, Sender};
+use crate::pg::spi::View;
+use crate::pg::xact::{self, Failure};
+use crate::pg::{PgError, Result, failpoint, guc};
+use crate::sources::seek::new_splits;
+use crate::sources::service::{Reach, Service};
+
+/// Objects of a prefix that a consumer has at a time: they are read one after another.
+const OBJECTS: usize = 4;
+/// While the service cannot be reached it is asked again after a second, then later each time, but so soon at least.
+const PROBE_MIN: Duration = Duration::from_secs(1);
+/// How soon a batch that could not be stored is tried again: the wait doubles up to the maximum.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// A window of de-duplication is noted in so many parts.
+const MARKS_PER_WINDOW: f64 = 16.0;
+const MARKS_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What a source struggles with, by where that shows.
+#[derive(Default)]
+struct Trouble {
+    fetching: Option<String>,
+    storing: Option<String>,
+    /// As it was noted; None: nothing was yet.
+    noted: Option<Option<String>>,
+}
+
+pub struct Reading {
+    /// In the messages of its tasks.
+    pub number: u64,
+    source: Source,
+    service: Service,
+    reach: Reach,
+    runtime: Arc<Runtime>,
+    told: Sender<Told>,
+    stream: Stream,
+    reader: Reader,
+    /// Of the one consumer that looks for new splits.
+    lister: Option<Lister>,
+    is_listing: bool,
+    list_at: Instant,
+    list_failures: u32,
+    listed: Vec<Split>,
+    /// Splits that were found, and wait to be told where they begin.
+    planned: Option<Plan>,
+    /// Splits that are read, and the epochs under which they were taken.
+    held: HashMap<String, i64>,
+    /// Batches polled before are none any more.
+    generation: u64,
+    queue: VecDeque<Arc<Batch>>,
+    /// How often the first of them could not be stored, and when it is tried again.
+    failures: u32,
+    retry_at: Option<Instant>,
+    is_full: bool,
+    trouble: Trouble,
+    lags: HashMap<String, Option<Lag>>,
+    marked: Instant,
+    /// When the last batch or list came.
+    heard: Instant,
+}
+
+impl Reading {
+    pub fn new(
+        source: Source,
+        service: Service,
+        (runtime, told, number): (&Arc<Runtime>, Sender<Told>, u64),
+    ) -> Result<Self> {
+        let reach = Reach::new(&service, &source.options)?;
+        Ok(Self {
+            number,
+            stream: Stream::new(&source),
+            reader: Reader::start(runtime, reach.clone(), number, told.clone()),
+            source,
+            service,
+            reach,
+            runtime: Arc::clone(runtime),
+            told,
+            lister: None,
+            is_listing: false,
+            list_at: Instant::now(),
+            list_failures: 0,
+            listed: Vec::new(),
+            planned: None,
+            held: HashMap::new(),
+            generation: 0,
+            queue: VecDeque::new(),
+            failures: 0,
+            retry_at: None,
+            is_full: false,
+            trouble: Trouble::default(),
+            lags: HashMap::new(),
+            marked: Instant::now(),
+            heard: Instant::now(),
+        })
+    }
+
+    pub fn is_of(&self, service: &Service) -> bool {
+        self.service == *service
+    }
+
+    pub fn splits(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn is_well(&self) -> bool {
+        self.trouble.noted == Some(None)
+    }
+
+    /// Nothing has come for a while, and nothing is known to be there. A service that cannot be reached has nothing.
+    pub fn has_settled(&self, quiet: Duration) -> bool {
+        let is_read = |split: &String| match self.lags.get(split) {
+            Some(Some(Lag::Records(n) | Lag::Milliseconds(n))) => *n == 0,
+            Some(None) => true,
+            None => false,
+        };
+        let is_through = self.list_failures > 0
+            || self.trouble.fetching.is_some()
+            || (!self.listed.is_empty() || self.source.has_begun) && self.held.keys().all(is_read);
+        self.queue.is_empty() && self.heard.elapsed() >= quiet && is_through
+    }
+
+    /// When the next batch may be stored; None: there is none.
+    pub fn due(&self) -> Option<Instant> {
+        (!self.queue.is_empty()).then(|| self.retry_at.unwrap_or_else(Instant::now))
+    }
+
+    /// Takes a share of the splits, gives back what is more, and has new splits looked for.
+    pub fn look(&mut self, me: i32, live: &[i32]) -> std::result::Result<(), Failure> {
+        let among = Among {
+            me,
+            live,
+            most: match self.source.kind {
+                Kind::Files => OBJECTS,
+                Kind::Kafka | Kind::Kinesis => usize::MAX,
+            },
+        };
+        let id = self.source.id;
+        let held = &self.held;
+        let (share, taken) = xact::worker(|| {
+            let share = share(id, &leases::open(id)?, held, among);
+            let give_back: Vec<(String, i64)> = (share.give_back.iter())
+                .filter_map(|split| Some((split.clone(), *held.get(split)?)))
+                .collect();
+            if !give_back.is_empty() {
+                leases::release(id, &give_back)?;
+            }
+            let taken = match share.take.is_empty() {
+                true => Vec::new(),
+                false => leases::take(id, &share.take, me)?,
+            };
+            Ok((share, taken))
+        })?;
+        self.forget(share.give_back.iter().chain(&share.lost));
+        for taken in taken {
+            self.reader.open(&taken.split, taken.position);
+            self.held.insert(taken.split, taken.epoch);
+        }
+        self.look_for_splits(live.first() == Some(&me));
+        self.mark()
+    }
+
+    /// Reads splits no more. Batches on their way may have records of them: they are polled again without.
+    fn forget<'a>(&mut self, splits: impl Iterator<Item = &'a String>) {
+        let mut any = false;
+        for split in splits {
+            any = true;
+            self.held.remove(split);
+            self.lags.remove(split);
+            self.reader.close(split);
+        }
+        if any {
+            self.rewind();
+        }
+    }
+
+    fn rewind(&mut self) {
+        self.generation += 1;
+        self.queue.clear();
+        self.failures = 0;
+        self.retry_at = None;
+        self.reader.rewind(self.generation);
+    }
+
+    fn look_for_splits(&mut self, is_mine: bool) {
+        if !is_mine {
+            self.lister = None;
+            self.is_listing = false;
+            self.planned = None;
+            return;
+        }
+        if self.lister.is_none() {
+            let (reach, told) = (self.reach.clone(), self.told.clone());
+            self.lister = Some(Lister::start(&self.runtime, reach, self.number, told));
+            self.list_at = Instant::now();
+        }
+        if let Some(lister) = &self.lister
+            && !self.is_listing
+            && Instant::now() >= self.list_at
+        {
+            self.is_listing = true;
+            lister.list();
+        }
+    }
+
+    /// Begins new marks, now and then.
+    fn mark(&mut self) -> std::result::Result<(), Failure> {
+        if self.marked.elapsed() < MARKS_INTERVAL {
+            return Ok(());
+        }
+        self.marked = Instant::now();
+        let Some(window_us) = guc::dedupe_window_us() else {
+            return Ok(());
+        };
+        let age_s = window_us as f64 / 1e6 / MARKS_PER_WINDOW;
+        let id = self.source.id;
+        xact::worker(|| sources::roll_marks(id, age_s))
+    }
+
+    /// Back-pressure: nothing is polled while no event may come in.
+    pub fn press(&mut self, is_full: bool) -> std::result::Result<(), Failure> {
+        if self.is_full != is_full {
+            self.is_full = is_full;
+            self.reader.pause(is_full);
+        }
+        self.note_trouble()
+    }
+
+    /// Takes what a task tells. An error: the source has to be begun anew.
+    pub fn hear(&mut self, what: What) -> std::result::Result<Option<SourceError>, Failure> {
+        match what {
+            What::Batch(generation, batch) => {
+                if let Some(error) = &batch.trouble {
+                    self.struggles(error);
+                    self.note_trouble()?;
+                }
+                if generation == self.generation && !batch.is_empty() {
+                    self.heard = Instant::now();
+                    self.queue.push_back(batch);
+                }
+            }
+            What::Lag(Ok(lags)) => {
+                self.trouble.fetching = None;
+                self.note_trouble()?;
+                self.note_lags(lags)?;
+            }
+            What::Lag(Err(error)) => {
+                self.struggles(&error);
+                self.note_trouble()?;
+            }
+            What::Failed(error) => return Ok(Some(error)),
+            What::Listed(Ok(listed)) => self.found(listed)?,
+            What::Located(Ok(positions)) => self.located(positions)?,
+            What::Listed(Err(error)) | What::Located(Err(error)) => {
+                self.planned = None;
+                self.list_again(false);
+                self.struggles(&error);
+                self.note_trouble()?;
+            }
+        }
+        Ok(None)
+    }
+
+    fn struggles(&mut self, error: &SourceError) {
+        self.trouble.fetching = Some(error.to_string());
+        // Whether it is over tells a list.
+        self.list_at = self.list_at.min(Instant::now() + PROBE_MIN);
+    }
+
+    /// A list has been worked on; when the next one is made.
+    fn list_again(&mut self, succeeded: bool) {
+        self.is_listing = false;
+        let interval = guc::source_refresh();
+        let pause = match succeeded {
+            true => {
+                self.list_failures = 0;
+                interval
+            }
+            false => {
+                self.list_failures += 1;
+                PROBE_MIN
+                    .saturating_mul(1 << (self.list_failures - 1).min(10))
+                    .min(interval)
+            }
+        };
+        self.list_at = Instant::now() + pause;
+    }
+
+    /// These are the splits that there are.
+    fn found(&mut self, listed: Vec<Split>) -> std::result::Result<(), Failure> {
+        self.heard = Instant::now();
+        self.trouble.fetching = self.missing(&listed).map(|error| error.to_string());
+        // It may stand there since before this process.
+        self.trouble.noted.get_or_insert(Some(String::new()));
+        self.note_trouble()?;
+        // Objects wait for no others, and there may be very many.
+        if self.source.kind == Kind::Files && self.source.has_begun && listed == self.listed {
+            self.list_again(true);
+            return Ok(());
+        }
+        let id = self.source.id;
+        let start = self.source.options.start.clone();
+        let planned = xact::worker(|| {
+            let Some(source) = sources::by_id(View::Current, id)? else {
+                return Ok(None);
+            };
+            let noted = sources::noted(id)?;
+            Ok(Some(plan(&listed, &noted, &start, !source.has_begun)))
+        })?;
+        self.listed = listed;
+        let Some(plan) = planned else {
+            // It was dropped a moment ago.
+            self.list_again(true);
+            return Ok(());
+        };
+        if plan.at_start.is_empty() {
+            return self.add(plan, Vec::new());
+        }
+        if let Some(lister) = &self.lister {
+            // What is written from the call on, not from now on.
+            let start = match &self.source.options.start {
+                Start::Latest => Start::Time(self.source.created_at_us.div_euclid(1000)),
+                start => start.clone(),
+            };
+            lister.locate(plan.at_start.clone(), start);
+            self.planned = Some(plan);
+        }
+        Ok(())
+    }
+
+    /// A topic that was named and does not exist.
+    fn missing(&self, listed: &[Split]) -> Option<SourceError> {
+        let Reads::Topics(topics) = &self.source.options.what else {
+            return None;
+        };
+        let has = |topic: &String| {
+            let of = |split: &Split| {
+                let name = split.id.rsplit_once('/').map(|(name, _)| name);
+                name == Some(topic.as_str())
+            };
+            listed.iter().any(of)
+        };
+        let name = topics.names().iter().find(|topic| !has(topic))?;
+        Some(SourceError::Missing {
+            what: "topic",
+            name: name.clone(),
+        })
+    }
+
+    fn located(&mut self, positions: Vec<Position>) -> std::result::Result<(), Failure> {
+        match self.planned.take() {
+            Some(plan) => self.add(plan, positions),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes new splits.
+    fn add(&mut self, plan: Plan, positions: Vec<Position>) -> std::result::Result<(), Failure> {
+        let new = new_splits(plan, positions);
+        if !new.is_empty() || !self.source.has_begun {
+            let id = self.source.id;
+            xact::worker(|| sources::add_splits(id, &new))?;
+            self.source.has_begun = true;
+        }
+        self.list_again(true);
+        Ok(())
+    }
+
+    /// Stores the first batch that waits; true: the leases have to be looked at.
+    pub fn store(&mut self) -> std::result::Result<bool, Failure> {
+        let Some(batch) = self.queue.front().cloned() else {
+            return Ok(false);
+        };
+        let (id, held, stream) = (self.source.id, &self.held, &mut self.stream);
+        let lost = Cell::new(false);
+        let outcome = stream.prepare(Arc::clone(&batch)).and_then(|mut prepared| {
+            xact::worker(|| {
+                let stored = stream.store(&mut prepared)?;
+                let epoch = |split: &str| held.get(split).copied();
+                match leases::advance(id, &batch, epoch, &stored.lacks_id)? {
+                    Claim::Ours => failpoint::hit("consumer.before_commit"),
+                    Claim::Lost => {
+                        lost.set(true);
+                        return Err(PgError::new("40001", "a split is another consumer's"));
+                    }
+                }
+                alarm(&self.source, &batch.stops)
+            })
+        });
+        match outcome {
+            Ok(()) => {
+                failpoint::hit("consumer.after_commit");
+                self.stored(batch)
+            }
+            Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
+            Err(Failure::Error(error)) => {
+                let pause = RETRY_MIN
+                    .saturating_mul(1 << self.failures.min(20))
+                    .min(RETRY_MAX);
+                self.failures += 1;
+                self.retry_at = Some(Instant::now() + pause);
+                if !lost.get() && self.failures > 1 {
+                    self.trouble.storing = Some(error.message);
+                    self.note_trouble()?;
+                }
+                Ok(lost.get())
+            }
+        }
+    }
+
+    fn stored(&mut self, batch: Arc<Batch>) -> std::result::Result<bool, Failure> {
+        self.queue.pop_front();
+        self.failures = 0;
+        self.retry_at = None;
+        self.trouble.storing = None;
+        if batch.trouble.is_none() {
+            self.trouble.fetching = None;
+        }
+        self.note_trouble()?;
+        let ended = batch.moves.iter().filter(|moved| moved.ended);
+        let mut is_look_due = false;
+        for moved in ended {
+            self.held.remove(&moved.split);
+            // Others may begin where it ended.
+            self.list_at = Instant::now();
+            is_look_due = true;
+        }
+        let stops: Vec<String> = batch.stops.iter().map(|stop| stop.split.clone()).collect();
+        self.reader.ack(batch);
+        for split in &stops {
+            self.held.remove(split);
+            self.reader.close(split);
+        }
+        Ok(is_look_due)
+    }
+
+    fn note_lags(&mut self, lags: Vec<(String, Option<Lag>)>) -> std::result::Result<(), Failure> {
+        let changed: Vec<(String, Option<Lag>)> = lags
+            .into_iter()
+            .filter(|(split, lag)| {
+                self.held.contains_key(split) && self.lags.get(split) != Some(lag)
+            })
+            .collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let id = self.source.id;
+        xact::worker(|| leases::note_lag(id, &changed))?;
+        self.lags.extend(changed);
+        Ok(())
+    }
+
+    fn note_trouble(&mut self) -> std::result::Result<(), Failure> {
+        let full = || {
+            "the hot tier is full: nothing is read until events are written to data files"
+                .to_owned()
+        };
+        let Trouble {
+            fetching, storing, ..
+        } = &self.trouble;
+        let now = (storing.clone())
+            .or_else(|| self.is_full.then(full))
+            .or_else(|| fetching.clone());
+        let is_noted = match &self.trouble.noted {
+            Some(noted) => *noted == now,
+            None => now.is_none(),
+        };
+        if is_noted {
+            return Ok(());
+        }
+        let id = self.source.id;
+        xact::worker(|| sources::note_trouble(id, now.as_deref()))?;
+        self.trouble.noted = Some(now);
+        Ok(())
+    }
+
+    /// Gives all splits back.
+    pub fn let_go(&mut self) -> std::result::Result<(), Failure> {
+        let held: Vec<(String, i64)> = self.held.drain().collect();
+        self.queue.clear();
+        if held.is_empty() {
+            return Ok(());
+        }
+        let id = self.source.id;
+        xact::worker(|| leases::release(id, &held))
+    }
+}
+
+/// Tells everybody who listens that splits have stopped.
+fn alarm(source: &Source, stops: &[Stop]) -> Result<()> {
+    for stop in stops {
+        PgError::new(
+            "01000",
+            format!(
+                "split \"{}\" of source \"{}\" of project \"{}\" has stopped: {}",
+                stop.split, source.name, source.project, stop.reason
+            ),
+        )
+        .hint("rakam.seek_source lets it go on where you say.")
+        .warn();
+        sources::alarm(source, &stop.split, &stop.reason.to_string())?;
+    }
+    Ok(())
+}
