@@ -57,7 +57,7 @@ pub fn kind(name: &str) -> Result<Kind> {
 fn named(name: &str) -> Result<Server> {
     server::named(name, WRAPPER).ok_or_else(|| {
         PgError::new("42704", format!("server \"{name}\" of a source does not exist")).hint(
-            "Create it with CREATE SERVER ... FOREIGN DATA WRAPPER rakam_source TYPE 'kafka' OPTIONS (brokers 'host:9092').",
+            "Create it with CREATE SERVER ... TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers 'host:9092').",
         )
     })
 }

@@ -27,6 +27,8 @@ pub struct Supply {
     seen: Option<u64>,
     looked: Option<Instant>,
     wanted: usize,
+    /// So many consumers lived at the last look.
+    live: usize,
     starts: u32,
     started: Option<Instant>,
     /// It was said that there is no free slot for a worker.
@@ -55,8 +57,12 @@ impl Supply {
         slot.consumers_wanted
             .store(self.wanted as u32, Ordering::Release);
         let live = live(slot).len();
+        let gone = self.live.min(self.wanted).saturating_sub(live);
+        self.live = live;
+        slot.consumer_restarts
+            .fetch_add(gone as u32, Ordering::Relaxed);
         if live < self.wanted {
-            self.start(slot, live);
+            self.start();
         } else {
             self.is_starved = false;
             if self.started.is_some_and(|s| s.elapsed() >= HEALTHY) {
@@ -66,17 +72,13 @@ impl Supply {
         Ok(())
     }
 
-    fn start(&mut self, slot: &Slot, live: usize) {
+    fn start(&mut self) {
         let pause = START_MIN
             .saturating_mul(1 << self.starts.min(16))
             .min(START_MAX);
         let is_early = self.starts > 0 && self.started.is_some_and(|s| s.elapsed() < pause);
         if is_early {
             return;
-        }
-        if self.starts as usize >= self.wanted.saturating_sub(live) {
-            // As many as are missing have been started already.
-            slot.consumer_restarts.fetch_add(1, Ordering::Relaxed);
         }
         self.starts += 1;
         self.started = Some(Instant::now());

@@ -1,0 +1,234 @@
+"""Sources: servers and what they may say, who may create sources, their life, what is read of files and topics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import psycopg
+import pytest
+from harness.database import refused, wait_until
+
+PROJECT = "acme"
+
+
+@pytest.fixture(scope="module")
+def project(db):
+    db.project(PROJECT)
+    return PROJECT
+
+
+@pytest.fixture(scope="module")
+def folder(cluster, db, project):
+    """A folder that is the storage `drop`, read through the server `dropped`."""
+    folder = cluster.make_folder("drop")
+    db.admin.execute(f"CREATE SERVER drop FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{folder}')")
+    db.admin.execute("CREATE SERVER dropped TYPE 'files' FOREIGN DATA WRAPPER rakam_source OPTIONS (storage 'drop')")
+    return folder
+
+
+def put(cluster, folder, path: str, events: list[dict]) -> None:
+    """Writes an object as a whole: it appears under its name when it is complete."""
+    target = folder / path
+    cluster.make_folder(target.parent.relative_to(cluster.folder).as_posix())
+    part = target.with_name(f".{target.name}.part")
+    part.write_text("".join(json.dumps(event) + "\n" for event in events))
+    part.chmod(0o644)
+    part.rename(target)
+
+
+def create(db, name: str, server: str, **options) -> None:
+    db.admin.execute("SELECT rakam.create_source(%s, %s, %s, %s)", (PROJECT, name, server, json.dumps(options)))
+
+
+def count(db, collection: str) -> int:
+    try:
+        return db.one(f"SELECT count(*) FROM acme.{collection}")
+    except psycopg.errors.UndefinedTable:
+        return 0
+
+
+def offsets(db, source: str) -> list[tuple]:
+    return db.all("SELECT split, next_offset::text, state FROM rakam.offsets WHERE source = %s ORDER BY 1", source)
+
+
+def consumers(db) -> list[int]:
+    return [pid for (pid,) in db.all("SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer' ORDER BY 1")]
+
+
+# -- servers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "state"),
+    [
+        ("kafka", "", "22023"),
+        ("kafka", "fetch.min.bytes '1'", "22023"),
+        ("kafka", "brokers 'a:1', \"enable.auto.commit\" 'true'", "22023"),
+        ("kafka", "brokers 'a:1', \"no.such.property\" '1'", "22023"),
+        ("kafka", "brokers 'a:1', \"fetch.min.bytes\" 'many'", "22023"),
+        ("kafka", "brokers 'a:1', password 'x'", "22023"),
+        ("kafka", "brokers 'a:1', \"plugin.library.paths\" '/tmp/x.so'", "22023"),
+        ("kinesis", "endpoint 'http://127.0.0.1:1'", "22023"),
+        ("kinesis", "region 'us-east-1', access_key_id 'x'", "22023"),
+        ("files", "storage 'nowhere'", "42704"),
+        ("files", "storage 'drop', prefix 'x'", "22023"),
+    ],
+)
+def test_options_of_a_server_are_checked(db, folder, kind, options, state):
+    options = options and options.replace("fetch.min.bytes '", "\"fetch.min.bytes\" '")
+    with refused(state):
+        db.admin.execute(f"CREATE SERVER s TYPE '{kind}' FOREIGN DATA WRAPPER rakam_source OPTIONS ({options})")
+
+
+def test_secrets_are_the_owners_and_are_not_shown(db):
+    admin = db.admin
+    admin.execute("CREATE SERVER secret_k TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers '127.0.0.1:1')")
+    admin.execute("CREATE USER MAPPING FOR CURRENT_USER SERVER secret_k OPTIONS (username 'u', password 's3cret')")
+    for options in ["brokers 'a'", "access_key_id 'x'", "\"fetch.min.bytes\" '1'"]:
+        with refused("22023"):
+            admin.execute(f"CREATE USER MAPPING FOR PUBLIC SERVER secret_k OPTIONS ({options})")
+    member = db.login(PROJECT, "admin")
+    shown = member.execute("SELECT umoptions FROM pg_user_mappings WHERE srvname = 'secret_k'").fetchall()
+    assert shown == [(None,)]
+    # An error of a value does not repeat it.
+    with pytest.raises(psycopg.Error) as error:
+        admin.execute("ALTER USER MAPPING FOR CURRENT_USER SERVER secret_k OPTIONS (ADD \"ssl.key.pem\" 's3cret2')")
+    assert "s3cret" not in str(error.value)
+    admin.execute("DROP SERVER secret_k CASCADE")
+
+
+def test_only_admins_make_servers(db, project):
+    member = db.login(PROJECT, "admin")
+    with refused("42501"):
+        member.execute("CREATE SERVER s TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers 'a:1')")
+    db.make_login("operator")
+    db.admin.execute("GRANT rakam_admin TO operator")
+    operator = db.connect("operator")
+    operator.execute("CREATE SERVER ok TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers 'a:1')")
+    # A file of the server is not for everybody.
+    with refused("42501"):
+        operator.execute("ALTER SERVER ok OPTIONS (ADD \"ssl.ca.location\" '/etc/passwd')")
+    operator.execute("DROP SERVER ok")
+
+
+# -- creation -------------------------------------------------------------------------------------------------------
+
+
+def test_creation_is_checked(db, folder):
+    call = "SELECT rakam.create_source(%s, %s, %s, %s)"
+    good = json.dumps({"collection": "checked", "prefix": "nothing"})
+    member = db.login(PROJECT, "admin")
+    reader = db.login(PROJECT, "read", "write")
+    for session, arguments, state in [
+        (db.admin, (PROJECT, "s", "nowhere", good), "42704"),
+        (db.admin, (PROJECT, "s", "drop", good), "42704"),
+        (db.admin, ("nobody", "s", "dropped", good), "42501"),
+        (reader, (PROJECT, "s", "dropped", good), "42501"),
+        # The admin of the project has no USAGE on the server.
+        (member, (PROJECT, "s", "dropped", good), "42501"),
+        (db.admin, (PROJECT, "", "dropped", good), "42602"),
+        (db.admin, (PROJECT, "x" * 64, "dropped", good), "42602"),
+        (db.admin, (PROJECT, None, "dropped", good), "22004"),
+        (db.admin, (PROJECT, "s", "dropped", "[]"), "22023"),
+        (db.admin, (PROJECT, "s", "dropped", "{}"), "22023"),
+        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "c", "topics": ["x"]})), "22023"),
+        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "users"})), "22023"),
+    ]:
+        with refused(state):
+            session.execute(call, arguments)
+    db.admin.execute(f"GRANT USAGE ON FOREIGN SERVER dropped TO rakam_{PROJECT}_admin")
+    member.execute(call, (PROJECT, "Checked", "dropped", good))
+    with refused("42710"):
+        member.execute(call, (PROJECT, "checked", "dropped", good))
+    seen = "SELECT source, kind, server, paused FROM rakam.sources WHERE source = 'checked'"
+    assert reader.execute(seen).fetchall() == [("checked", "files", "dropped", False)]
+    db.project("other")
+    stranger = db.login("other", "admin")
+    for view in ["sources", "offsets", "stat_source"]:
+        assert stranger.execute(f"SELECT count(*) FROM rakam.{view}").fetchone() == (0,)
+    for function in ["pause_source", "resume_source", "drop_source"]:
+        with refused("42501"):
+            stranger.execute(f"SELECT rakam.{function}(%s, 'checked')", (PROJECT,))
+        with refused("42501"):
+            reader.execute(f"SELECT rakam.{function}(%s, 'checked')", (PROJECT,))
+        with refused("42704"):
+            member.execute(f"SELECT rakam.{function}(%s, 'unknown')", (PROJECT,))
+    with refused("42501"):
+        stranger.execute("SELECT rakam.seek_source(%s, 'checked', 'earliest')", (PROJECT,))
+    with refused("42704"):
+        member.execute("SELECT rakam.seek_source(%s, 'unknown', 'earliest')", (PROJECT,))
+    with refused("22023"):
+        member.execute("SELECT rakam.seek_source(%s, 'checked', 'somewhere')", (PROJECT,))
+    member.execute("SELECT rakam.drop_source(%s, 'checked')", (PROJECT,))
+    calls = db.all("SELECT call, outcome FROM rakam.audit_log WHERE object = 'checked' AND outcome = 'ok' ORDER BY at")
+    assert ("drop_source", "ok") in calls
+
+
+def test_a_rolled_back_source_is_none(db, folder):
+    session = db.connect(autocommit=False)
+    session.execute(
+        "SELECT rakam.create_source(%s, 'undone', 'dropped', %s)", (PROJECT, json.dumps({"collection": "undone"}))
+    )
+    session.rollback()
+    assert db.one("SELECT count(*) FROM rakam.sources WHERE source = 'undone'") == 0
+
+
+def test_a_server_in_use_stays_and_may_be_renamed(db, cluster, folder):
+    db.admin.execute("CREATE SERVER used TYPE 'files' FOREIGN DATA WRAPPER rakam_source OPTIONS (storage 'drop')")
+    create(db, "user", "used", collection="of_used", prefix="used")
+    with refused("2BP01"):
+        db.admin.execute("DROP SERVER used")
+    db.admin.execute("ALTER SERVER used RENAME TO renamed")
+    assert db.one("SELECT server FROM rakam.sources WHERE source = 'user'") == "renamed"
+    put(cluster, folder, "used/a.ndjson", [{"n": 1}])
+    wait_until(lambda: count(db, "of_used") == 1, "an event read through the renamed server")
+    db.admin.execute("DROP SERVER renamed CASCADE")
+    assert db.one("SELECT server FROM rakam.sources WHERE source = 'user'") is None
+    error = "SELECT last_error FROM rakam.stat_source WHERE source = 'user' AND last_error IS NOT NULL"
+    wait_until(lambda: db.all(error), "the missing server is told")
+    db.admin.execute("SELECT rakam.drop_source(%s, 'user')", (PROJECT,))
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_object_is_read_once(db, cluster, folder):
+    for n in range(20):
+        put(cluster, folder, f"once/a{n:02}.ndjson", [{"file": n, "row": row} for row in range(50)])
+    create(db, "once", "dropped", collection="once", prefix="once")
+    wait_until(lambda: count(db, "once") == 1_000, "all rows")
+    wait_until(lambda: {state for _, _, state in offsets(db, "once")} == {"ended"}, "all objects at their ends")
+    assert [(split, n) for split, n, _ in offsets(db, "once")] == [(f"once/a{n:02}.ndjson", "50") for n in range(20)]
+    db.configure(source_refresh="200ms")
+    put(cluster, folder, "once/later/b.ndjson", [{"file": 99, "row": 0}])
+    wait_until(lambda: count(db, "once") == 1_001, "the object that came later")
+    assert db.one("SELECT count(DISTINCT (file, row)) FROM acme.once") == 1_001
+    db.configure(source_refresh=None)
+
+
+def test_a_paused_source_waits_and_goes_on(db, cluster, folder):
+    db.configure(source_refresh="200ms")
+    create(db, "paused", "dropped", collection="paused", prefix="paused")
+    put(cluster, folder, "paused/a.ndjson", [{"n": 1}])
+    wait_until(lambda: count(db, "paused") == 1, "the first object")
+    db.admin.execute("SELECT rakam.pause_source(%s, 'paused')", (PROJECT,))
+    put(cluster, folder, "paused/b.ndjson", [{"n": 2}])
+    # Another source, which sees its object meanwhile.
+    create(db, "beside", "dropped", collection="beside", prefix="beside")
+    put(cluster, folder, "beside/a.ndjson", [{"n": 1}])
+    wait_until(lambda: count(db, "beside") == 1, "the other source goes on")
+    assert count(db, "paused") == 1
+    db.admin.execute("SELECT rakam.resume_source(%s, 'paused')", (PROJECT,))
+    wait_until(lambda: count(db, "paused") == 2, "the second object")
+    for name in ["paused", "beside"]:
+        db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))
+    db.configure(source_refresh=None)
+
+
+def test_no_consumer_without_sources(db):
+    for (name,) in db.all("SELECT source FROM rakam.sources"):
+        db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))
+    wait_until(lambda: consumers(db) == [], "the consumers end")
