@@ -13,7 +13,7 @@ use rakam_files::source::Rows;
 use crate::batch::{Batch, Limits};
 use crate::error::SourceError;
 use crate::position::Position;
-use crate::source::{Fetch, Splits, Start};
+use crate::source::{Fetch, Lag, Splits, Start};
 
 /// A service that can be written to.
 #[async_trait]
@@ -151,6 +151,22 @@ pub(crate) async fn conforms(world: &mut dyn World) {
         })
         .await;
         if reading.count() == 3 * RECORDS {
+            // Nothing is left that would still be counted as unread: the positions are at the ends.
+            let (mut caught_up, give_up) = (false, Instant::now() + GIVE_UP);
+            while !caught_up {
+                assert!(Instant::now() < give_up, "the ends are not reached");
+                let batch = polled(fetch.poll(&LIMITS).await);
+                reading.store(&batch);
+                fetch.ack(&batch);
+                caught_up = true;
+                for id in &ids {
+                    let lag = fetch.lag(id).await.unwrap_or_else(|e| panic!("{e}"));
+                    caught_up &= matches!(
+                        lag,
+                        None | Some(Lag::Records(0)) | Some(Lag::Milliseconds(0))
+                    );
+                }
+            }
             break;
         }
     }

@@ -28,10 +28,16 @@ pub struct Plan {
     pub gone: Vec<String>,
 }
 
-/// Plans from the splits that there are, those that are noted, and the source's start. With nothing noted the source begins.
-pub fn plan(listed: &[Split], noted: &HashMap<String, Progress>, start: &Start) -> Plan {
+/// Plans from the splits that there are, those that are noted, and the source's start. `begins`: no plan of this source was
+/// stored before. That nothing is noted does not tell: at its start the source may have had no splits yet, and those that came
+/// to be since are read from their oldest record, wherever it starts.
+pub fn plan(
+    listed: &[Split],
+    noted: &HashMap<String, Progress>,
+    start: &Start,
+    begins: bool,
+) -> Plan {
     let mut plan = Plan::default();
-    let begins = noted.is_empty();
     let there: HashSet<&str> = listed.iter().map(|split| split.id.as_str()).collect();
     let named: HashSet<&str> = match start {
         Start::Splits(splits) => splits.iter().map(|(id, _)| id.as_str()).collect(),
@@ -115,8 +121,12 @@ mod tests {
         .collect()
     }
 
-    /// At the start, from the beginning, ended, gone; `noted` is `a+` for open, `a.` for ended.
+    /// At the start, from the beginning, ended, gone; `noted` is `a+` for open, `a.` for ended, and empty: the source begins.
     fn planned(noted: &str, start: &Start) -> [String; 4] {
+        planned_when(noted.is_empty(), noted, start)
+    }
+
+    fn planned_when(begins: bool, noted: &str, start: &Start) -> [String; 4] {
         let noted = noted
             .split_whitespace()
             .map(|split| {
@@ -127,7 +137,7 @@ mod tests {
                 (split[..split.len() - 1].to_owned(), progress)
             })
             .collect();
-        let plan = plan(&shards(), &noted, start);
+        let plan = plan(&shards(), &noted, start, begins);
         let ids =
             |splits: Vec<Split>| -> Vec<String> { splits.into_iter().map(|s| s.id).collect() };
         [
@@ -161,6 +171,18 @@ mod tests {
         assert_eq!(planned("", &at("d")), ["d", "f", "a b c", ""]);
         assert_eq!(planned("a. b. c. d+ f+", &at("d")), ["", "e", "", ""]);
         assert_eq!(planned("", &at("c")), ["c", "f", "a b", ""]);
+    }
+
+    #[test]
+    fn what_came_to_be_after_the_start_is_read_whole() {
+        let at = |id: &str| Start::Splits(vec![(id.to_owned(), Position::At("1".into()))]);
+        for start in [Start::Earliest, Start::Latest, at("d")] {
+            assert_eq!(planned_when(false, "", &start), ["", "a b f", "", ""]);
+        }
+        assert_eq!(
+            planned_when(false, "", &Start::Time(5)),
+            ["a b f", "", "", ""]
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message as _};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
 use tokio::task::spawn_blocking;
 
 use super::config::KafkaConfig;
@@ -148,11 +148,9 @@ pub(super) fn unusable(error: KafkaError) -> SourceError {
     )
 }
 
-fn list(partitions: &[Partition]) -> TopicPartitionList {
-    let mut list = TopicPartitionList::with_capacity(partitions.len());
-    for partition in partitions {
-        list.add_partition(&partition.topic, partition.number);
-    }
+fn list(partition: &Partition) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(1);
+    list.add_partition(&partition.topic, partition.number);
     list
 }
 
@@ -202,14 +200,34 @@ impl Broker for Client {
             .map_err(|error| failure(&error))
     }
 
-    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure> {
+    fn unassign(&mut self, partition: &Partition) -> Result<(), Failure> {
         self.0
-            .incremental_unassign(&list(partitions))
+            .incremental_unassign(&list(partition))
             .map_err(|error| failure(&error))
     }
 
+    fn unassign_all(&mut self) -> Result<(), Failure> {
+        self.0.unassign().map_err(|error| failure(&error))
+    }
+
+    fn positions(&mut self) -> Result<Vec<(Partition, Option<i64>)>, Failure> {
+        let positions = self.0.position().map_err(|error| failure(&error))?;
+        let of = |element: TopicPartitionListElem<'_>| {
+            let partition = Partition {
+                topic: element.topic().to_owned(),
+                number: element.partition(),
+            };
+            let position = match element.offset() {
+                Offset::Offset(position) => Some(position),
+                _ => None,
+            };
+            (partition, position)
+        };
+        Ok(positions.elements().into_iter().map(of).collect())
+    }
+
     fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure> {
-        let list = list(std::slice::from_ref(partition));
+        let list = list(partition);
         let result = match paused {
             true => self.0.pause(&list),
             false => self.0.resume(&list),

@@ -60,7 +60,11 @@ impl<B: Broker + 'static> Fetch for Fetcher<B> {
     }
 
     async fn rewind(&mut self) -> Result<(), SourceError> {
-        self.run(Reader::rewind).await
+        self.run(|reader| {
+            reader.rewind();
+            Ok(())
+        })
+        .await
     }
 
     async fn pause(&mut self, split: &str, paused: bool) -> Result<(), SourceError> {

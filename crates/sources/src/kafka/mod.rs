@@ -88,10 +88,18 @@ impl Failure {
 
 /// What [`reader::Reader`] needs of a cluster. Calls block, those of one partition's ends for a few seconds at most.
 pub(crate) trait Broker: Send {
-    /// Reads these partitions from these offsets on (None: the oldest record), instead of where they were read before.
+    /// Reads these partitions, which it does not read yet, from these offsets on (None: the oldest record).
     fn assign(&mut self, partitions: &[(Partition, Option<i64>)]) -> Result<(), Failure>;
 
-    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure>;
+    fn unassign(&mut self, partition: &Partition) -> Result<(), Failure>;
+
+    /// Reads nothing any more.
+    fn unassign_all(&mut self) -> Result<(), Failure>;
+
+    /// Behind the last message that was shown of each partition that it reads, or behind the last marker of a transaction that
+    /// was passed over since; None: neither was. Until a message is shown, or it was None, it may be of an assignment before
+    /// the present one.
+    fn positions(&mut self) -> Result<Vec<(Partition, Option<i64>)>, Failure>;
 
     fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure>;
 

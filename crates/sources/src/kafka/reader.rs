@@ -3,6 +3,9 @@
 //! Every partition is asked for its ends before it is read, and whenever librdkafka complains: a position outside of them
 //! stops it. The first record asked for is the one before the position, if the position has its mark: another record there
 //! means another topic of the same name.
+//!
+//! A position moves over what is no record as well, markers of transactions and what was aborted: else it would stay before
+//! them until they are deleted, and look as if records were lost.
 
 use std::time::{Duration, Instant};
 
@@ -21,6 +24,8 @@ pub(crate) struct Known {
     partition: Partition,
     /// Whether the broker reads it: not yet, after it could not be reached.
     assigned: bool,
+    /// The broker's position is of the present assignment.
+    fresh: bool,
     /// The record that has to come first.
     expects: Option<Mark>,
     /// Where in the batch that is being made its records are counted.
@@ -39,6 +44,8 @@ pub(crate) struct Reader<B> {
     last: usize,
     /// A poll began whose batch nobody has got.
     undelivered: bool,
+    /// The broker may still read what it should not.
+    unassigns: bool,
 }
 
 impl<B: Broker> Reader<B> {
@@ -49,6 +56,7 @@ impl<B: Broker> Reader<B> {
             cursors: Cursors::default(),
             last: 0,
             undelivered: false,
+            unassigns: false,
         }
     }
 
@@ -63,6 +71,7 @@ impl<B: Broker> Reader<B> {
         let known = Known {
             partition,
             assigned: false,
+            fresh: false,
             expects: None,
             moved: None,
             missing_since: None,
@@ -78,13 +87,13 @@ impl<B: Broker> Reader<B> {
         };
         let partition = cursor.more.assigned.then(|| cursor.more.partition.clone());
         self.cursors.close(split);
-        match partition {
-            Some(partition) => self
-                .broker
-                .unassign(&[partition])
-                .map_err(|failure| failure.into_error(READ)),
-            None => Ok(()),
+        if let Some(partition) = partition
+            && self.broker.unassign(&partition).is_err()
+        {
+            // Then all at once, before anything is read again: nothing comes of it in the meantime.
+            self.forget_assignment();
         }
+        Ok(())
     }
 
     pub(crate) fn pause(&mut self, split: &str, paused: bool) -> Result<(), SourceError> {
@@ -120,24 +129,28 @@ impl<B: Broker> Reader<B> {
         Ok(Some(Lag::Records(u64::try_from(end - next).unwrap_or(0))))
     }
 
+    #[cfg(test)]
+    pub(crate) fn broker(&mut self) -> &mut B {
+        &mut self.broker
+    }
+
     /// The batch of the last poll has reached the caller.
     pub(crate) fn delivered(&mut self) {
         self.undelivered = false;
     }
 
-    pub(crate) fn rewind(&mut self) -> Result<(), SourceError> {
-        self.unassign()?;
+    pub(crate) fn rewind(&mut self) {
+        self.forget_assignment();
         self.cursors.rewind();
         for cursor in self.cursors.iter_mut() {
             cursor.more.stopped = None;
         }
         self.undelivered = false;
-        Ok(())
     }
 
     pub(crate) fn poll(&mut self, limits: &Limits) -> Result<Batch, SourceError> {
         if self.undelivered {
-            self.rewind()?;
+            self.rewind();
         }
         self.undelivered = true;
         let mut batch = Batch::default();
@@ -175,6 +188,13 @@ impl<B: Broker> Reader<B> {
 
     /// Lets the broker read what it does not read yet, if it may be read.
     fn assign(&mut self, batch: &mut Batch) {
+        if self.unassigns {
+            if let Err(failure) = self.broker.unassign_all() {
+                batch.trouble = Some(failure.into_error(READ));
+                return;
+            }
+            self.unassigns = false;
+        }
         let mut starts = Vec::new();
         for cursor in self.cursors.iter_mut() {
             if cursor.more.assigned || cursor.done {
@@ -200,6 +220,7 @@ impl<B: Broker> Reader<B> {
                 .any(|(partition, _)| *partition == known.partition)
             {
                 known.assigned = true;
+                known.fresh = false;
                 if cursor.paused
                     && let Err(failure) = self.broker.pause(&known.partition, true)
                 {
@@ -212,26 +233,18 @@ impl<B: Broker> Reader<B> {
     /// After a failure that is about partitions all are assigned anew by the next poll, which finds what has happened to each;
     /// librdkafka gives up the one it complained of.
     fn failed(&mut self, failure: Failure, batch: &mut Batch) {
-        let about_partitions = matches!(failure, Failure::Partitions(_) | Failure::Unknown(_));
-        batch.trouble = Some(failure.into_error(READ));
-        if about_partitions && let Err(error) = self.unassign() {
-            batch.trouble = Some(error);
+        if matches!(failure, Failure::Partitions(_) | Failure::Unknown(_)) {
+            self.forget_assignment();
         }
+        batch.trouble = Some(failure.into_error(READ));
     }
 
-    fn unassign(&mut self) -> Result<(), SourceError> {
-        let mut assigned = Vec::new();
+    /// The next poll assigns all anew. What the broker still brings until then is not taken.
+    fn forget_assignment(&mut self) {
+        self.unassigns = true;
         for cursor in self.cursors.iter_mut() {
-            if std::mem::take(&mut cursor.more.assigned) {
-                assigned.push(cursor.more.partition.clone());
-            }
+            cursor.more.assigned = false;
         }
-        if assigned.is_empty() {
-            return Ok(());
-        }
-        self.broker
-            .unassign(&assigned)
-            .map_err(|failure| failure.into_error(READ))
     }
 
     /// Marks the last record of each split, and tells what has stopped.
@@ -256,6 +269,7 @@ impl<B: Broker> Reader<B> {
             }
             batch.moves[split].to = to;
         }
+        self.pass_over(batch);
         for cursor in self.cursors.iter_mut() {
             if let Some(reason) = cursor.more.stopped.take() {
                 cursor.done = true;
@@ -264,6 +278,39 @@ impl<B: Broker> Reader<B> {
                     reason,
                 });
             }
+        }
+    }
+
+    /// Moves the positions over what lies behind the last records and is none. Where that is not known they stay: it is asked
+    /// again after the next poll.
+    fn pass_over(&mut self, batch: &mut Batch) {
+        if !self.cursors.iter().any(|cursor| cursor.more.assigned) {
+            return;
+        }
+        let Ok(positions) = self.broker.positions() else {
+            return;
+        };
+        for (partition, position) in positions {
+            let mut cursors = self.cursors.iter_mut();
+            let Some(cursor) = cursors.find(|cursor| cursor.more.partition == partition) else {
+                continue;
+            };
+            let known = &mut cursor.more;
+            let Some(next) = position else {
+                known.fresh = true;
+                continue;
+            };
+            if cursor.done || !known.assigned || !known.fresh || known.stopped.is_some() {
+                continue;
+            }
+            let mark = match cursor.read {
+                Position::Offset { next: read, .. } if next <= read => continue,
+                Position::Offset { mark, .. } => mark,
+                _ => None,
+            };
+            let moved = batch.moved(&cursor.split, &cursor.read);
+            cursor.read = Position::Offset { next, mark };
+            batch.moves[moved].to = cursor.read.clone();
         }
     }
 }
@@ -325,6 +372,7 @@ fn take(cursors: &mut Cursors<Known>, last: &mut usize, batch: &mut Batch, messa
     if cursor.done || known.stopped.is_some() || !known.assigned {
         return;
     }
+    known.fresh = true;
     if let Some(expected) = known.expects {
         // Of a compacted topic, or between transactions, the record itself may be gone.
         known.expects = None;

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::sleep;
 use std::time::Duration;
@@ -31,6 +31,12 @@ struct Log {
     entries: Vec<Entry>,
     /// The offset of an entry that cannot be read.
     corrupt: Option<i64>,
+}
+
+impl Log {
+    fn end(&self) -> i64 {
+        self.base + self.entries.len() as i64
+    }
 }
 
 #[derive(Default)]
@@ -67,6 +73,9 @@ impl Cluster {
         FakeClient {
             cluster: self.clone(),
             assigned: Vec::new(),
+            before: HashMap::new(),
+            fails_to_unassign: false,
+            waits: false,
             turn: 0,
         }
     }
@@ -79,6 +88,8 @@ impl Cluster {
 struct Assigned {
     partition: Partition,
     next: Option<i64>,
+    /// Something of it was shown, or passed over.
+    shown: bool,
     paused: bool,
     given_up: bool,
 }
@@ -86,6 +97,11 @@ struct Assigned {
 struct FakeClient {
     cluster: Cluster,
     assigned: Vec<Assigned>,
+    /// Where partitions were when they were given up: what librdkafka may tell of them until something is shown.
+    before: HashMap<Partition, i64>,
+    fails_to_unassign: bool,
+    /// Nothing has arrived yet of what is assigned.
+    waits: bool,
     turn: usize,
 }
 
@@ -96,6 +112,7 @@ impl Broker for FakeClient {
             self.assigned.push(Assigned {
                 partition: partition.clone(),
                 next: *next,
+                shown: false,
                 paused: false,
                 given_up: false,
             });
@@ -103,11 +120,35 @@ impl Broker for FakeClient {
         Ok(())
     }
 
-    fn unassign(&mut self, partitions: &[Partition]) -> Result<(), Failure> {
-        let before = self.assigned.len();
-        self.assigned.retain(|a| !partitions.contains(&a.partition));
-        assert_eq!(before - self.assigned.len(), partitions.len());
+    fn unassign(&mut self, partition: &Partition) -> Result<(), Failure> {
+        if self.fails_to_unassign {
+            return Err(Failure::Transient("it does not".to_owned()));
+        }
+        let place = self.assigned.iter().position(|a| a.partition == *partition);
+        let given_up = self
+            .assigned
+            .remove(place.expect("only what is assigned is given up"));
+        if let (Some(next), true) = (given_up.next, given_up.shown) {
+            self.before.insert(given_up.partition, next);
+        }
         Ok(())
+    }
+
+    fn unassign_all(&mut self) -> Result<(), Failure> {
+        let all: Vec<_> = self.assigned.iter().map(|a| a.partition.clone()).collect();
+        all.iter()
+            .try_for_each(|partition| self.unassign(partition))
+    }
+
+    fn positions(&mut self) -> Result<Vec<(Partition, Option<i64>)>, Failure> {
+        let of = |assigned: &Assigned| {
+            let position = match assigned.shown {
+                true => assigned.next,
+                false => self.before.get(&assigned.partition).copied(),
+            };
+            (assigned.partition.clone(), position)
+        };
+        Ok(self.assigned.iter().map(of).collect())
     }
 
     fn pause(&mut self, partition: &Partition, paused: bool) -> Result<(), Failure> {
@@ -126,7 +167,7 @@ impl Broker for FakeClient {
         }
         let log = state.logs.get(partition);
         let log = log.ok_or_else(|| Failure::Unknown("unknown".to_owned()))?;
-        Ok((log.base, log.base + log.entries.len() as i64))
+        Ok((log.base, log.end()))
     }
 
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
@@ -139,7 +180,7 @@ impl Broker for FakeClient {
         for step in 0..count {
             let at = (self.turn + step) % count;
             let assigned = &mut self.assigned[at];
-            if assigned.paused || assigned.given_up {
+            if self.waits || assigned.paused || assigned.given_up {
                 continue;
             }
             let Some(log) = state.logs.get(&assigned.partition) else {
@@ -147,7 +188,7 @@ impl Broker for FakeClient {
                 return Err(Failure::Unknown("unknown".to_owned()));
             };
             let next = assigned.next.unwrap_or(log.base);
-            if next < log.base || next > log.base + log.entries.len() as i64 {
+            if next < log.base || next > log.end() {
                 assigned.given_up = true;
                 return Err(Failure::Partitions("outside".to_owned()));
             }
@@ -159,6 +200,7 @@ impl Broker for FakeClient {
             {
                 let offset = log.base + place as i64;
                 assigned.next = Some(offset + 1);
+                assigned.shown = true;
                 if log.corrupt == Some(offset) {
                     return Err(Failure::Partitions("corrupt".to_owned()));
                 }
@@ -378,6 +420,86 @@ fn what_was_deleted_before_it_was_read_stops() {
     // A new source begins with what there is.
     open(&mut reader, "t/0", Position::Beginning);
     assert_eq!(read(&mut reader).values.len(), 4);
+}
+
+#[test]
+fn a_position_moves_over_what_is_no_record() {
+    let cluster = Cluster::default();
+    let log = |change: &dyn Fn(&mut Log)| cluster.log("t/0", change);
+    // A transaction of two records with its marker, and one that was aborted.
+    for value in ["one", "two"] {
+        cluster.write("t/0", 1, Some(value));
+    }
+    log(&|log| log.entries.push(None));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let first = read(&mut reader);
+    assert_eq!(first.values, ["one", "two"]);
+    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(0))));
+    log(&|log| log.entries.extend([None, None, None]));
+    let aborted = read(&mut reader);
+    assert_eq!(aborted.moves.len(), 1);
+    assert_eq!(aborted.moves[0].from, first.moves[first.moves.len() - 1].to);
+    assert_eq!(aborted.moves[0].records, 0);
+    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(0))));
+    let end = aborted.moves[0].to.clone();
+    assert_eq!(end.next_offset().as_deref(), Some("6"));
+    // The record before is still known again.
+    assert!(matches!(end, Position::Offset { mark: Some(mark), .. } if mark.offset == 1));
+    // All of it is deleted: nothing was lost.
+    log(&|log| {
+        *log = Log {
+            base: 6,
+            ..Log::default()
+        }
+    });
+    cluster.write("t/0", 2, Some("three"));
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", end);
+    let read = read(&mut reader);
+    assert_eq!(
+        (read.values, read.stops),
+        (vec!["three".to_owned()], vec![])
+    );
+}
+
+#[test]
+fn what_was_not_stored_is_read_again_though_the_broker_was_further() {
+    let cluster = Cluster::default();
+    for n in 0..3 {
+        cluster.write("t/0", n, Some("x"));
+        cluster.log("t/0", |log| log.entries.push(None));
+    }
+    let mut reader = cluster.reader();
+    open(&mut reader, "t/0", Position::Beginning);
+    let unstored = reader.poll(&LIMITS).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(unstored.records().len(), 3);
+    reader.delivered();
+    reader.rewind();
+    reader.broker().waits = true;
+    assert!(poll(&mut reader).is_empty());
+    reader.broker().waits = false;
+    assert_eq!(read(&mut reader).values.len(), 3);
+    // The same when the broker does not let go at first: nothing comes twice, and nothing is missed.
+    cluster.write("t/0", 9, Some("y"));
+    let unstored = reader.poll(&LIMITS).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(unstored.records().len(), 1);
+    reader.delivered();
+    reader.broker().fails_to_unassign = true;
+    reader.rewind();
+    for _ in 0..2 {
+        let batch = poll(&mut reader);
+        assert!(batch.is_empty() && batch.trouble.is_some());
+    }
+    reader.broker().fails_to_unassign = false;
+    assert_eq!(read(&mut reader).values, ["y"]);
+    // Nor does a split that is closed bring anything.
+    reader.broker().fails_to_unassign = true;
+    assert_eq!(reader.close("t/0"), Ok(()));
+    cluster.write("t/0", 9, Some("z"));
+    assert!(values(&poll(&mut reader)).is_empty());
+    reader.broker().fails_to_unassign = false;
+    assert!(read(&mut reader).values.is_empty());
 }
 
 #[test]

@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
@@ -225,4 +227,100 @@ fn librdkafka_knows_its_options() {
     let config = KafkaConfig::parse(server, mapping).unwrap_or_else(|e| panic!("{e}"));
     let error = super::check(&config).err().map(|e| e.to_string());
     assert!(error.is_some_and(|e| !e.contains("s3cret")));
+}
+
+/// Against the broker that `RAKAM_TEST_KAFKA` names, such as that of pg_test/services/kafka.sh: what no imitation has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_named_broker_conforms() {
+    let Ok(brokers) = std::env::var("RAKAM_TEST_KAFKA") else {
+        return;
+    };
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", &brokers)
+        .create()
+        .unwrap_or_else(|e| panic!("{e}"));
+    let names = ["topic", "tx"];
+    let options = AdminOptions::new().operation_timeout(Some(WAIT));
+    let _ = admin.delete_topics(&names, &options).await;
+    let topics = [
+        // The records are of another year.
+        NewTopic::new("topic", 3, TopicReplication::Fixed(1)).set("retention.ms", "-1"),
+        NewTopic::new("tx", 1, TopicReplication::Fixed(1)).set("retention.ms", "-1"),
+    ];
+    let give_up = Instant::now() + WAIT;
+    // A topic that was deleted is still there for a while.
+    loop {
+        let made = admin.create_topics(&topics, &options).await;
+        let made = made.unwrap_or_else(|e| panic!("{e}"));
+        let there = |r: &Result<String, (String, RDKafkaErrorCode)>| {
+            matches!(r, Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)))
+        };
+        if made.iter().all(there) {
+            break;
+        }
+        assert!(Instant::now() < give_up, "{made:?}");
+    }
+    let mut brokers = Brokers(brokers);
+    conforms(&mut brokers).await;
+
+    // Two transactions, of which the second one is aborted: two records, a marker, a record, a marker.
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", &brokers.0)
+        .set("transactional.id", "conformance")
+        .create()
+        .unwrap_or_else(|e| panic!("{e}"));
+    let done = |result: Result<(), KafkaError>| result.unwrap_or_else(|e| panic!("{e}"));
+    done(producer.init_transactions(WAIT));
+    for (values, commit) in [(&["one", "two"][..], true), (&["three"], false)] {
+        done(producer.begin_transaction());
+        for value in values {
+            let record = BaseRecord::<(), str>::to("tx").partition(0).payload(value);
+            producer.send(record).unwrap_or_else(|(e, _)| panic!("{e}"));
+        }
+        done(producer.flush(WAIT));
+        done(match commit {
+            true => producer.commit_transaction(WAIT),
+            false => producer.abort_transaction(WAIT),
+        });
+    }
+    let mut fetch = brokers.reading("tx/0", Position::Beginning).await;
+    let (count, end) = read_to(&mut *fetch, "tx/0", 5).await;
+    assert_eq!(count, 2);
+    assert!(matches!(end, Position::Offset { mark: Some(mark), .. } if mark.offset == 1));
+    // What was not stored comes again, and the end is reached again.
+    let mut fetch = brokers.reading("tx/0", Position::Beginning).await;
+    for _ in 0..3 {
+        let batch = fetch.poll(&LIMITS).await.unwrap_or_else(|e| panic!("{e}"));
+        drop(batch);
+        fetch.rewind().await.unwrap_or_else(|e| panic!("{e}"));
+    }
+    assert_eq!(read_to(&mut *fetch, "tx/0", 5).await, (2, end.clone()));
+    // Deleted, none of it was lost; what is written then is read.
+    let mut before = TopicPartitionList::new();
+    let added = before.add_partition_offset("tx", 0, Offset::Offset(5));
+    added.unwrap_or_else(|e| panic!("{e}"));
+    let deleted = admin.delete_records(&before, &options).await;
+    deleted.unwrap_or_else(|e| panic!("{e}"));
+    let mut fetch = brokers.reading("tx/0", end).await;
+    brokers.write("tx/0", [Some(&b"four"[..])]);
+    assert_eq!(read(&mut *fetch, 1).await.0, [Some(b"four".to_vec())]);
+}
+
+/// Reads a split until its position is at this offset, and nothing is behind it: how many records came, and the position.
+async fn read_to(fetch: &mut dyn Fetch, split: &str, offset: i64) -> (u64, Position) {
+    let (mut count, mut at, give_up) = (0, Position::Beginning, Instant::now() + WAIT);
+    loop {
+        let batch = fetch.poll(&LIMITS).await.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(batch.stops, []);
+        fetch.ack(&batch);
+        if let Some(moved) = batch.moves.first() {
+            count += moved.records;
+            at = moved.to.clone();
+        }
+        let lag = fetch.lag(split).await;
+        if at.next_offset() == Some(offset.to_string()) && lag == Ok(Some(Lag::Records(0))) {
+            return (count, at);
+        }
+        assert!(Instant::now() < give_up, "{at:?}, {lag:?}");
+    }
 }
