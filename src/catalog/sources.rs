@@ -227,6 +227,30 @@ pub fn alarm(source: &Source, split: &str, reason: &str) -> Result<()> {
     Ok(())
 }
 
+/// How many sources the view's user may see, which of their splits have stopped and which of them struggle, in words.
+pub fn conditions(view: View) -> Result<(i64, Vec<String>, Vec<String>)> {
+    let found = spi::first(
+        view,
+        "SELECT (SELECT pg_catalog.count(*) FROM rakam_internal.source),
+                ARRAY(SELECT p.name || '.' || s.name || ' ' || t.split || ': ' || coalesce(t.error, '')
+                      FROM rakam_internal.source_split t JOIN rakam_internal.source s USING (source_id)
+                      JOIN rakam_internal.project p ON p.project_id = s.project_id
+                      WHERE t.state = 'stopped' ORDER BY t.updated_at DESC LIMIT 10),
+                ARRAY(SELECT p.name || '.' || s.name || ': ' || s.last_error
+                      FROM rakam_internal.source s JOIN rakam_internal.project p USING (project_id)
+                      WHERE s.last_error IS NOT NULL ORDER BY s.error_at DESC LIMIT 10)",
+        &[],
+        |row| {
+            Ok((
+                row.must(1)?,
+                row.get(2).unwrap_or_default(),
+                row.get(3).unwrap_or_default(),
+            ))
+        },
+    )?;
+    Ok(found.unwrap_or_default())
+}
+
 /// The splits that are noted, and whether each is at its end.
 pub fn noted(source_id: i32) -> Result<HashMap<String, Progress>> {
     let splits = spi::query(

@@ -1,6 +1,6 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, inbox, mapper, projects, registry, storages};
+use crate::catalog::{deletion, inbox, mapper, projects, registry, sources, storages};
 use crate::ingest::room;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Snapshot;
@@ -87,6 +87,7 @@ pub fn of_projects() -> Result<Vec<Finding>> {
         )
         .hint("See rakam.dead_letter for what could not be mapped or digested, and why; rakam.replay_dead_letters tries it again.")
     });
+    findings.push(source_finding(view)?);
     let (mappers, dropped) = mapper::totals(view)?;
     findings.push(Finding::ok(
         "mappers",
@@ -118,6 +119,22 @@ pub fn of_projects() -> Result<Vec<Finding>> {
         .hint("Long queries on a collection delay its new columns; until then values are read from \"_extra\".")
     });
     Ok(findings)
+}
+
+fn source_finding(view: View) -> Result<Finding> {
+    let (count, stopped, struggling) = sources::conditions(view)?;
+    Ok(if !stopped.is_empty() {
+        Finding::error(
+            "sources",
+            format!("splits have stopped: {}", stopped.join("; ")),
+        )
+        .hint("rakam.seek_source lets them go on where you say.")
+    } else if !struggling.is_empty() {
+        Finding::warning("sources", struggling.join("; "))
+            .hint("Reading goes on by itself once this is over; see rakam.stat_source.")
+    } else {
+        Finding::ok("sources", format!("{count} sources"))
+    })
 }
 
 fn inbox_finding(view: View) -> Result<Finding> {

@@ -295,10 +295,26 @@ impl Consumer {
             reading.press(self.is_full)?;
             self.readings.insert(id, reading);
         }
-        if let Some(reading) = self.readings.get_mut(&id) {
-            reading.look(self.me, live)?;
+        let looked = match self.readings.get_mut(&id) {
+            Some(reading) => reading.look(self.me, live),
+            None => Ok(()),
+        };
+        self.unless_failed(id, looked)
+    }
+
+    /// After an error of a source it is begun anew, and the others go on.
+    fn unless_failed(
+        &mut self,
+        id: i32,
+        outcome: std::result::Result<(), Failure>,
+    ) -> std::result::Result<(), Failure> {
+        match outcome {
+            Err(Failure::Error(error)) => {
+                error.clone().warn();
+                self.cannot(id, &error)
+            }
+            outcome => outcome,
         }
-        Ok(())
     }
 
     /// A source cannot be read as it is; it is tried again later.
@@ -323,25 +339,30 @@ impl Consumer {
         let Some((&id, reading)) = by_number else {
             return Ok(());
         };
-        match reading.hear(told.what)? {
-            None => Ok(()),
-            Some(error) => self.cannot(id, &error.into()),
+        match reading.hear(told.what) {
+            Ok(Some(error)) => self.cannot(id, &error.into()),
+            outcome => self.unless_failed(id, outcome.map(drop)),
         }
     }
 
     /// Stores a batch of each source that has one.
     fn store(&mut self) -> std::result::Result<(), Failure> {
-        let mut is_look_due = false;
-        for (id, reading) in &mut self.readings {
-            if reading.due().is_some_and(|due| Instant::now() >= due) {
-                is_look_due |= reading.store()?;
-                if reading.is_well() {
-                    self.put_off.remove(id);
-                }
+        let ids: Vec<i32> = self.readings.keys().copied().collect();
+        for id in ids {
+            let Some(reading) = self.readings.get_mut(&id) else {
+                continue;
+            };
+            if reading.due().is_none_or(|due| Instant::now() < due) {
+                continue;
             }
-        }
-        if is_look_due {
-            self.looked = None;
+            let stored = reading.store();
+            if reading.is_well() {
+                self.put_off.remove(&id);
+            }
+            if let Ok(true) = stored {
+                self.looked = None;
+            }
+            self.unless_failed(id, stored.map(drop))?;
         }
         Ok(())
     }
