@@ -130,9 +130,18 @@ pub struct BatchBuilder {
     log: Option<InvalidLog>,
     rows: usize,
     bytes: usize,
+    has_new_fields: bool,
 }
 
 impl BatchBuilder {
+    /// A batch of [`Layout::Stored`] for events that nobody has checked: [`Self::push`] refuses what
+    /// [`crate::entry::check_event`] refuses, but for their size.
+    pub fn of_unchecked(schema: &Schema, limits: &Limits) -> Result<Self, EventError> {
+        let mut builder = Self::new(schema, Layout::Stored, limits)?;
+        builder.walk.refuse_extra();
+        Ok(builder)
+    }
+
     pub fn new(schema: &Schema, layout: Layout, limits: &Limits) -> Result<Self, EventError> {
         let stored = layout == Layout::Stored;
         let xid = schema::arrow_field(schema::XID_FIELD_ID, schema::XID, FieldType::Int8);
@@ -201,12 +210,24 @@ impl BatchBuilder {
             log: stored.then(InvalidLog::default),
             rows: 0,
             bytes: 0,
+            has_new_fields: false,
         })
     }
 
     /// Appends one event. On an error nothing was appended, and the event is the caller's to park;
     /// [`EventError::BatchFull`] says that it fits into another batch.
     pub fn push(&mut self, event: &str, stamp: &EventStamp) -> Result<(), EventError> {
+        self.push_record(event, stamp, None)
+    }
+
+    /// As [`Self::push`] of a record that was written at a time, in milliseconds since 1970: an event without a `_time` has
+    /// that one.
+    pub fn push_record(
+        &mut self,
+        event: &str,
+        stamp: &EventStamp,
+        written_ms: Option<i64>,
+    ) -> Result<(), EventError> {
         let most = event.len().saturating_mul(MAX_GROWTH);
         if self.bytes.saturating_add(most) > MAX_BATCH_BYTES {
             return Err(EventError::BatchFull);
@@ -221,6 +242,7 @@ impl BatchBuilder {
         // From here on nothing fails.
         self.extra_text.clear();
         let mut event_time = stamp.received_at_us;
+        let mut written_ms = written_ms;
         for at in 0..self.walk.sights().len() {
             let sight = self.walk.sights()[at];
             let raw = sight.raw(event);
@@ -229,19 +251,10 @@ impl BatchBuilder {
             }
             match self.roles[sight.slot] {
                 Role::Skip => {}
-                Role::Time => match checked_time(raw, stamp) {
-                    Ok(micros) => event_time = micros,
-                    Err(error) => {
-                        self.log(
-                            event,
-                            stamp,
-                            schema::TIME,
-                            FieldType::Timestamptz,
-                            raw,
-                            &error,
-                        );
-                    }
-                },
+                Role::Time => {
+                    written_ms = None;
+                    event_time = self.time(event, stamp, raw);
+                }
                 Role::Column { column, ty } => {
                     self.column_value(event, stamp, sight.slot, raw, column, ty);
                 }
@@ -258,6 +271,10 @@ impl BatchBuilder {
                 },
                 Role::Members => self.members(raw, stamp),
                 Role::Keep => {
+                    if self.room > 0 && !self.has_new_fields {
+                        let is_field = self.walk.slots()[sight.slot].kind == NameKind::Field;
+                        self.has_new_fields = is_field && matches!(infer(raw), Inferred::Type(_));
+                    }
                     if let Some(bytes) = self.keep(sight.slot, raw) {
                         let error = self.cut_message(bytes);
                         self.log(event, stamp, schema::EXTRA, FieldType::Jsonb, raw, &error);
@@ -265,8 +282,21 @@ impl BatchBuilder {
                 }
             }
         }
+        if let Some(written_ms) = written_ms {
+            let micros = written_ms.saturating_mul(1_000);
+            event_time = if stamp.takes(micros) {
+                micros
+            } else {
+                self.time(event, stamp, &written_ms.to_string())
+            };
+        }
         self.finish_row(event_time, stamp);
         Ok(())
+    }
+
+    /// Whether some event had a field that the schema has not and has room for: [`crate::discovery`] says which.
+    pub fn has_new_fields(&self) -> bool {
+        self.has_new_fields
     }
 
     pub fn rows(&self) -> usize {
@@ -320,6 +350,15 @@ impl BatchBuilder {
             self.bytes += self.columns[column].put_text(self.rows, text);
         }
         self.rows += 1;
+    }
+
+    /// The time that an explicit `_time` means; the time of receipt if it means none, which is logged.
+    fn time(&mut self, event: &str, stamp: &EventStamp, raw: &str) -> i64 {
+        checked_time(raw, stamp).unwrap_or_else(|error| {
+            let ty = FieldType::Timestamptz;
+            self.log(event, stamp, schema::TIME, ty, raw, &error);
+            stamp.received_at_us
+        })
     }
 
     fn append(&mut self, column: Option<usize>, value: Value<'_>) {

@@ -5,7 +5,6 @@
 //! what is wrong.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::coerce;
@@ -13,7 +12,7 @@ use crate::error::EventError;
 use crate::infer::{Inferred, infer};
 use crate::json::{self, Cutter, Kind, MAX_DEPTH};
 use crate::jsonb::events::Events;
-use crate::names::{self, CollectionName};
+use crate::names::{self, CollectionName, CollectionNames};
 use crate::scan::{Scanned, Scanner, Unsure};
 use crate::schema;
 
@@ -97,7 +96,7 @@ pub fn split_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, Even
 /// As [`split_batch`] of the text, of which more is known.
 pub fn split_events<'a>(events: &'a Events, limits: &Limits) -> Batch<'a> {
     let mut batch = Builder::default();
-    batch.done.items.reserve(events.items.len());
+    batch.items.reserve(events.items.len());
     let text = |range: &Range<usize>| events.text.get(range.clone()).unwrap_or_default();
     for item in &events.items {
         let taken = item.parts.as_ref().ok_or(Unsure).and_then(|parts| {
@@ -110,7 +109,7 @@ pub fn split_events<'a>(events: &'a Events, limits: &Limits) -> Batch<'a> {
             batch.explain(text(&item.all), limits);
         }
     }
-    batch.done
+    batch.done()
 }
 
 /// What an event would add to its collection.
@@ -187,7 +186,7 @@ pub(crate) fn scan_batch<'a>(text: &'a str, limits: &Limits) -> Scanned<Batch<'a
         more = scanner.more(b']')?;
     }
     scanner.end()?;
-    Ok(batch.done)
+    Ok(batch.done())
 }
 
 /// Takes an item and adds its event; on an error nothing was added.
@@ -229,8 +228,8 @@ fn scan_item<'a>(
 /// A batch in the making.
 #[derive(Default)]
 struct Builder<'a> {
-    done: Batch<'a>,
-    index: HashMap<CollectionName, usize>,
+    items: Vec<Result<BatchItem<'a>, EventError>>,
+    collections: CollectionNames,
     /// By the raw string that names it, of the item before: most often the next is equal.
     last: Option<(&'a str, usize)>,
 }
@@ -244,7 +243,9 @@ impl<'a> Builder<'a> {
             return Ok(index);
         }
         let name = json::string(raw).ok_or(Unsure)?;
-        let index = self.index_of(CollectionName::parse(&name).map_err(|_| Unsure)?);
+        let index = self
+            .collections
+            .index_of(CollectionName::parse(&name).map_err(|_| Unsure)?);
         self.last = Some((raw, index));
         Ok(index)
     }
@@ -258,30 +259,27 @@ impl<'a> Builder<'a> {
     ) -> Scanned<()> {
         check_size(&properties, limits).map_err(|_| Unsure)?;
         let collection = self.collection(collection)?;
-        self.done.items.push(Ok(BatchItem {
+        self.items.push(Ok(BatchItem {
             collection,
             properties,
         }));
         Ok(())
     }
 
-    fn index_of(&mut self, name: CollectionName) -> usize {
-        if let Some(&index) = self.index.get(&name) {
-            return index;
-        }
-        let index = self.done.collections.len();
-        self.done.collections.push(name.clone());
-        self.index.insert(name, index);
-        index
-    }
-
     /// Adds an item the careful way.
     fn explain(&mut self, item: &'a str, limits: &Limits) {
         let item = explain_item(item, limits).map(|(name, properties)| BatchItem {
-            collection: self.index_of(name),
+            collection: self.collections.index_of(name),
             properties,
         });
-        self.done.items.push(item);
+        self.items.push(item);
+    }
+
+    fn done(self) -> Batch<'a> {
+        Batch {
+            collections: self.collections.into_names(),
+            items: self.items,
+        }
     }
 }
 
@@ -297,7 +295,7 @@ pub(crate) fn explain_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<
     let mut batch = Builder::default();
     // The parser skips values without recursion, so the depth of an item is its own matter.
     json::array_elements(text, |item| batch.explain(item, limits))?;
-    Ok(batch.done)
+    Ok(batch.done())
 }
 
 fn explain_item<'a>(

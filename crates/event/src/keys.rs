@@ -142,6 +142,12 @@ impl Walk {
         walk
     }
 
+    /// Takes `_extra` for a field that only the server sets, as it is to clients.
+    pub(crate) fn refuse_extra(&mut self) {
+        self.extra_slot = None;
+        self.by_name.remove(schema::EXTRA);
+    }
+
     /// Reads the event's values; on an error they are to be ignored. Slots may be added at the end.
     pub(crate) fn event(&mut self, event: &str) -> Result<(), EventError> {
         if let Err(Unsure) = self.scan(event) {

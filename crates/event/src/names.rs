@@ -1,6 +1,7 @@
 //! Names of projects, collections and fields, as checked types.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 
 use crate::error::EventError;
@@ -96,6 +97,30 @@ impl CollectionName {
 
     pub fn into_string(self) -> String {
         self.0
+    }
+}
+
+/// Names of collections, each once, in the order in which they first came.
+#[derive(Debug, Default)]
+pub struct CollectionNames {
+    names: Vec<CollectionName>,
+    index: HashMap<CollectionName, usize>,
+}
+
+impl CollectionNames {
+    /// The place of a name, which it gets when it comes for the first time.
+    pub fn index_of(&mut self, name: CollectionName) -> usize {
+        if let Some(&index) = self.index.get(&name) {
+            return index;
+        }
+        let index = self.names.len();
+        self.names.push(name.clone());
+        self.index.insert(name, index);
+        index
+    }
+
+    pub fn into_names(self) -> Vec<CollectionName> {
+        self.names
     }
 }
 

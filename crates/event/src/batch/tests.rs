@@ -393,3 +393,105 @@ fn sorted(object: &str) -> Vec<String> {
     members.sort();
     members
 }
+
+#[test]
+fn unchecked_events_are_refused_as_checked_ones_are() {
+    let schema = schema(false, &named(&[("a", FieldType::Float8)]));
+    let limits = Limits::default();
+    let mut unchecked = BatchBuilder::of_unchecked(&schema, &limits).unwrap();
+    let long = format!(r#"{{"_id":"{}"}}"#, "x".repeat(257));
+    let mut texts: Vec<String> = [
+        "",
+        "[1]",
+        r#"{"_extra":{"a":1}}"#,
+        r#"{"_Extra":1}"#,
+        r#"{"_collection":"x"}"#,
+        r#"{"a":"\u0000"}"#,
+        &long,
+    ]
+    .map(str::to_owned)
+    .into();
+    let deep = |levels: usize| format!(r#"{{"a":{}{}}}"#, "[".repeat(levels), "]".repeat(levels));
+    texts.extend([deep(63), deep(64)]);
+    let mut random = Random(0x5eed);
+    texts.extend((0..5_000).map(|round| {
+        let text = random.object(0, 8);
+        match round % 2 {
+            0 => random.mangled(&text),
+            _ => text,
+        }
+    }));
+    let mut taken = 0;
+    for text in &texts {
+        let checked = check_event(text, &limits).map(drop);
+        assert_eq!(unchecked.push(text, &STAMP), checked, "{text}");
+        taken += usize::from(checked.is_ok());
+        assert_eq!(unchecked.rows(), taken);
+    }
+    assert!(taken > 2_000, "{taken}");
+}
+
+#[test]
+fn a_record_gives_its_time_to_an_event_without_one() {
+    let schema = schema(false, &[]);
+    let mut builder = BatchBuilder::of_unchecked(&schema, &Limits::default()).unwrap();
+    let (written, early) = (Some(1_700_000_000_123), Some(-5));
+    for (event, at) in [
+        ("{}", written),
+        (r#"{"_time":null}"#, written),
+        (r#"{"_time":1700000001000}"#, written),
+        (r#"{"_time":"x"}"#, written),
+        ("{}", early),
+        ("{}", None),
+    ] {
+        builder.push_record(event, &STAMP, at).unwrap();
+    }
+    let built = builder.finish().unwrap();
+    let times: Vec<i64> = column(&built, "_time")
+        .as_primitive::<TimestampMicrosecondType>()
+        .values()
+        .to_vec();
+    let received = STAMP.received_at_us;
+    let sent = 1_700_000_000_123_000;
+    assert_eq!(
+        times,
+        [
+            sent,
+            sent,
+            1_700_000_001_000_000,
+            received,
+            received,
+            received
+        ]
+    );
+    let logged: Vec<_> = built.invalid.iter().map(|v| v.value.as_str()).collect();
+    assert_eq!(logged, ["x", "-5"]);
+}
+
+#[test]
+fn a_builder_says_whether_there_is_something_new() {
+    let schema = schema(false, &named(&[("a", FieldType::Float8)]));
+    let mut max_fields = 500;
+    let mut is_new = |event: &str| {
+        let limits = Limits {
+            max_fields,
+            ..Limits::default()
+        };
+        let mut builder = BatchBuilder::of_unchecked(&schema, &limits).unwrap();
+        builder.push(event, &STAMP).unwrap();
+        if event == "{}" {
+            max_fields = 1;
+        }
+        builder.has_new_fields()
+    };
+    for old in [
+        r#"{"a":1,"A":"x","_user":"u"}"#,
+        r#"{"b":null,"c":[],"xmin":1}"#,
+    ] {
+        assert!(!is_new(old), "{old}");
+    }
+    assert!(is_new(r#"{"xmin":1,"c":[],"b":1}"#));
+    assert!(!is_new("{}"));
+    // There is no room any more.
+    assert!(!is_new(r#"{"b":1}"#));
+}

@@ -23,6 +23,8 @@ pub struct Record<'a> {
     pub collection: Option<CollectionName>,
     /// Whether it has a `_time` that is not null.
     pub has_time: bool,
+    /// Whether it has an `_id` that is not null.
+    pub has_id: bool,
 }
 
 /// Checks the event of a record. Errors: those of [`super::check_event`], and those of the name in `_collection`.
@@ -48,8 +50,12 @@ pub fn envelope(text: &str) -> Option<Envelope<'_>> {
     let mut scanner = Scanner::new(text);
     let scanned = scanner.object(MAX_DEPTH + 1, |key, value| {
         members.add(&key.text()?, text.get(value).unwrap_or_default());
-        Ok(())
+        // One other key settles it.
+        if members.others { Err(Unsure) } else { Ok(()) }
     });
+    if members.others {
+        return None;
+    }
     if scanned.and_then(|()| scanner.end()).is_err() {
         members = Members::default();
         json::check(text, MAX_DEPTH + 1).ok()?;
@@ -68,6 +74,7 @@ pub fn envelope(text: &str) -> Option<Envelope<'_>> {
 #[derive(Default)]
 struct Members<'a> {
     count: usize,
+    others: bool,
     collection: Option<&'a str>,
     properties: Option<&'a str>,
 }
@@ -78,7 +85,7 @@ impl<'a> Members<'a> {
         match key {
             "collection" => self.collection = Some(raw),
             "properties" => self.properties = Some(raw),
-            _ => {}
+            _ => self.others = true,
         }
     }
 }
@@ -109,13 +116,14 @@ pub(crate) fn scan_record(text: &str) -> Scanned<Record<'_>> {
     })?;
     scanner.end()?;
     let slice = |range: Range<usize>| text.get(range).ok_or(Unsure);
-    if let Some(id) = id {
-        check_id(slice(id)?).map_err(|_| Unsure)?;
+    if let Some(id) = &id {
+        check_id(slice(id.clone())?).map_err(|_| Unsure)?;
     }
-    let has_time = match time {
-        Some(time) => slice(time)? != "null",
-        None => false,
+    let is_there = |value: Option<Range<usize>>| match value {
+        Some(value) => slice(value).map(|raw| raw != "null"),
+        None => Ok(false),
     };
+    let (has_time, has_id) = (is_there(time)?, is_there(id)?);
     let Some((before, value)) = collection else {
         return Ok(Record {
             properties: if scanner.line_break {
@@ -125,6 +133,7 @@ pub(crate) fn scan_record(text: &str) -> Scanned<Record<'_>> {
             },
             collection: None,
             has_time,
+            has_id,
         });
     };
     let name = match slice(value.clone())? {
@@ -147,21 +156,26 @@ pub(crate) fn scan_record(text: &str) -> Scanned<Record<'_>> {
         properties: Cow::Owned(one_line(&rest).into_owned()),
         collection: name,
         has_time,
+        has_id,
     })
 }
 
 /// The careful way: what exactly is wrong, if anything.
 pub(crate) fn explain_record(text: &str) -> Result<Record<'_>, EventError> {
     json::check(text, MAX_DEPTH)?;
-    let (mut collection, mut has_time) = (None, false);
+    let (mut collection, mut has_time, mut has_id) = (None, false, false);
     let mut rest = ObjectWriter::default();
     json::object_entries(text, |key, raw| {
         if names::server_field(key) == Some(COLLECTION) {
             collection = Some(raw);
             return;
         }
-        if names::may_be_special(key) && names::field_name(key) == schema::TIME {
-            has_time = raw != "null";
+        if names::may_be_special(key) {
+            match names::field_name(key).as_ref() {
+                schema::TIME => has_time = raw != "null",
+                schema::ID => has_id = raw != "null",
+                _ => {}
+            }
         }
         rest.key(key).push_str(raw);
     })?;
@@ -170,6 +184,7 @@ pub(crate) fn explain_record(text: &str) -> Result<Record<'_>, EventError> {
             properties: explain_event(text)?,
             collection: None,
             has_time,
+            has_id,
         });
     };
     let name = match json::string(collection) {
@@ -187,6 +202,7 @@ pub(crate) fn explain_record(text: &str) -> Result<Record<'_>, EventError> {
         properties: Cow::Owned(explain_event(rest)?.into_owned()),
         collection: name,
         has_time,
+        has_id,
     })
 }
 
@@ -334,6 +350,7 @@ mod tests {
                 let careful = careful.unwrap_or_else(|e| panic!("{text}: {e}"));
                 assert_eq!(scanned.collection, careful.collection, "{text}");
                 assert_eq!(scanned.has_time, careful.has_time, "{text}");
+                assert_eq!(scanned.has_id, careful.has_id, "{text}");
                 assert_eq!(
                     members(&scanned.properties),
                     members(&careful.properties),
