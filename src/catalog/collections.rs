@@ -12,6 +12,8 @@ use crate::pg::spi::{self, arg};
 pub fn delete(collection: &Collection) -> Result<()> {
     let id = [arg(collection.id)];
     for statement in [
+        // Whoever stores chunks of it without its table being locked is awaited, and comes after it no more.
+        "SELECT FROM rakam_internal.collection WHERE collection_id = $1 FOR UPDATE",
         "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
          SELECT f.storage_id, f.path, f.project_id, 'collection dropped'
          FROM rakam_internal.data_file f JOIN rakam_internal.storage s USING (storage_id)

@@ -40,50 +40,96 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A record of a source that is no event.
+/// What of a source is no event, or an event of it that failed later.
 pub struct NewRecord<'a> {
-    pub project_id: i32,
-    pub source: &'a str,
-    pub split: &'a str,
+    pub split: Option<&'a str>,
     /// Digits of a numeric.
-    pub offset: &'a str,
+    pub offset: Option<String>,
+    /// Of a record: the collection that it names beside its value.
+    pub collection: Option<&'a str>,
+    /// A record as it came, or an event on one line.
     pub payload: &'a [u8],
-    pub error: &'a str,
-    pub received_at_us: i64,
+    pub error: String,
+    /// Of an event.
+    pub stage: Stage,
+    pub is_row: bool,
+    /// It is a record, which is to be decoded.
+    pub is_record: bool,
+    /// When the record was written, in microseconds since 1970.
+    pub written_at_us: Option<i64>,
 }
 
-/// Keeps a record of a source as a dead letter. Workers only.
-pub fn insert_record(letter: &NewRecord<'_>) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.dead_letter (project_id, source, split, off, payload, error, received_at)
-         VALUES ($1, $2, $3, $4::text::numeric, $5, $6, $7)",
-        &[
-            arg(letter.project_id),
-            arg(letter.source),
-            arg(letter.split),
-            arg(letter.offset),
-            arg(letter.payload),
-            arg(letter.error),
-            timestamptz(letter.received_at_us),
-        ],
-    )?;
+/// Keeps what failed of a source, in few statements. Workers only.
+pub fn insert_records(
+    project_id: i32,
+    source: &str,
+    received_at_us: i64,
+    letters: &[NewRecord<'_>],
+) -> Result<()> {
+    // A statement has its arguments in memory once more.
+    for letters in letters.chunks(INSERTED_AT_ONCE) {
+        let each =
+            |f: &dyn Fn(&NewRecord<'_>) -> bool| letters.iter().map(f).collect::<Vec<bool>>();
+        let splits: Vec<Option<&str>> = letters.iter().map(|l| l.split).collect();
+        let offsets: Vec<Option<&str>> = letters.iter().map(|l| l.offset.as_deref()).collect();
+        let collections: Vec<Option<&str>> = letters.iter().map(|l| l.collection).collect();
+        let payloads: Vec<&[u8]> = letters.iter().map(|l| l.payload).collect();
+        // Text of Postgres has no NUL characters.
+        let errors: Vec<String> = (letters.iter())
+            .map(|l| l.error.replace('\0', "\u{fffd}"))
+            .collect();
+        let stages: Vec<i16> = letters.iter().map(|l| l.stage as i16).collect();
+        let written: Vec<Option<i64>> = letters.iter().map(|l| l.written_at_us).collect();
+        spi::execute(
+            "INSERT INTO rakam_internal.dead_letter
+               (project_id, source, received_at, split, off, collection, payload, error, stage, is_row, is_record,
+                written_at)
+             SELECT $1, $2, $3, l.split, l.off::numeric, l.collection, l.payload, l.error, l.stage, l.is_row, l.is_record,
+                    timestamptz '1970-01-01 00:00:00+00' + l.written_us * interval '1 microsecond'
+             FROM ROWS FROM (
+               pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7),
+               pg_catalog.unnest($8), pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11),
+               pg_catalog.unnest($12)) l(split, off, collection, payload, error, stage, is_row, is_record, written_us)",
+            &[
+                arg(project_id),
+                arg(source),
+                timestamptz(received_at_us),
+                arg(splits),
+                arg(offsets),
+                arg(collections),
+                arg(payloads),
+                arg(errors),
+                arg(stages),
+                arg(each(&|l| l.is_row)),
+                arg(each(&|l| l.is_record)),
+                arg(written),
+            ],
+        )?;
+    }
     Ok(())
 }
 
-/// A dead letter of collect.
+/// A dead letter.
 #[derive(Debug)]
 pub struct Letter {
     pub id: i64,
-    pub collection: String,
-    pub payload: String,
+    /// Of an event its collection; of a record the one that it names beside its value.
+    pub collection: Option<String>,
+    pub payload: Vec<u8>,
     pub received_at_us: i64,
     pub shift_us: i64,
     pub stage: Stage,
     pub is_row: bool,
+    pub is_record: bool,
+    pub split: Option<String>,
+    pub offset: Option<String>,
+    pub written_at_us: Option<i64>,
 }
 
 /// Letters that a page holds.
 const PAGE: i32 = 64;
+/// Letters of one statement.
+const INSERTED_AT_ONCE: usize = 4096;
 
 /// The newest dead letter there is.
 pub fn last_id(project_id: i32) -> Result<i64> {
@@ -96,25 +142,36 @@ pub fn last_id(project_id: i32) -> Result<i64> {
     Ok(id.unwrap_or(0))
 }
 
-/// The next letters of collect behind `after`, up to `last`, locked for the transaction. What somebody else is
-/// replaying is left to them.
-pub fn lock_page(project_id: i32, after: i64, last: i64) -> Result<Vec<Letter>> {
+/// The next letters of a source (None: of collect) behind `after`, up to `last`, locked for the transaction. What somebody
+/// else is replaying is left to them.
+pub fn lock_page(
+    project_id: i32,
+    source: Option<&str>,
+    after: i64,
+    last: i64,
+) -> Result<Vec<Letter>> {
     spi::query(
         View::Current,
-        "SELECT id, collection, payload, coalesce(received_at, at), shift_us, stage, is_row
+        "SELECT id, collection, payload, coalesce(received_at, at), shift_us, stage, is_row, is_record, split, off::text,
+                written_at
          FROM rakam_internal.dead_letter
-         WHERE project_id = $1 AND id > $2 AND id <= $3 AND source IS NULL AND collection IS NOT NULL
+         WHERE project_id = $1 AND id > $2 AND id <= $3 AND source IS NOT DISTINCT FROM $5
+           AND (is_record OR collection IS NOT NULL)
          ORDER BY id LIMIT $4 FOR UPDATE SKIP LOCKED",
-        &[arg(project_id), arg(after), arg(last), arg(PAGE)],
+        &[arg(project_id), arg(after), arg(last), arg(PAGE), arg(source)],
         |row| {
             Ok(Letter {
                 id: row.must(1)?,
-                collection: row.must(2)?,
-                payload: String::from_utf8_lossy(&row.bytes(3).unwrap_or_default()).into_owned(),
+                collection: row.get(2),
+                payload: row.bytes(3).unwrap_or_default(),
                 received_at_us: row.timestamptz(4).unwrap_or_else(xact::now_us),
                 shift_us: row.must(5)?,
                 stage: Stage::of(row.must(6)?),
                 is_row: row.must(7)?,
+                is_record: row.must(8)?,
+                split: row.get(9),
+                offset: row.get(10),
+                written_at_us: row.timestamptz(11),
             })
         },
     )
@@ -129,11 +186,11 @@ pub fn delete(id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Notes another failure of a letter: where it is now, and why.
-pub fn failed_again(id: i64, payload: &[u8], stage: Stage, error: &str) -> Result<()> {
+/// Notes another failure of a letter: what it is now, if that is something else, where it is, and why.
+pub fn failed_again(id: i64, payload: Option<&[u8]>, stage: Stage, error: &str) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.dead_letter
-         SET attempts = attempts + 1, payload = $2, stage = $3, error = $4 WHERE id = $1",
+         SET attempts = attempts + 1, payload = coalesce($2, payload), stage = $3, error = $4 WHERE id = $1",
         &[arg(id), arg(payload), arg(stage as i16), arg(error)],
     )?;
     Ok(())

@@ -27,6 +27,7 @@ pub mod registry;
 pub mod restored;
 pub mod retention;
 pub mod session;
+pub mod source_schemas;
 pub mod sources;
 pub mod storages;
 pub mod store;

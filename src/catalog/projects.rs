@@ -523,6 +523,11 @@ pub fn collection_ids(project_id: i32) -> Result<Vec<i32>> {
 /// events are dropped by the digest, which finds no project for them.
 pub fn delete(project_id: i32) -> Result<()> {
     let id = [arg(project_id)];
+    // Whoever stores chunks of them is awaited, and comes after them no more.
+    spi::execute(
+        "SELECT FROM rakam_internal.collection WHERE project_id = $1 ORDER BY collection_id FOR UPDATE",
+        &id,
+    )?;
     spi::execute(
         "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
          SELECT f.storage_id, f.path, f.project_id, 'project dropped'

@@ -181,6 +181,17 @@ pub fn collections_by_id(view: View, ids: &[i32]) -> Result<Vec<Collection>> {
     )
 }
 
+/// As [`collections_by_id`]; until the end of the transaction they are neither dropped nor renamed.
+pub fn keep_collections(ids: &[i32]) -> Result<Vec<Collection>> {
+    spi::query(
+        View::Current,
+        "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
+         FROM rakam_internal.collection WHERE collection_id = ANY ($1) ORDER BY collection_id FOR KEY SHARE",
+        &[arg(ids.to_vec())],
+        collection_row,
+    )
+}
+
 /// The collection of this name in a project given by id. Workers only.
 pub fn collection_named(view: View, project_id: i32, name: &str) -> Result<Option<Collection>> {
     spi::first(

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arrow::array::{Int64Array, RecordBatch};
-use rakam_event::schema::{Schema, XID};
+use arrow::array::RecordBatch;
+use rakam_event::schema::Schema;
 use rakam_lake::backlog::Months;
 use rakam_lake::chunk;
 
@@ -87,7 +87,7 @@ impl Work {
             // None is much smaller than the others, which a merge would take up again.
             let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
             for part in Months::new(&batches, chunk_rows)? {
-                if let Some(chunk) = Encoded::new(&stamped(&part?, self.xid)?, self.schema.version)?
+                if let Some(chunk) = Encoded::new(&append::stamped(&part?, self.xid)?, self.schema.version)?
                     && !told.send(Told::Chunk(chunk)).await
                 {
                     return Ok(());
@@ -96,13 +96,4 @@ impl Work {
         }
         Ok(())
     }
-}
-
-/// The events with the id of the transaction that stores them.
-fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
-    let failed = |e| PgError::internal(format!("could not store the rows of a file: {e}"));
-    let mut columns = batch.columns().to_vec();
-    let position = batch.schema().index_of(XID).map_err(failed)?;
-    columns[position] = Arc::new(Int64Array::from_value(xid, batch.num_rows()));
-    RecordBatch::try_new(batch.schema(), columns).map_err(failed)
 }

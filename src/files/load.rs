@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::types::TimestampMicrosecondType;
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch};
 use rakam_event::entry::Limits;
 use rakam_event::error::EventError;
 use rakam_event::schema::{RECEIVED_AT, Schema};
 use rakam_event::types::FieldType;
-use rakam_event::{json, print};
+use rakam_event::print;
 use rakam_files::convert::Converter;
 use rakam_files::format::{Format, Options};
 use rakam_files::locate::Found;
@@ -418,7 +418,7 @@ fn to_inbox(
         if n > 0 {
             payload.push('\n');
         }
-        write_row(rows, schema, row, &mut payload)?;
+        print::write_row(rows, schema, row, &mut payload)?;
         n += 1;
         let next = row + 1;
         let ends = next == rows.num_rows()
@@ -441,26 +441,6 @@ fn to_inbox(
         }
     }
     Ok(stored)
-}
-
-/// A row as the JSON of an event that the digest reads back as it is.
-fn write_row(rows: &RecordBatch, schema: &Schema, row: usize, out: &mut String) -> Result<()> {
-    let mut first = true;
-    out.push('{');
-    for (field, column) in schema.fields.iter().zip(rows.columns()) {
-        // The time of receipt is beside the event.
-        if column.is_null(row) || field.name == RECEIVED_AT {
-            continue;
-        }
-        if !std::mem::take(&mut first) {
-            out.push(',');
-        }
-        json::write_string(&field.name, out);
-        out.push(':');
-        print::to_json_text(column, field.ty, row, out)?;
-    }
-    out.push('}');
-    Ok(())
 }
 
 fn arrow_failed(error: arrow::error::ArrowError) -> PgError {

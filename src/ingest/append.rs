@@ -1,12 +1,15 @@
 //! The one door into the hot tier: events become a chunk, in the caller's transaction.
 
-use arrow::array::RecordBatch;
+use std::sync::Arc;
+
+use arrow::array::{Int64Array, RecordBatch};
+use rakam_event::schema::XID;
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo, Writer};
 use rakam_lake::error::LakeError;
 use rakam_lake::row_chunk::Rows;
 
 use crate::catalog::manifest::{self, NewChunk};
-use crate::pg::{Result, failpoint};
+use crate::pg::{PgError, Result, failpoint};
 
 /// Where a batch belongs.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +45,15 @@ impl Encoded {
         let made = writer.finish()?;
         Ok(made.map(|(info, data)| Self { info, data }))
     }
+}
+
+/// A batch of a stored layout with the id of the transaction that stores it.
+pub fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
+    let failed = |e| PgError::internal(format!("could not stamp a batch of events: {e}"));
+    let mut columns = batch.columns().to_vec();
+    let position = batch.schema().index_of(XID).map_err(failed)?;
+    columns[position] = Arc::new(Int64Array::from_value(xid, batch.num_rows()));
+    RecordBatch::try_new(batch.schema(), columns).map_err(failed)
 }
 
 /// Stores a batch of the collection's stored layout (`Schema::arrow`).

@@ -16,8 +16,9 @@ use crate::pg::{Result, guc};
 /// What is to be registered.
 #[derive(Default)]
 pub struct Learnt {
-    collections: BTreeMap<(i32, String), Vec<(String, FieldType)>>,
-    fields: BTreeMap<i32, Vec<(String, FieldType)>>,
+    /// By project and name.
+    pub collections: BTreeMap<(i32, String), Vec<(String, FieldType)>>,
+    pub fields: BTreeMap<i32, Vec<(String, FieldType)>>,
 }
 
 impl Learnt {

@@ -149,21 +149,31 @@ pub fn applies(project_id: i32, collection: &str) -> Result<bool> {
 /// Stores events after their collection's mappers; how many were stored. The others were dropped by a mapper, which
 /// is counted, or have become dead letters.
 pub fn enter(entry: &Entry<'_>, shape: Shape) -> Result<i64> {
-    let mappers = catalog::of_project(entry.project_id)?;
-    if mappers.of(entry.collection).next().is_none() {
-        inbox::append(entry)?;
-        return Ok(i64::from(entry.n));
-    }
-    let text = std::str::from_utf8(&entry.payload)
-        .map_err(|_| PgError::internal("events are not UTF-8"))?;
-    let lines = text.split('\n').map(str::to_owned).collect();
-    let mut run = Run::new(entry, shape, mappers, Stage::Project);
-    run.through(0, lines)?;
-    let outcome = run.finish()?;
+    let outcome = enter_but_failed(entry, shape)?;
     for letter in &outcome.failed {
         keep(entry, shape, letter)?;
     }
     Ok(outcome.stored)
+}
+
+/// As [`enter`], but that the events whose mapper failed are the caller's to keep.
+pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
+    let mappers = catalog::of_project(entry.project_id)?;
+    if mappers.of(entry.collection).next().is_none() {
+        inbox::append(entry)?;
+        return Ok(Outcome {
+            stored: i64::from(entry.n),
+            failed: Vec::new(),
+            lacks_id: None,
+        });
+    }
+    let text = std::str::from_utf8(&entry.payload)
+        .map_err(|_| PgError::internal("events are not UTF-8"))?;
+    let lines = text.split('\n').enumerate();
+    let lines = lines.map(|(at, text)| Line::new(text, Some(at))).collect();
+    let mut run = Run::new(entry, shape, mappers, Stage::Project);
+    run.through(0, lines)?;
+    run.finish()
 }
 
 /// Keeps a failed event as a dead letter.
@@ -184,6 +194,7 @@ pub fn keep(entry: &Entry<'_>, shape: Shape, letter: &Failed) -> Result<()> {
 pub fn set_aside(entry: &Entry<'_>, shape: Shape, error: &PgError) -> Result<()> {
     let letter = Failed {
         event: String::from_utf8_lossy(&entry.payload).into_owned(),
+        line: None,
         stage: Stage::Project,
         error: reason(error),
     };
@@ -193,6 +204,8 @@ pub fn set_aside(entry: &Entry<'_>, shape: Shape, error: &PgError) -> Result<()>
 /// An event whose mapper failed, as it entered that mapper.
 pub struct Failed {
     pub event: String,
+    /// Which line of the payload it was, where a mapper of whole batches has not left that open.
+    pub line: Option<usize>,
     pub stage: Stage,
     pub error: String,
 }
@@ -201,6 +214,23 @@ pub struct Failed {
 pub struct Outcome {
     pub stored: i64,
     pub failed: Vec<Failed>,
+    /// Whether an event was stored without an `_id`; None: there was no mapper that could have taken one away.
+    pub lacks_id: Option<bool>,
+}
+
+/// An event on its way, and which line of the payload it was, if that is known.
+struct Line {
+    text: String,
+    at: Option<usize>,
+}
+
+impl Line {
+    fn new(text: &str, at: Option<usize>) -> Self {
+        Self {
+            text: text.to_owned(),
+            at,
+        }
+    }
 }
 
 /// Tries an event again that failed before, from the mapper on in which it failed.
@@ -211,14 +241,16 @@ pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
         stored: 0,
         failed: vec![Failed {
             event: text.to_owned(),
+            line: None,
             stage,
             error: reason(&error),
         }],
+        lacks_id: None,
     };
     let mut lines = Vec::new();
     for line in text.split('\n') {
         match check(line, shape) {
-            Ok(line) => lines.push(line),
+            Ok(text) => lines.push(Line { text, at: None }),
             Err(error) => return Ok(refused(error)),
         }
     }
@@ -229,7 +261,7 @@ pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
 }
 
 /// What a dead letter says of an error.
-fn reason(error: &PgError) -> String {
+pub fn reason(error: &PgError) -> String {
     format!("{} (SQLSTATE {})", error.message, error.sqlstate)
 }
 
@@ -300,6 +332,7 @@ struct Run<'a> {
     dropped: i64,
     stored: i64,
     failed: Vec<Failed>,
+    lacks_id: bool,
     /// Events that wait to be stored, one a line.
     payload: String,
     n: i32,
@@ -321,15 +354,16 @@ impl<'a> Run<'a> {
             dropped: 0,
             stored: 0,
             failed: Vec::new(),
+            lacks_id: false,
             payload: String::new(),
             n: 0,
         }
     }
 
     /// Takes events from the `at`-th mapper on.
-    fn through(&mut self, at: usize, events: Vec<String>) -> Result<()> {
+    fn through(&mut self, at: usize, events: Vec<Line>) -> Result<()> {
         let Some(mapper) = self.chain.get(at).copied() else {
-            return events.iter().try_for_each(|event| self.store(event));
+            return events.iter().try_for_each(|event| self.store(&event.text));
         };
         if events.len() > 1 && self.timeouts == 0 {
             match self.call(&mapper, &events) {
@@ -367,7 +401,8 @@ impl<'a> Run<'a> {
                 }
             };
             self.failed.push(Failed {
-                event,
+                event: event.text,
+                line: event.at,
                 stage: mapper.stage,
                 error: self.blame(&mapper, &error),
             });
@@ -385,7 +420,7 @@ impl<'a> Run<'a> {
     }
 
     /// Calls a mapper on events, in one subtransaction.
-    fn call(&self, mapper: &Mapper, events: &[String]) -> std::result::Result<Mapped, Failure> {
+    fn call(&self, mapper: &Mapper, events: &[Line]) -> std::result::Result<Mapped, Failure> {
         let inside = Inside::of(self.entry).map_err(Failure::Tenant)?;
         let tenant = Tenant {
             user: self.runner(mapper).map_err(Failure::Tenant)?,
@@ -397,15 +432,18 @@ impl<'a> Run<'a> {
             let mut calls = Calls::new(mapper.function);
             let mut mapped = Mapped::default();
             if mapper.every_batch {
-                let results = calls.on_array(events, BATCH_BYTES_MAX)?;
+                let texts: Vec<&str> = events.iter().map(|event| event.text.as_str()).collect();
+                let results = calls.on_array(&texts, BATCH_BYTES_MAX)?;
                 mapped.dropped = events.len().saturating_sub(results.len()) as i64;
+                // Which result is of which event only the mapper knows.
+                let line = events.first().filter(|_| events.len() == 1);
                 for result in results {
-                    mapped.take(result, shape)?;
+                    mapped.take(result, shape, line.and_then(|line| line.at))?;
                 }
             } else {
                 for event in events {
                     timer.restart();
-                    mapped.take(calls.on_value(event)?, shape)?;
+                    mapped.take(calls.on_value(&event.text)?, shape, event.at)?;
                 }
             }
             Ok(mapped)
@@ -455,6 +493,7 @@ impl<'a> Run<'a> {
         }
         self.payload.push_str(event);
         self.n += 1;
+        self.lacks_id |= !self.chain.is_empty() && !entry::has_id(event);
         Ok(())
     }
 
@@ -481,6 +520,7 @@ impl<'a> Run<'a> {
         Ok(Outcome {
             stored: self.stored,
             failed: self.failed,
+            lacks_id: Some(self.lacks_id),
         })
     }
 }
@@ -488,30 +528,30 @@ impl<'a> Run<'a> {
 /// What a mapper made of events.
 #[derive(Default)]
 struct Mapped {
-    events: Vec<String>,
+    events: Vec<Line>,
     bytes: usize,
     dropped: i64,
 }
 
 impl Mapped {
     /// Takes a result in: NULL drops the event, anything else has to be an event again.
-    fn take(&mut self, result: Option<String>, shape: Shape) -> Result<()> {
+    fn take(&mut self, result: Option<String>, shape: Shape, at: Option<usize>) -> Result<()> {
         let Some(text) = result else {
             self.dropped += 1;
             return Ok(());
         };
-        let event = check(&text, shape).map_err(|mut error| {
+        let text = check(&text, shape).map_err(|mut error| {
             error.message = format!("its result is no event: {}", error.message);
             error
         })?;
-        self.bytes += event.len();
+        self.bytes += text.len();
         if self.bytes > BATCH_BYTES_MAX {
             return Err(PgError::new(
                 "54000",
                 format!("result is larger than {BATCH_BYTES_MAX} bytes"),
             ));
         }
-        self.events.push(event);
+        self.events.push(Line { text, at });
         Ok(())
     }
 }

@@ -28,11 +28,30 @@ pub fn charge(project: &Project, events: i64, bytes: i64) -> Result<()> {
 /// stored as usage here.
 pub fn charge_stored(project: &Project, events: i64, bytes: i64) -> Result<()> {
     take(project, events, bytes, Arrival::Commit)?;
-    if project.quota.bytes_per_day.is_some() {
-        let _owner = ActAs::owner();
-        usage::add(project.id, meter::today(xact::now_us()), bytes)?;
+    note_stored(project, bytes)
+}
+
+/// A batch of a source.
+pub struct Batch {
+    pub events: usize,
+    /// Of events that go straight into the hot tier, and of those that go through the inbox.
+    pub stored_bytes: usize,
+    pub inbox_bytes: usize,
+}
+
+/// As [`charge`] and [`charge_stored`], of a batch that cannot be made smaller: one that is of more events than a second may
+/// have is taken in when nothing is owed, and what comes after it waits the longer.
+pub fn charge_batch(project: &Project, batch: &Batch) -> Result<()> {
+    room::take((batch.stored_bytes + batch.inbox_bytes) as i64)?;
+    take_bytes(project, batch.inbox_bytes as i64, Arrival::Digest)?;
+    take_bytes(project, batch.stored_bytes as i64, Arrival::Commit)?;
+    if let Some(per_second) = project.quota.events_per_second {
+        let meter = meter::of(project.id);
+        if !meter.take_batch(batch.events as i64, per_second) {
+            return Err(refused(project, &format!("{per_second} events per second")));
+        }
     }
-    Ok(())
+    note_stored(project, batch.stored_bytes as i64)
 }
 
 fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<()> {
@@ -43,17 +62,7 @@ fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<
     }
     let meter = meter::of(project.id);
     // First what gives back by itself when the second refuses.
-    if let Some(per_day) = quota.bytes_per_day {
-        let stored = |day| {
-            let _owner = ActAs::owner();
-            let latest = Registered::latest();
-            usage::of_day(View::Under(latest.get()), project.id, day)
-        };
-        if !meter.take_bytes(bytes, per_day, arrival, stored)? {
-            return Err(refused(project, &format!("{per_day} bytes per day"))
-                .hint("The day ends at midnight UTC; rakam.set_quota raises the quota."));
-        }
-    }
+    take_bytes(project, bytes, arrival)?;
     if let Some(per_second) = quota.events_per_second
         && !meter.take_events(events, per_second)
     {
@@ -62,6 +71,32 @@ fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<
                 "Send again later, and fewer events in a call than the quota allows for a second.",
             ),
         );
+    }
+    Ok(())
+}
+
+/// Takes bytes of a day in, if the project's are bounded.
+fn take_bytes(project: &Project, bytes: i64, arrival: Arrival) -> Result<()> {
+    let Some(per_day) = project.quota.bytes_per_day.filter(|_| bytes > 0) else {
+        return Ok(());
+    };
+    let stored = |day| {
+        let _owner = ActAs::owner();
+        let latest = Registered::latest();
+        usage::of_day(View::Under(latest.get()), project.id, day)
+    };
+    if meter::of(project.id).take_bytes(bytes, per_day, arrival, stored)? {
+        return Ok(());
+    }
+    Err(refused(project, &format!("{per_day} bytes per day"))
+        .hint("The day ends at midnight UTC; rakam.set_quota raises the quota."))
+}
+
+/// Stores bytes as usage of today, if the project's are bounded.
+fn note_stored(project: &Project, bytes: i64) -> Result<()> {
+    if project.quota.bytes_per_day.is_some() && bytes > 0 {
+        let _owner = ActAs::owner();
+        usage::add(project.id, meter::today(xact::now_us()), bytes)?;
     }
     Ok(())
 }

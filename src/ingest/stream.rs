@@ -7,40 +7,176 @@
 //! 2. In one transaction: [`Stream::store`], then `catalog::sources::advance`, which compares and sets the epoch and the position of
 //!    each split that the batch moves. If somebody else has a split by now, everything is rolled back.
 //! 3. If the transaction failed for another reason the consumer prepares the batch anew: `store` may leave what it likes in
-//!    `Prepared`.
+//!    `Prepared`. 53400 and 53100 mean that there is no room for the batch now: nothing is lost by waiting.
+//!
+//! Many events of a collection become columns, and a chunk of their own; they lose the copies of events that are known. Few, and
+//! all of a collection with mappers, go through the inbox, where they are read at once and digested with others. Both roads
+//! are those of every other event.
 //!
 //! A consumer has one `Stream` for each source that it reads; it is made anew when the source's definition changes.
 
+use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
-use rakam_sources::batch::Batch;
-use rakam_sources::decode::{Decoded, Decoder};
+use arrow::array::{Array, AsArray, RecordBatch};
+use rakam_event::schema::{ID, Schema};
+use rakam_files::log::Log;
+use rakam_sources::batch::{Batch, Limits, Record};
+use rakam_sources::decode::{DeadLetter, DecodeError, Decoder, Route};
 
+use super::append::{self, Target};
 use super::collect::limits;
+use super::dedupe::Deduper;
 use super::mapper::{self, Shape};
+use super::quota;
 use crate::catalog::dead_letter::{self, NewRecord};
 use crate::catalog::inbox::Entry;
-use crate::catalog::projects;
+use crate::catalog::invalid;
+use crate::catalog::mapper::Stage;
+use crate::catalog::projects::{self, Project, Quota};
+use crate::catalog::registry::{self, Collection};
 use crate::catalog::sources::Source;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result};
+use crate::pg::{PgError, Result, failpoint, wait};
+
+mod again;
+mod prepare;
+mod schemas;
+
+pub use schemas::unknown_source;
+
+/// Of a day's bytes a batch is such a part at most.
+const DAY_PARTS: i64 = 16;
+const BATCH_BYTES_MIN: usize = 64 << 10;
 
 /// How the records of one source become events.
 pub struct Stream {
     project_id: i32,
+    source_id: i32,
     source: String,
+    route: Route,
     decoder: Decoder,
+    /// As of the last batch.
+    quota: Quota,
+}
+
+/// Where an event came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// By its place in the batch.
+    Record(usize),
+    /// The split's place in the batch's moves, and of a file the line if it is known.
+    Split(usize, Option<u64>),
+    /// Some record of the batch.
+    Batch,
+}
+
+/// Rows of a collection that become a chunk.
+struct Part {
+    rows: RecordBatch,
+    /// Of each row; of one for all: the same.
+    origins: Vec<Origin>,
+}
+
+impl Part {
+    fn origin(&self, row: usize) -> Option<Origin> {
+        self.origins
+            .get(row)
+            .or_else(|| self.origins.first().filter(|_| self.origins.len() == 1))
+            .copied()
+    }
+}
+
+/// What becomes chunks of a collection.
+struct Table {
+    collection: Collection,
+    schema: Rc<Schema>,
+    parts: Vec<Part>,
+    invalid: Log,
+    /// Of the events as they were sent.
+    bytes: usize,
+}
+
+type Tables = BTreeMap<(i32, i32), Table>;
+
+/// Events that go through the inbox, one a line.
+struct Lines {
+    collection: String,
+    shape: Shape,
+    payload: String,
+    origins: Vec<Origin>,
+    /// Whether a line lacks an `_id`.
+    lacks_id: bool,
+}
+
+impl Lines {
+    /// What is known of where a line came from, whichever it was.
+    fn common_origin(&self, prepared: &Prepared) -> Origin {
+        let mut splits = self.origins.iter().map(|&origin| prepared.split(origin));
+        match splits.next() {
+            Some(Some(first)) if splits.all(|split| split == Some(first)) => {
+                Origin::Split(first, None)
+            }
+            _ => Origin::Batch,
+        }
+    }
+}
+
+/// What is no event.
+struct Letter {
+    origin: Origin,
+    /// None: the record's bytes.
+    payload: Option<Vec<u8>>,
+    error: String,
+    /// Of an event.
+    collection: Option<String>,
+    stage: Stage,
+    is_row: bool,
 }
 
 /// A batch that is ready to be stored.
 pub struct Prepared {
     batch: Arc<Batch>,
-    decoded: Decoded,
+    received_at_us: i64,
+    project: String,
+    /// By collection and version of its schema: counters are written in this order by everybody.
+    tables: Tables,
+    lines: Vec<Lines>,
+    letters: Vec<Letter>,
+    tombstones: u64,
+    schema_changed: bool,
 }
 
 impl Prepared {
     pub fn batch(&self) -> &Batch {
         &self.batch
+    }
+
+    /// Records without a value, which are skipped.
+    pub fn tombstones(&self) -> u64 {
+        self.tombstones
+    }
+
+    /// Collections or fields were registered for it: tables or columns are to be made.
+    pub fn schema_changed(&self) -> bool {
+        self.schema_changed
+    }
+
+    fn record(&self, origin: Origin) -> Option<&Record> {
+        match origin {
+            Origin::Record(at) => self.batch.records().get(at),
+            Origin::Split(..) | Origin::Batch => None,
+        }
+    }
+
+    /// The place of an event's split in the batch's moves.
+    fn split(&self, origin: Origin) -> Option<usize> {
+        match origin {
+            Origin::Record(_) => self.record(origin).map(|record| record.split),
+            Origin::Split(split, _) => Some(split),
+            Origin::Batch => None,
+        }
     }
 }
 
@@ -53,74 +189,269 @@ pub struct Stored {
     pub lacks_id: Vec<bool>,
 }
 
+/// Why a record is no event, as a dead letter says it.
+fn reason(error: &DecodeError) -> String {
+    format!("{error} (SQLSTATE {})", error.sqlstate())
+}
+
 impl Stream {
     /// Outside of a transaction or in one.
     pub fn new(source: &Source) -> Self {
         Self {
             project_id: source.project_id,
+            source_id: source.id,
             source: source.name.clone(),
+            route: source.options.route.clone(),
             decoder: Decoder::new(
                 source.options.format,
                 source.options.route.clone(),
                 limits(),
             ),
+            quota: Quota::default(),
         }
     }
 
-    /// Outside of any transaction.
+    /// How much the next batch may have: no more than the project's quota takes at once.
+    pub fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        if let Some(per_second) = self.quota.events_per_second {
+            let most = usize::try_from(per_second).unwrap_or(usize::MAX);
+            limits.records = limits.records.min(most.max(1));
+        }
+        if let Some(per_day) = self.quota.bytes_per_day {
+            let most = usize::try_from(per_day / DAY_PARTS).unwrap_or(usize::MAX);
+            limits.bytes = limits.bytes.min(most.max(BATCH_BYTES_MIN));
+        }
+        limits
+    }
+
+    /// Decodes a batch. Outside of any transaction.
     pub fn prepare(&mut self, batch: Arc<Batch>) -> std::result::Result<Prepared, Failure> {
-        let decoded = self.decoder.decode(&batch);
-        Ok(Prepared { batch, decoded })
+        self.decoder.set_limits(limits());
+        self.learn_schemas(&batch)?;
+        prepare::prepare(self, batch)
     }
 
-    /// In the transaction that moves the positions.
+    /// Stores a batch, in the transaction that moves the positions; nothing else is locked or written in it before.
+    ///
+    /// Errors: 53400 and 53100 there is no room for it now, 40001 what it was prepared for has changed meanwhile.
     pub fn store(&mut self, prepared: &mut Prepared) -> Result<Stored> {
-        let Prepared { batch, decoded } = prepared;
-        if !batch.pieces.is_empty() || !decoded.framed.is_empty() {
-            return Err(PgError::new(
-                "0A000",
-                "files and framed Avro are not stored yet",
-            ));
+        failpoint::hit("stream.before_store");
+        let tables = std::mem::take(&mut prepared.tables);
+        let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
+        let dedupe = (tables.values().flat_map(|t| &t.parts))
+            .any(has_ids)
+            .then(|| Deduper::open([self.project_id]));
+        let project = projects::by_name(&prepared.project)?
+            .filter(|project| project.id == self.project_id)
+            .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
+        self.quota = project.quota;
+        let mut storing = Storing {
+            stream: self,
+            project: &project,
+            dedupe,
+            done: Stored {
+                lacks_id: vec![false; prepared.batch.moves.len()],
+                ..Stored::default()
+            },
+            letters: std::mem::take(&mut prepared.letters),
+        };
+        storing.keep(&tables)?;
+        storing.charge(prepared, &tables)?;
+        for table in tables.into_values() {
+            storing.table(prepared, table)?;
         }
-        let now = xact::now_us();
-        for (at, name) in decoded.collections.iter().enumerate() {
-            let lines: Vec<&str> = decoded
-                .events
-                .iter()
-                .filter(|event| event.collection == at)
-                .map(|event| decoded.text(event))
-                .collect();
-            if lines.is_empty() {
-                continue;
+        for lines in std::mem::take(&mut prepared.lines) {
+            storing.lines(prepared, &lines)?;
+        }
+        let done = storing.finish(prepared)?;
+        failpoint::hit("stream.after_store");
+        Ok(done)
+    }
+}
+
+fn ids(part: &Part) -> Option<&arrow::array::StringArray> {
+    part.rows.column_by_name(ID)?.as_string_opt::<i32>()
+}
+
+/// A batch being stored.
+struct Storing<'a> {
+    stream: &'a Stream,
+    project: &'a Project,
+    dedupe: Option<Deduper>,
+    done: Stored,
+    letters: Vec<Letter>,
+}
+
+impl Storing<'_> {
+    /// Keeps the collections as they were when the batch was prepared.
+    fn keep(&self, tables: &Tables) -> Result<()> {
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<i32> = tables.keys().map(|(id, _)| *id).collect();
+        let kept = registry::keep_collections(&ids)?;
+        for table in tables.values() {
+            let name = &table.collection.name;
+            let is_same = |c: &Collection| c.id == table.collection.id && c.name == *name;
+            if !kept.iter().any(is_same) || mapper::applies(self.project.id, name)? {
+                return Err(PgError::new(
+                    "40001",
+                    format!("collection \"{name}\" has changed since its events were decoded"),
+                ));
             }
-            let text = lines.join("\n");
-            let entry = Entry {
-                project_id: self.project_id,
-                collection_id: projects::collection_id(self.project_id, name.as_str())?,
-                collection: name.as_str(),
-                n: lines.len() as i32,
-                received_at_us: now,
-                shift_us: 0,
-                payload: text.as_bytes().into(),
+        }
+        Ok(())
+    }
+
+    fn charge(&self, prepared: &Prepared, tables: &Tables) -> Result<()> {
+        let rows = |table: &Table| table.parts.iter().map(|p| p.rows.num_rows()).sum::<usize>();
+        quota::charge_batch(
+            self.project,
+            &quota::Batch {
+                events: tables.values().map(rows).sum::<usize>()
+                    + prepared
+                        .lines
+                        .iter()
+                        .map(|l| l.origins.len())
+                        .sum::<usize>(),
+                stored_bytes: tables.values().map(|table| table.bytes).sum(),
+                inbox_bytes: prepared.lines.iter().map(|l| l.payload.len()).sum(),
+            },
+        )
+    }
+
+    fn lacks_id(&mut self, prepared: &Prepared, origin: Option<Origin>) {
+        if let Some(split) = origin.and_then(|origin| prepared.split(origin))
+            && let Some(lacks) = self.done.lacks_id.get_mut(split)
+        {
+            *lacks = true;
+        }
+    }
+
+    /// Stores columns as chunks.
+    fn table(&mut self, prepared: &Prepared, mut table: Table) -> Result<()> {
+        let target = Target {
+            project_id: self.project.id,
+            collection_id: table.collection.id,
+            schema_version: table.schema.version,
+            level: 0,
+            since_us: None,
+        };
+        let xid = xact::top_xid() as i64;
+        for part in table.parts {
+            wait::check_interrupts();
+            let ids = ids(&part);
+            for row in 0..part.rows.num_rows() {
+                if ids.is_none_or(|ids| ids.is_null(row)) {
+                    self.lacks_id(prepared, part.origin(row));
+                }
+            }
+            let unique = match &mut self.dedupe {
+                Some(dedupe) => {
+                    dedupe.unique(target.project_id, target.collection_id, &part.rows)?
+                }
+                None => None,
             };
-            mapper::enter(&entry, Shape::Event)?;
+            let rows = unique.map_or(part.rows, |unique| unique.batch);
+            self.done.events += rows.num_rows() as u64;
+            append::append(target, &append::stamped(&rows, xid)?)?;
         }
-        for dead in &decoded.dead {
-            let record = &batch.records()[dead.record];
-            dead_letter::insert_record(&NewRecord {
-                project_id: self.project_id,
-                source: &self.source,
-                split: &batch.moves[record.split].split,
-                offset: &record.offset.to_string(),
-                payload: batch.value(record).unwrap_or_default(),
-                error: &format!("{} (SQLSTATE {})", dead.error, dead.error.sqlstate()),
-                received_at_us: now,
-            })?;
+        let (samples, counts) = table.invalid.take();
+        invalid::record(target.project_id, target.collection_id, &samples, &counts)
+    }
+
+    /// Sends lines through mappers and inbox.
+    fn lines(&mut self, prepared: &Prepared, lines: &Lines) -> Result<()> {
+        let entry = Entry {
+            project_id: self.project.id,
+            collection_id: projects::collection_id(self.project.id, &lines.collection)?,
+            collection: &lines.collection,
+            n: lines.origins.len() as i32,
+            received_at_us: prepared.received_at_us,
+            shift_us: 0,
+            payload: lines.payload.as_bytes().into(),
+        };
+        let outcome = mapper::enter_but_failed(&entry, lines.shape)?;
+        self.done.events += outcome.stored as u64;
+        if outcome.lacks_id.unwrap_or(lines.lacks_id) {
+            for &origin in &lines.origins {
+                self.lacks_id(prepared, Some(origin));
+            }
         }
-        Ok(Stored {
-            events: decoded.events.len() as u64,
-            dead: decoded.dead.len() as u64,
-            lacks_id: vec![true; batch.moves.len()],
-        })
+        for failed in outcome.failed {
+            let origin = failed.line.and_then(|line| lines.origins.get(line));
+            self.letters.push(Letter {
+                origin: origin
+                    .copied()
+                    .unwrap_or_else(|| lines.common_origin(prepared)),
+                payload: Some(failed.event.into_bytes()),
+                error: failed.error,
+                collection: Some(lines.collection.clone()),
+                stage: failed.stage,
+                is_row: lines.shape == Shape::Row,
+            });
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, prepared: &Prepared) -> Result<Stored> {
+        if let Some(dedupe) = &mut self.dedupe {
+            dedupe.finish()?;
+        }
+        let letters: Vec<NewRecord<'_>> = (self.letters.iter())
+            .map(|letter| letter.to_store(prepared))
+            .collect();
+        dead_letter::insert_records(
+            self.project.id,
+            &self.stream.source,
+            prepared.received_at_us,
+            &letters,
+        )?;
+        self.done.dead = letters.len() as u64;
+        Ok(self.done)
+    }
+}
+
+impl Letter {
+    /// A record that is no event.
+    fn of_record(dead: &DeadLetter) -> Self {
+        Self {
+            origin: Origin::Record(dead.record),
+            payload: None,
+            error: reason(&dead.error),
+            collection: None,
+            stage: Stage::Project,
+            is_row: false,
+        }
+    }
+
+    fn to_store<'a>(&'a self, prepared: &'a Prepared) -> NewRecord<'a> {
+        let batch = &prepared.batch;
+        let record = prepared.record(self.origin);
+        let named = || std::str::from_utf8(batch.collection(record?)?).ok();
+        let split = prepared
+            .split(self.origin)
+            .and_then(|at| batch.moves.get(at));
+        NewRecord {
+            split: split.map(|moved| moved.split.as_str()),
+            offset: match self.origin {
+                Origin::Record(_) => record.map(|record| record.offset.to_string()),
+                Origin::Split(_, line) => line.map(|line| line.to_string()),
+                Origin::Batch => None,
+            },
+            collection: self.collection.as_deref().or_else(named),
+            payload: match &self.payload {
+                Some(payload) => payload,
+                None => record.and_then(|r| batch.value(r)).unwrap_or_default(),
+            },
+            error: self.error.clone(),
+            stage: self.stage,
+            is_row: self.is_row,
+            is_record: self.collection.is_none(),
+            written_at_us: record
+                .and_then(|record| record.timestamp_ms)
+                .map(|ms| ms.saturating_mul(1_000)),
+        }
     }
 }

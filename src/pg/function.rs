@@ -142,12 +142,12 @@ impl Calls {
 
     /// The elements of the result for an array of values, each None for NULL; no element for a NULL result.
     /// An error once they are more bytes than `max_bytes`.
-    pub fn on_array(&mut self, texts: &[String], max_bytes: usize) -> Result<Vec<Option<String>>> {
+    pub fn on_array(&mut self, texts: &[&str], max_bytes: usize) -> Result<Vec<Option<String>>> {
         let info = self.info;
         // SAFETY: as above; the result is an array of jsonb, as the signature says.
         unsafe {
             let result = self.scratch.switch_to(|_| {
-                let argument = jsonb::array(texts.iter().map(|text| Some(text.as_str())))
+                let argument = jsonb::array(texts.iter().map(|text| Some(*text)))
                     .ok_or_else(nul_byte)?;
                 invoke(info, argument).map_or(Ok(Vec::new()), |datum| {
                     jsonb::array_texts(datum, max_bytes).ok_or_else(|| {

@@ -145,6 +145,12 @@ impl Of {
         self.take_events_at(events, per_second, xact::now_us())
     }
 
+    /// Takes in a batch that cannot be made smaller, if no more events came than so many per second: it may be of more than
+    /// a second.
+    pub fn take_batch(&self, events: i64, per_second: i64) -> bool {
+        self.take_batch_at(events, per_second, xact::now_us())
+    }
+
     /// Takes bytes in, if the day has room for them; a rollback gives them back. `stored` reads the bytes that are
     /// stored for the day.
     pub fn take_bytes(
@@ -196,6 +202,22 @@ pub fn today(now_us: i64) -> i32 {
 
 impl Meter {
     fn take_events_at(&self, events: i64, per_second: i64, now_us: i64) -> bool {
+        let within = |_owed: i128, next: i128| next <= BURST_NS;
+        self.take(events, per_second, now_us, within)
+    }
+
+    fn take_batch_at(&self, events: i64, per_second: i64, now_us: i64) -> bool {
+        self.take(events, per_second, now_us, |owed, _next| owed == 0)
+    }
+
+    /// Takes events in if `may` says so: of the time that is owed, and that would be then, in ns.
+    fn take(
+        &self,
+        events: i64,
+        per_second: i64,
+        now_us: i64,
+        may: impl Fn(i128, i128) -> bool,
+    ) -> bool {
         if per_second <= 0 {
             return events == 0;
         }
@@ -203,8 +225,9 @@ impl Meter {
         let cost_ns = i128::from(events) * 1_000_000_000 / i128::from(per_second);
         self.due_ns
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |due| {
-                let next = i128::from(due).max(now_ns) + cost_ns;
-                (next - now_ns <= BURST_NS).then_some(next as i64)
+                let owed = (i128::from(due) - now_ns).max(0);
+                let next = i64::try_from(now_ns + owed + cost_ns).ok()?;
+                may(owed, owed + cost_ns).then_some(next)
             })
             .is_ok()
     }
@@ -246,6 +269,16 @@ mod tests {
         assert!(meter.take_events_at(100, 100, now + 9_000_000));
         assert!(!Meter::default().take_events_at(1, 0, now));
         assert!(Meter::default().take_events_at(i64::MAX, i64::MAX, now));
+    }
+
+    #[test]
+    fn a_batch_is_taken_in_whole_once_nothing_is_owed() {
+        let meter = Meter::default();
+        let now = 1_700_000_000_000_000;
+        assert!(meter.take_batch_at(250, 100, now));
+        assert!(!meter.take_batch_at(1, 100, now + 2_400_000));
+        assert!(!meter.take_events_at(100, 100, now + 2_400_000));
+        assert!(meter.take_batch_at(1, 100, now + 2_500_000));
     }
 
     #[test]

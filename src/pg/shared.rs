@@ -46,6 +46,8 @@ pub struct Slot {
     pub compactor: AtomicI32,
     /// Events committed since the worker last looked.
     pub waiting: AtomicU64,
+    /// Another process has registered collections or fields: tables or columns are to be made.
+    pub schema_changed: AtomicBool,
     /// When the resident started, microseconds since 1970.
     pub since_us: AtomicI64,
     /// How often it was started again after it ended by itself.
@@ -166,6 +168,7 @@ impl Shared {
 impl Slot {
     fn reset(&self) {
         self.waiting.store(0, Ordering::Relaxed);
+        self.schema_changed.store(false, Ordering::Relaxed);
         self.restarts.store(0, Ordering::Relaxed);
         self.state.store(0, Ordering::Relaxed);
         self.absent.store(false, Ordering::Relaxed);

@@ -41,6 +41,16 @@ fn register() -> bool {
     true
 }
 
+/// Tells the resident worker that tables or columns are to be made of what is registered now. Outside of a transaction.
+pub fn schema_changed() {
+    // SAFETY: reads a backend variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
+        slot.schema_changed.store(true, Ordering::Release);
+        slot.wake();
+    }
+}
+
 #[pg_guard]
 unsafe extern "C-unwind" fn xact_callback(
     event: pg_sys::XactEvent::Type,

@@ -157,6 +157,7 @@ impl<'a> Cycle<'a> {
             Err(Failure::Error(error)) => error.warn(),
             outcome => outcome?,
         }
+        self.ddl_pending |= self.slot.schema_changed.swap(false, Ordering::AcqRel);
         if self.ddl_pending && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
             self.ddl_pending = done.is_none_or(|d| d.busy + d.failed > 0);

@@ -168,7 +168,7 @@ impl Decoder {
         self.versions.contains_key(&version)
     }
 
-    /// Adds a record. One that is malformed changes nothing.
+    /// Adds a record. One that is malformed changes nothing; after [`AvroError::Convert`] the decoder is of no more use.
     pub fn push(&mut self, record: &[u8]) -> Result<(), AvroError> {
         let (number, body) = unframe(record)?;
         if self.current.is_some_and(|current| current != number) {
@@ -189,7 +189,7 @@ impl Decoder {
         version.inner.decode(&[CONFLUENT_MAGIC[0], a, b, c, d])?;
         let read = version.inner.decode(body)?;
         if read != body.len() {
-            return Err(AvroError::Malformed("it could not be read whole"));
+            return Err(AvroError::Convert("a record was not read whole".to_owned()));
         }
         Ok(())
     }

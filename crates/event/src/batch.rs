@@ -131,6 +131,7 @@ pub struct BatchBuilder {
     rows: usize,
     bytes: usize,
     has_new_fields: bool,
+    fields_known: usize,
 }
 
 impl BatchBuilder {
@@ -211,6 +212,7 @@ impl BatchBuilder {
             rows: 0,
             bytes: 0,
             has_new_fields: false,
+            fields_known: schema.fields.len(),
         })
     }
 
@@ -297,6 +299,11 @@ impl BatchBuilder {
     /// Whether some event had a field that the schema has not and has room for: [`crate::discovery`] says which.
     pub fn has_new_fields(&self) -> bool {
         self.has_new_fields
+    }
+
+    /// Whether some event had, or was refused for, a name that is not in the schema.
+    pub fn has_unknown_names(&self) -> bool {
+        self.walk.slots().len() > self.fields_known
     }
 
     pub fn rows(&self) -> usize {

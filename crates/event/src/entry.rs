@@ -362,6 +362,17 @@ fn check_fields(properties: &str) -> Result<(), EventError> {
     id.map_or(Ok(()), check_id)
 }
 
+/// Whether a checked event has an `_id` that is not null.
+pub fn has_id(properties: &str) -> bool {
+    let mut has_id = false;
+    let walked = json::object_entries(properties, |key, raw| {
+        if names::may_be_special(key) && names::field_name(key) == schema::ID {
+            has_id = raw != "null";
+        }
+    });
+    walked.is_ok() && has_id
+}
+
 /// Checks the length of an `_id` as text.
 pub(crate) fn check_id(raw: &str) -> Result<(), EventError> {
     // No value of so few bytes becomes a text over the limit; a string's text is never longer than the string.

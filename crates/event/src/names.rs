@@ -119,6 +119,10 @@ impl CollectionNames {
         index
     }
 
+    pub fn names(&self) -> &[CollectionName] {
+        &self.names
+    }
+
     pub fn into_names(self) -> Vec<CollectionName> {
         self.names
     }

@@ -6,12 +6,13 @@ use arrow::array::types::{
     Date32Type, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
     TimestampMicrosecondType,
 };
-use arrow::array::{Array, ArrayRef, AsArray};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::ArrowPrimitiveType;
 
 use crate::error::EventError;
 use crate::json;
 use crate::net;
+use crate::schema::{RECEIVED_AT, Schema};
 use crate::time;
 use crate::types::FieldType;
 
@@ -35,6 +36,31 @@ pub fn to_json_text(
         let found = array.data_type();
         EventError::Arrow(format!("a field of type {ty} is stored as {found}"))
     })
+}
+
+/// Appends a row as the JSON of an event, from which the same row is made. The columns are those of the schema's fields, in
+/// their order; the time of receipt is left out: it is beside an event, never in it.
+pub fn write_row(
+    rows: &RecordBatch,
+    schema: &Schema,
+    row: usize,
+    out: &mut String,
+) -> Result<(), EventError> {
+    let mut first = true;
+    out.push('{');
+    for (field, column) in schema.fields.iter().zip(rows.columns()) {
+        if column.is_null(row) || field.name == RECEIVED_AT {
+            continue;
+        }
+        if !std::mem::take(&mut first) {
+            out.push(',');
+        }
+        json::write_string(&field.name, out);
+        out.push(':');
+        to_json_text(column, field.ty, row, out)?;
+    }
+    out.push('}');
+    Ok(())
 }
 
 /// None if the array is not of the type.

@@ -145,10 +145,29 @@ impl Converter {
         }
     }
 
+    /// All rows as rows that are no events: of a file that cannot be one of the collection.
+    pub fn refuse_all(rows: &Rows, error: &FilesError) -> Result<Vec<BadRow>, FilesError> {
+        match rows {
+            Rows::Events(events) => Ok((events.iter())
+                .map(|event| BadRow::new(event.line, event.json.as_bytes(), error))
+                .collect()),
+            Rows::Columns { batch, lines, .. } => {
+                let sources = (batch.columns().iter())
+                    .map(cell::plain)
+                    .collect::<Result<Vec<ArrayRef>, _>>()
+                    .map_err(|e| FilesError::Arrow(e.to_string()))?;
+                let bad = |(row, line): (usize, &u64)| {
+                    BadRow::new(*line, shown(batch, &sources, row).as_bytes(), error)
+                };
+                Ok(lines.iter().enumerate().map(bad).collect())
+            }
+        }
+    }
+
     /// Tells about a row that is no event.
     pub fn log_bad(&mut self, row: &BadRow, file: &str, received_at_us: i64) {
         let mut raw = String::new();
-        json::write_string(&row.text, &mut raw);
+        json::write_string(&row.sample(), &mut raw);
         self.log.add(&Entry {
             field: "",
             ty: "",

@@ -11,7 +11,7 @@ const SAMPLE_BYTES: usize = 256;
 /// and so many values of one field and call of [`Log::take`]. All are counted.
 const SAMPLES_PER_FIELD: u64 = 20;
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Log {
     samples: Vec<InvalidValue>,
     counts: BTreeMap<(String, i32), u64>,

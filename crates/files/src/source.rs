@@ -32,20 +32,25 @@ pub struct Position {
 pub struct BadRow {
     /// The line it begins on, or the number of the record where a format has no lines; from 1.
     pub line: u64,
-    /// Its beginning.
-    pub text: String,
+    /// All of it; of a format without text, its JSON.
+    pub bytes: Vec<u8>,
     pub error: String,
 }
 
 impl BadRow {
     pub(crate) fn new(line: u64, bytes: &[u8], error: impl ToString) -> Self {
-        let start = &bytes[..bytes.len().min(SAMPLE_BYTES)];
         Self {
             line,
-            // The log is text: it has no NUL characters.
-            text: String::from_utf8_lossy(start).replace('\0', "\u{fffd}"),
+            bytes: bytes.to_vec(),
             error: error.to_string(),
         }
+    }
+
+    /// Its beginning, for the log.
+    pub(crate) fn sample(&self) -> String {
+        let start = &self.bytes[..self.bytes.len().min(SAMPLE_BYTES)];
+        // The log is text: it has no NUL characters.
+        String::from_utf8_lossy(start).replace('\0', "\u{fffd}")
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use rakam_event::types::FieldType;
 use rakam_files::source::Piece;
 
 use crate::error::{SourceError, StopReason};
@@ -74,13 +75,23 @@ pub struct Stop {
     pub reason: StopReason,
 }
 
+/// Rows of a file.
+#[derive(Debug, Clone)]
+pub struct FilePiece {
+    /// An index into [`Batch::moves`].
+    pub split: usize,
+    pub piece: Piece,
+    /// Columns whose type the file itself declares, by their names in the file.
+    pub declared: Arc<[(String, FieldType)]>,
+}
+
 /// What one poll brings. All of it is stored in one transaction, together with the positions of `moves`, or none.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
     bytes: Vec<u8>,
     records: Vec<Record>,
-    /// Rows of files: an index into `moves`, and the rows.
-    pub pieces: Vec<(usize, Piece)>,
+    /// Rows of files.
+    pub pieces: Vec<FilePiece>,
     /// One for each split that has moved.
     pub moves: Vec<Move>,
     /// Splits that stopped: nothing more comes of them. What came before is in the batch.
@@ -90,6 +101,27 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// One record, to be decoded once more: without its split's position.
+    pub fn of_record(
+        split: &str,
+        timestamp_ms: Option<i64>,
+        value: &[u8],
+        collection: Option<&[u8]>,
+    ) -> Self {
+        let mut batch = Self::default();
+        let moved = batch.moved(split, &Position::Beginning);
+        batch.push(
+            moved,
+            NewRecord {
+                offset: &Offset::Number(0),
+                timestamp_ms,
+                value: Some(value),
+                collection,
+            },
+        );
+        batch
+    }
+
     /// In the order of each split.
     pub fn records(&self) -> &[Record] {
         &self.records

@@ -77,16 +77,13 @@ fn values(batch: &Batch) -> Vec<(String, String)> {
         .records()
         .iter()
         .map(|r| (split(r.split), of(batch.value(r).unwrap_or_default())));
-    let rows = batch
-        .pieces
-        .iter()
-        .flat_map(|(at, piece)| match &piece.rows {
-            Rows::Events(events) => events
-                .iter()
-                .map(|e| (split(*at), e.json.clone()))
-                .collect(),
-            Rows::Columns { .. } => Vec::new(),
-        });
+    let rows = batch.pieces.iter().flat_map(|file| match &file.piece.rows {
+        Rows::Events(events) => events
+            .iter()
+            .map(|e| (split(file.split), e.json.clone()))
+            .collect(),
+        Rows::Columns { .. } => Vec::new(),
+    });
     records.chain(rows).collect()
 }
 

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use rakam_event::entry::{self, Limits};
 use rakam_event::error::EventError;
 use rakam_event::names::{CollectionName, CollectionNames};
+use rakam_event::types::FieldType;
 use rakam_event::{avro, json, print};
 use rakam_files::avro_records::{self, RecordSchema};
 
@@ -27,6 +28,9 @@ pub const COLLECTION_HEADER: &str = "rakam-collection";
 const CONTAINER_BYTES: usize = 64 << 20;
 /// and those of a batch, beside what is text already: a few bytes of Avro can say a lot.
 const TEXT_BYTES: usize = 256 << 20;
+
+/// The collection of an event of which none is known yet.
+const NOWHERE: usize = usize::MAX;
 
 /// How the records of a source become events.
 pub struct Decoder {
@@ -75,7 +79,8 @@ impl DecodeError {
             Self::Event(error) => error.sqlstate(),
             Self::NotText => "22021",
             Self::NoEnvelope => "22023",
-            Self::Avro(_) | Self::NotFramed | Self::File(_) => "22P03",
+            Self::Avro(_) | Self::NotFramed => "22P03",
+            Self::File(_) => "22P04",
             Self::UnknownSchema(_) | Self::UnknownVersion { .. } => "42704",
             Self::TooMuch(_) => "54000",
             Self::Crashed => "XX000",
@@ -99,6 +104,8 @@ pub struct Event<'a> {
     pub record: usize,
     /// When it happened if it has no `_time`, in milliseconds since 1970: its record's time.
     pub written_ms: Option<i64>,
+    /// By [`Decoded::declared`], if the schema that it was written with declares types.
+    pub declared: Option<usize>,
     /// What is known by [`Decoded::check`]: that it has an `_id`. None: it was not checked.
     pub has_id: Option<bool>,
     text: Text<'a>,
@@ -132,6 +139,8 @@ pub struct Decoded<'a> {
     pub events: Vec<Event<'a>>,
     pub framed: Vec<Framed>,
     pub dead: Vec<DeadLetter>,
+    /// Fields whose type is declared by a schema that events were written with.
+    pub declared: Vec<Vec<(String, FieldType)>>,
     /// Records without a value.
     pub tombstones: u64,
 }
@@ -213,7 +222,8 @@ impl<'a> Checked<'a> {
                 (record, text)
             }
             Text::Own(range) => {
-                let record = entry::check_record(own.get(range.clone()).unwrap_or_default(), limits)?;
+                let record =
+                    entry::check_record(own.get(range.clone()).unwrap_or_default(), limits)?;
                 let text = match record.properties {
                     Cow::Borrowed(properties) => {
                         let start = properties.as_ptr() as usize - own.as_ptr() as usize;
@@ -250,28 +260,24 @@ impl Decoder {
 
     /// The ids of schemas that the records of a batch name and nobody has registered.
     pub fn missing_schemas(&self, batch: &Batch) -> Vec<u32> {
-        let mut missing = self.schema_ids(batch);
-        missing.retain(|id| !self.schemas.contains_key(id));
-        missing
-    }
-
-    /// The schemas that the records of a batch name.
-    pub fn schemas(&self, batch: &Batch) -> Vec<Arc<RecordSchema>> {
-        let ids = self.schema_ids(batch);
-        (ids.iter().filter_map(|id| self.schemas.get(id)))
-            .map(Arc::clone)
-            .collect()
-    }
-
-    fn schema_ids(&self, batch: &Batch) -> Vec<u32> {
         if self.format != Format::Avro(Framing::Confluent) {
             return Vec::new();
         }
-        let named = |record| confluent(batch.value(record)?).map(|(id, _)| id);
-        let mut ids: Vec<u32> = batch.records().iter().filter_map(named).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ids
+        let mut missing: Vec<u32> = batch
+            .records()
+            .iter()
+            .filter_map(|record| confluent(batch.value(record)?))
+            .map(|(id, _)| id)
+            .filter(|id| !self.schemas.contains_key(id))
+            .collect();
+        missing.sort_unstable();
+        missing.dedup();
+        missing
+    }
+
+    /// The limits of events from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     /// Decodes all records of a batch.
@@ -285,6 +291,7 @@ impl Decoder {
                 ..Decoded::default()
             },
             by_split: vec![None; batch.moves.len()],
+            by_schema: HashMap::new(),
         };
         for (at, record) in batch.records().iter().enumerate() {
             let Some(value) = batch.value(record) else {
@@ -306,6 +313,8 @@ struct Making<'d, 'a> {
     done: Decoded<'a>,
     /// The collection of a split's name, once it was asked for.
     by_split: Vec<Option<Result<usize, EventError>>>,
+    /// What the schemas of Confluent's framing declare: by [`Decoded::declared`].
+    by_schema: HashMap<u32, usize>,
 }
 
 impl<'a> Making<'_, 'a> {
@@ -334,9 +343,20 @@ impl<'a> Making<'_, 'a> {
                 let schema = schema.ok_or(DecodeError::UnknownSchema(id))?;
                 let start = self.done.own.len();
                 let result = schema
-                    .write_json(body, self.decoder.limits.max_event_bytes, &mut self.done.own)
+                    .write_json(
+                        body,
+                        self.decoder.limits.max_event_bytes,
+                        &mut self.done.own,
+                    )
                     .map_err(DecodeError::Avro)
                     .and_then(|()| self.written(at, record, start));
+                if let (Ok(()), Some(event)) = (&result, self.done.events.last_mut()) {
+                    let all = &mut self.done.declared;
+                    event.declared = Some(*self.by_schema.entry(id).or_insert_with(|| {
+                        all.push(schema.declared().to_vec());
+                        all.len() - 1
+                    }));
+                }
                 if result.is_err() {
                     self.done.own.truncate(start);
                 }
@@ -359,7 +379,7 @@ impl<'a> Making<'_, 'a> {
     fn container(&mut self, at: usize, record: &Record, value: &[u8]) -> Result<(), DecodeError> {
         let (events, start) = (self.done.events.len(), self.done.own.len());
         let mut refused = None;
-        let result = avro_records::container(value, CONTAINER_BYTES, |json| {
+        let result = avro_records::container(value, CONTAINER_BYTES, |json, declared| {
             let mut event = || {
                 if self.done.own.len() - start > CONTAINER_BYTES {
                     let reason = format!("it holds more than {CONTAINER_BYTES} bytes");
@@ -369,7 +389,18 @@ impl<'a> Making<'_, 'a> {
                 let from = self.done.own.len();
                 self.done.own.push_str(json);
                 self.written(at, record, from)?;
-                self.done.check(self.done.events.len() - 1)
+                // Nearly always it is that of the container before.
+                if self
+                    .done
+                    .declared
+                    .last()
+                    .is_none_or(|last| last != declared)
+                {
+                    self.done.declared.push(declared.to_vec());
+                }
+                let last = self.done.events.len() - 1;
+                self.done.events[last].declared = self.done.declared.len().checked_sub(1);
+                self.done.check(last)
             };
             event().map_err(|error| {
                 let reason = error.to_string();
@@ -430,6 +461,7 @@ impl<'a> Making<'_, 'a> {
             collection: 0,
             record: at,
             written_ms: record.timestamp_ms,
+            declared: None,
             has_id: None,
             text,
         };
@@ -453,17 +485,19 @@ impl<'a> Making<'_, 'a> {
         routes: bool,
     ) -> Result<(), DecodeError> {
         let outer = match named {
-            Some(name) => CollectionName::parse(name).map(|name| self.done.collections.index_of(name)),
+            Some(name) => {
+                CollectionName::parse(name).map(|name| self.done.collections.index_of(name))
+            }
             None => self.default_collection(record),
         };
-        if !routes {
-            self.done.events[at].collection = outer?;
+        if let (Ok(outer), false) = (&outer, routes) {
+            self.done.events[at].collection = *outer;
             return Ok(());
         }
-        // What it says itself goes before, even where nothing else would be a name.
-        self.done.events[at].collection = usize::MAX;
+        // What it says itself goes before, even where nothing else is the name of a collection.
+        self.done.events[at].collection = NOWHERE;
         self.done.check(at)?;
-        if self.done.events[at].collection == usize::MAX {
+        if self.done.events[at].collection == NOWHERE {
             self.done.events[at].collection = outer?;
         }
         Ok(())
@@ -514,4 +548,4 @@ fn confluent(value: &[u8]) -> Option<(u32, &[u8])> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

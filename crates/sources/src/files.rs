@@ -5,10 +5,12 @@
 //! immutable: one that changes while it is read stops.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
+use rakam_event::types::FieldType;
 use rakam_files::format::Format;
 use rakam_files::locate::Found;
 use rakam_files::source::{self, Meter, Piece, Spec};
@@ -17,7 +19,7 @@ use rakam_lake::storage::{ObjectInfo, Storage};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
 
-use crate::batch::{Batch, Limits, Stop};
+use crate::batch::{Batch, FilePiece, Limits, Stop};
 use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
@@ -107,6 +109,7 @@ impl Objects {
         .map_err(|error| Fault::Stop(StopReason::Unreadable(error.to_string())))??;
         Ok(Reading {
             split: split.to_owned(),
+            declared: source.declared().into(),
             source,
             size: info.bytes,
             modified_ms,
@@ -187,6 +190,7 @@ pub struct FileFetch {
 struct Reading {
     split: String,
     source: Box<dyn Source>,
+    declared: Arc<[(String, FieldType)]>,
     size: u64,
     modified_ms: u64,
     /// Removed when the reading ends.
@@ -293,8 +297,13 @@ impl Fetch for FileFetch {
                     let moved = batch.moved(&split, &from);
                     batch.moves[moved].records = piece.rows.len() as u64;
                     batch.moves[moved].to = to.clone();
-                    batch.pieces.push((moved, piece));
                     cursor.read = to;
+                    let reading = self.reading.as_ref();
+                    batch.pieces.push(FilePiece {
+                        split: moved,
+                        piece,
+                        declared: reading.map_or_else(Arc::default, |r| Arc::clone(&r.declared)),
+                    });
                 }
                 Ok(None) => {
                     let moved = batch.moved(&split, &from);

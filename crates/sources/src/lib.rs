@@ -13,17 +13,20 @@
 //! | [`decode`] | records as events, and as dead letters |
 //! | [`published`] | records that an event store published, and copies among them |
 //! | [`publish`] | events out into topics and streams |
+//! | [`columns`], [`framed`] | events as columns, of text and of our own Avro framing |
 //!
 //! Every kind passes the tests of `conformance`.
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod columns;
 #[cfg(test)]
 mod conformance;
 mod cursor;
 pub mod decode;
 mod error;
 pub mod files;
+pub mod framed;
 pub mod kafka;
 pub mod kinesis;
 #[cfg(test)]

@@ -7,6 +7,7 @@ use rakam_event::types::FieldType;
 
 use super::schema::Types;
 use super::{AvroSource, Decoder, Fault, Limits, declared};
+use crate::source::Source;
 
 /// The schema that records were written with.
 #[derive(Debug)]
@@ -50,12 +51,12 @@ impl RecordSchema {
     }
 }
 
-/// Calls `f` with each record of a container file as JSON. `most` bounds the file's head, each block, decompressed, and the
+/// Calls `f` with each record of a container file as JSON, and the fields whose type the file declares. `most` bounds the file's head, each block, decompressed, and the
 /// JSON of each record. Error: why it is none, or that of `f`; records before it have been shown.
 pub fn container(
     bytes: &[u8],
     most: usize,
-    mut f: impl FnMut(&str) -> Result<(), String>,
+    mut f: impl FnMut(&str, &[(String, FieldType)]) -> Result<(), String>,
 ) -> Result<(), String> {
     let limits = Limits {
         part_bytes: most as u64,
@@ -64,11 +65,12 @@ pub fn container(
     let input = Box::new(Cursor::new(bytes.to_vec()));
     let mut source = AvroSource::new(input, "", limits);
     source.read_head().map_err(reason)?;
+    let declared = source.declared().to_vec();
     let mut json = String::new();
     loop {
         json.clear();
         match source.record(&mut json, 0) {
-            Ok(true) => f(&json)?,
+            Ok(true) => f(&json, &declared)?,
             Ok(false) => return Ok(()),
             Err(fault) => return Err(reason(fault)),
         }
@@ -135,7 +137,8 @@ mod tests {
         file.extend([7; 16]);
         let read = |bytes: &[u8], most| {
             let mut all = Vec::new();
-            let result = container(bytes, most, |json| {
+            let result = container(bytes, most, |json, declared| {
+                assert_eq!(declared.len(), 2);
                 all.push(json.to_owned());
                 Ok(())
             });

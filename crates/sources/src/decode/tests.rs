@@ -1,8 +1,3 @@
-use rakam_event::avro::{Encoder, parse_schema};
-use rakam_event::batch::{BatchBuilder, Layout};
-use rakam_event::schema::{Field, Schema};
-use rakam_event::types::FieldType;
-
 use super::*;
 use crate::batch::{NewRecord, Offset};
 use crate::position::Position;
@@ -12,7 +7,7 @@ fn name(text: &str) -> CollectionName {
 }
 
 /// A batch of records of the topics `page` and `Order.v1`, in turn, written at the milliseconds 100, 101 …
-fn batch(values: &[Option<&[u8]>]) -> Batch {
+pub(crate) fn batch(values: &[Option<&[u8]>]) -> Batch {
     let mut batch = Batch::default();
     for (at, value) in values.iter().enumerate() {
         let split = ["page/3", "Order.v1/0"][at % 2];
@@ -31,19 +26,32 @@ fn batch(values: &[Option<&[u8]>]) -> Batch {
     batch
 }
 
-fn texts<'a>(values: &[&'a str]) -> Vec<Option<&'a [u8]>> {
+pub(crate) fn texts<'a>(values: &[&'a str]) -> Vec<Option<&'a [u8]>> {
     values.iter().map(|v| Some(v.as_bytes())).collect()
 }
 
 /// Events as `collection text`, and the numbers of dead records with their SQLSTATE.
-fn shown(decoded: &Decoded) -> (Vec<String>, Vec<(usize, &'static str)>) {
-    let event = |e: &Event| {
-        let collection = decoded.collections[e.collection].as_str();
-        format!("{collection} {}", decoded.text(e))
-    };
-    let events = decoded.events.iter().map(event).collect();
-    let dead = |d: &DeadLetter| (d.record, d.error.sqlstate());
-    (events, decoded.dead.iter().map(dead).collect())
+fn shown(mut decoded: Decoded<'_>) -> (Vec<String>, Vec<(usize, &'static str)>) {
+    let mut dead: Vec<_> = (decoded.dead.iter())
+        .map(|d| (d.record, d.error.sqlstate()))
+        .collect();
+    let mut lines = Vec::new();
+    for at in 0..decoded.events.len() {
+        match decoded.check(at) {
+            Ok(()) => {
+                let event = &decoded.events[at];
+                let mut line = String::new();
+                decoded.write_line(event, &mut line);
+                assert!(!line.contains('\n'));
+                lines.push((event.collection, line));
+            }
+            Err(error) => dead.push((decoded.events[at].record, error.sqlstate())),
+        }
+    }
+    dead.sort_unstable();
+    let names = decoded.collections.into_names();
+    let shown = |(collection, line): (usize, String)| format!("{} {line}", names[collection]);
+    (lines.into_iter().map(shown).collect(), dead)
 }
 
 fn json(shape: Shape, route: Route) -> Decoder {
@@ -61,8 +69,9 @@ fn flat_events_have_a_collection_and_a_time() {
         r#"{"_collection":"x","a":2}"#,
         r#"{"collection":"y","properties":{}}"#,
     ]);
-    let decoded = json(Shape::Flat, Route::Topic).decode(&batch(&values));
-    let (events, dead) = shown(&decoded);
+    let all = batch(&values);
+    let decoded = json(Shape::Flat, Route::Topic).decode(&all);
+    let (events, dead) = shown(decoded);
     assert_eq!(dead, []);
     assert_eq!(
         events,
@@ -76,9 +85,10 @@ fn flat_events_have_a_collection_and_a_time() {
             r#"page {"collection":"y","properties":{},"_time":106}"#,
         ]
     );
-    let fixed = json(Shape::Flat, Route::To(name("all"))).decode(&batch(&values[..2]));
-    assert_eq!(fixed.collections, [name("all")]);
+    let two = batch(&values[..2]);
+    let fixed = json(Shape::Flat, Route::To(name("all"))).decode(&two);
     assert_eq!(fixed.events[1].record, 1);
+    assert_eq!(fixed.collections.into_names(), [name("all")]);
 }
 
 #[test]
@@ -92,11 +102,8 @@ fn envelopes() {
         r#"{"collection":"y","properties":{}"#,
         "[1]",
     ]);
-    let (events, dead) = {
-        let decoded = json(Shape::Auto, Route::Topic).decode(&batch(&values));
-        let (events, dead) = shown(&decoded);
-        (events, dead)
-    };
+    let batch = batch(&values);
+    let (events, dead) = shown(json(Shape::Auto, Route::Topic).decode(&batch));
     assert_eq!(
         events,
         [
@@ -107,8 +114,8 @@ fn envelopes() {
         ]
     );
     assert_eq!(dead, [(3, "42939"), (5, "22P02"), (6, "22023")]);
-    let decoded = json(Shape::Envelope, Route::Topic).decode(&batch(&values));
-    let (events, dead) = shown(&decoded);
+    let decoded = json(Shape::Envelope, Route::Topic).decode(&batch);
+    let (events, dead) = shown(decoded);
     assert_eq!(events.len(), 2);
     let all = [
         (1, "22023"),
@@ -133,8 +140,10 @@ fn poison_is_a_dead_letter_alone() {
         Some(b""),
         Some(br#"{"a":1}"#),
     ];
-    let decoded = json(Shape::Auto, Route::Topic).decode(&batch(&values));
-    let (events, dead) = shown(&decoded);
+    let batch = batch(&values);
+    let decoded = json(Shape::Auto, Route::Topic).decode(&batch);
+    assert_eq!(decoded.tombstones, 1);
+    let (events, dead) = shown(decoded);
     assert_eq!(events, [r#"page {"a":1,"_time":106}"#]);
     assert_eq!(
         dead,
@@ -146,7 +155,6 @@ fn poison_is_a_dead_letter_alone() {
             (5, "22P02")
         ]
     );
-    assert_eq!(decoded.tombstones, 1);
     // The topic's name is no collection: each of its records is one.
     let mut batch = Batch::default();
     let moved = batch.moved("users/0", &Position::Beginning);
@@ -164,7 +172,7 @@ fn poison_is_a_dead_letter_alone() {
     }
     let decoded = json(Shape::Auto, Route::Topic).decode(&batch);
     assert_eq!(
-        shown(&decoded),
+        shown(decoded),
         (vec!["b {}".to_owned()], vec![(0, "42939")])
     );
 }
@@ -197,7 +205,7 @@ fn confluent_records_need_their_schema() {
     decoder.register(7, schema);
     assert_eq!(decoder.missing_schemas(&batch), [8]);
     let decoded = decoder.decode(&batch);
-    let (events, dead) = shown(&decoded);
+    let (events, dead) = shown(decoded);
     // A `_collection` of null names none.
     let all = [r#"page {"n":1,"_time":100}"#, r#"c {"n":2,"_time":101}"#];
     assert_eq!(events, all);
@@ -215,35 +223,15 @@ fn confluent_records_need_their_schema() {
 }
 
 #[test]
-fn our_framing_is_read_into_columns() {
-    let fields = vec![Field {
-        id: 16,
-        name: "n".to_owned(),
-        ty: FieldType::Float8,
-        added_version: 1,
-        column_ready: true,
-    }];
-    let schema = Schema::new(3, fields);
-    let mut rows = BatchBuilder::new(&schema, Layout::Stored, &Limits::default())
-        .unwrap_or_else(|e| panic!("{e}"));
-    let stamp = rakam_event::batch::EventStamp {
-        received_at_us: 1_700_000_000_000_000,
-        shift_us: 0,
-        time_min_us: 0,
-        time_max_us: i64::MAX,
-        xid: 1,
-    };
-    rows.push(r#"{"n":1.5}"#, &stamp)
-        .unwrap_or_else(|e| panic!("{e}"));
-    let rows = rows.finish().unwrap_or_else(|e| panic!("{e}")).batch;
-    let mut encoder = Encoder::new(&schema).unwrap_or_else(|e| panic!("{e}"));
-    let records = encoder.encode(&rows).unwrap_or_else(|e| panic!("{e}"));
+fn our_framing_names_a_version_and_perhaps_a_collection() {
+    let record = [rakam_event::avro::MAGIC, 0, 0, 0, 3, 0];
     let mut batch = Batch::default();
     let moved = batch.moved("out/0", &Position::Beginning);
     for (value, collection) in [
-        (&records[0][..], Some(&b"Page"[..])),
-        (&records[0], None),
+        (&record[..], Some(&b"Page"[..])),
+        (&record, None),
         (b"x", None),
+        (&record, Some(b"users")),
     ] {
         batch.push(
             moved,
@@ -256,40 +244,38 @@ fn our_framing_is_read_into_columns() {
             },
         );
     }
-    let decoder = Decoder::new(
-        Format::Avro(Framing::Rakam),
-        Route::Topic,
-        Limits::default(),
-    );
-    let decoded = decoder.decode(&batch);
-    assert_eq!(shown(&decoded), (vec![], vec![(2, "22P03")]));
-    let framed: Vec<_> = decoded
-        .framed
-        .iter()
-        .map(|f| {
-            (
-                decoded.collections[f.collection].as_str(),
-                f.version,
-                f.record,
-            )
-        })
+    let format = Format::Avro(Framing::Rakam);
+    let decoded = Decoder::new(format, Route::Topic, Limits::default()).decode(&batch);
+    let names = decoded.collections.names();
+    let framed: Vec<_> = (decoded.framed.iter())
+        .map(|f| (names[f.collection].as_str(), f.version, f.record))
         .collect();
     assert_eq!(framed, [("page", 3, 0), ("out", 3, 1)]);
-    // As the consumer goes on.
-    let mut columns = avro::Decoder::new(&schema);
-    let fields = parse_schema(&avro::avro_schema("p", "page", &schema));
-    let fields = fields.unwrap_or_else(|e| panic!("{e}"));
-    columns
-        .add_version(3, fields)
-        .unwrap_or_else(|e| panic!("{e}"));
-    for framed in &decoded.framed {
-        let value = batch
-            .value(&batch.records()[framed.record])
-            .unwrap_or_default();
-        columns.push(value).unwrap_or_else(|e| panic!("{e}"));
-    }
-    let columns = columns.finish().unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(columns.num_rows(), 2);
+    assert_eq!(shown(decoded), (vec![], vec![(2, "22P03"), (3, "42939")]));
+}
+
+#[test]
+fn few_bytes_that_say_too_much_are_dead_letters() {
+    // An array of nulls takes no bytes but its count.
+    let schema = r#"{"type":"record","name":"e","fields":[{"name":"a","type":{"type":"array","items":"null"}}]}"#;
+    let schema = RecordSchema::parse(schema.as_bytes()).unwrap_or_else(|e| panic!("{e}"));
+    let format = Format::Avro(Framing::Confluent);
+    let mut decoder = Decoder::new(format, Route::Topic, Limits::default());
+    decoder.register(1, schema);
+    // 200,000 nulls: a megabyte of text.
+    let record = [0, 0, 0, 0, 1, 0x80, 0xb5, 0x18, 0];
+    let values = vec![Some(&record[..]); 300];
+    let batch = batch(&values);
+    let decoded = decoder.decode(&batch);
+    assert!(decoded.own.len() <= TEXT_BYTES);
+    assert!(decoded.events.len() > 200);
+    assert_eq!(decoded.events.len() + decoded.dead.len(), 300);
+    assert!(
+        decoded
+            .dead
+            .iter()
+            .all(|d| d.error == DecodeError::TooMuch(TEXT_BYTES))
+    );
 }
 
 #[test]
@@ -323,8 +309,9 @@ fn a_container_is_taken_whole_or_not() {
         Route::To(name("c")),
         Limits::default(),
     );
-    let decoded = decoder.decode(&batch(&[Some(&good), Some(cut), Some(b"{}"), Some(&good)]));
-    let (events, dead) = shown(&decoded);
+    let batch = batch(&[Some(&good), Some(cut), Some(b"{}"), Some(&good)]);
+    let decoded = decoder.decode(&batch);
+    let (events, dead) = shown(decoded);
     assert_eq!(
         events,
         [
