@@ -117,6 +117,7 @@ impl Batch {
                 timestamp_ms,
                 value: Some(value),
                 collection,
+                mark: None,
             },
         );
         batch

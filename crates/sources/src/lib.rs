@@ -11,9 +11,9 @@
 //! | [`options`] | what `create_source` takes |
 //! | [`kafka`], [`kinesis`], [`files`] | the kinds: a state machine that is tested without network, and a client |
 //! | [`decode`] | records as events, and as dead letters |
+//! | [`columns`], [`framed`] | events as columns, of text and of our own Avro framing |
 //! | [`published`] | records that an event store published, and copies among them |
 //! | [`publish`] | events out into topics and streams |
-//! | [`columns`], [`framed`] | events as columns, of text and of our own Avro framing |
 //!
 //! Every kind passes the tests of `conformance`.
 #![forbid(unsafe_code)]
