@@ -35,6 +35,7 @@ COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collec
 COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';
 COMMENT ON FUNCTION rakam.rebuild_catalog(text) IS 'Makes projects, collections and files of an empty database anew from what lies in a storage';
 COMMENT ON FUNCTION rakam.set_mapper(text, text, regprocedure, boolean) IS 'Sets the function that events of a collection (NULL: of all) go through before they are stored; NULL removes it';
+COMMENT ON FUNCTION rakam.register_avro_schema(text, text, int, text) IS 'Says what schema a source''s records with this id were written with';
 COMMENT ON FUNCTION rakam.replay_dead_letters(text, text) IS 'Tries dead letters again; returns how many are dead letters no more';
 COMMENT ON FUNCTION rakam.attach(text, text, text, text) IS 'Makes a read-only table of the files below a URL, whoever writes them';
 COMMENT ON FUNCTION rakam.detach(text, text) IS 'Takes an attached table away; its files stay';

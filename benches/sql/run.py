@@ -1,9 +1,10 @@
 """Ratios against heap tables and DuckDB, all in one run on one machine. benches/README.md has the method.
 
 benches/sql/run.sh                 everything
-benches/sql/run.sh collect idle    some of: collect batch files size scan bucket outage compact floor idle manifest
+benches/sql/run.sh collect idle    some of: collect batch sources files size scan bucket outage compact floor idle manifest
 
-RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads.
+RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads, RAKAM_SOURCE_EVENTS (default 400,000)
+how many records the topics of `sources` have.
 """
 
 from __future__ import annotations
@@ -25,13 +26,27 @@ import clickstream  # noqa: E402
 import duckdb  # noqa: E402
 import lake  # noqa: E402
 import pyarrow  # noqa: E402
+import sources  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, thread_cpu_s, wakeups, wall_s  # noqa: E402
 
 # Last the one that makes files up: what merges files stumbles over those.
-CHAPTERS = ["collect", "batch", "files", "size", "scan", "bucket", "outage", "compact", "floor", "idle", "manifest"]
+CHAPTERS = [
+    "collect",
+    "batch",
+    "sources",
+    "files",
+    "size",
+    "scan",
+    "bucket",
+    "outage",
+    "compact",
+    "floor",
+    "idle",
+    "manifest",
+]
 CLICKS = 120_000
 HISTORY = int(os.environ.get("RAKAM_HISTORY_ROWS", "10000000"))
 BATCH = 500
@@ -470,6 +485,9 @@ class Bench:
                 self.table.add(
                     f"time, {name}", shown, f"{label} {taken[other] * 1000:.1f} ms", taken["ours"] / taken[other], goal
                 )
+
+    def sources(self) -> None:
+        sources.sources(self)
 
     def bucket(self) -> None:
         lake.bucket(self)

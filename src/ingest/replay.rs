@@ -149,7 +149,11 @@ impl<'a> Records<'a> {
             let latest = Registered::latest();
             sources::named(View::Under(latest.get()), project.id, source)
         })?;
-        let stream = Stream::new(&found.ok_or_else(|| stream::unknown_source(source))?);
+        let found = found.ok_or_else(|| {
+            stream::unknown_source(source)
+                .hint("With NULL as source the events of collect are replayed.")
+        })?;
+        let stream = Stream::new(&found);
         Ok(Self {
             project,
             source,
