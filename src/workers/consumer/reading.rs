@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rakam_sources::SourceError;
-use rakam_sources::batch::{Batch, Stop};
+use rakam_sources::batch::{Batch, Limits, Stop};
 use rakam_sources::options::{Kind, What as Reads};
 use rakam_sources::plan::{Plan, plan};
 use rakam_sources::position::Position;
@@ -67,6 +67,8 @@ pub struct Reading {
     /// Batches polled before are none any more.
     generation: u64,
     queue: VecDeque<Arc<Batch>>,
+    /// How much a batch may have.
+    limits: Limits,
     /// How often the first of them could not be stored, and when it is tried again.
     failures: u32,
     retry_at: Option<Instant>,
@@ -103,6 +105,7 @@ impl Reading {
             held: HashMap::new(),
             generation: 0,
             queue: VecDeque::new(),
+            limits: Limits::default(),
             failures: 0,
             retry_at: None,
             is_full: false,
@@ -431,6 +434,11 @@ impl Reading {
         self.failures = 0;
         self.retry_at = None;
         self.trouble.storing = None;
+        let limits = self.stream.limits();
+        if self.limits != limits {
+            self.limits = limits;
+            self.reader.limit(limits);
+        }
         if batch.trouble.is_none() {
             self.trouble.fetching = None;
         }

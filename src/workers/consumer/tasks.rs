@@ -47,6 +47,7 @@ enum Command {
     Rewind(u64),
     /// Nothing is polled, or again.
     Pause(bool),
+    Limit(Limits),
 }
 
 /// The consumer's end of a reader, which ends when this is dropped.
@@ -84,6 +85,11 @@ impl Reader {
     pub fn pause(&self, paused: bool) {
         let _ended = self.0.send(Command::Pause(paused));
     }
+
+    /// Batches have so much at most from now on.
+    pub fn limit(&self, limits: Limits) {
+        let _ended = self.0.send(Command::Limit(limits));
+    }
 }
 
 struct Teller {
@@ -111,6 +117,7 @@ async fn read(
         ahead: 0,
         generation: 0,
         is_paused: false,
+        limits: Limits::default(),
     };
     let outcome = reading.run(&mut commands, teller).await;
     // The client of a service may wait for its threads.
@@ -125,6 +132,7 @@ struct Reading {
     ahead: usize,
     generation: u64,
     is_paused: bool,
+    limits: Limits,
 }
 
 impl Reading {
@@ -133,7 +141,6 @@ impl Reading {
         commands: &mut mpsc::UnboundedReceiver<Command>,
         teller: &Teller,
     ) -> Result<(), SourceError> {
-        let limits = Limits::default();
         let mut asked = Instant::now();
         loop {
             let waits = self.open.is_empty() || self.is_paused || self.ahead >= AHEAD;
@@ -150,7 +157,7 @@ impl Reading {
                 Err(_) => {}
             }
             if !waits {
-                let batch = self.fetch.poll(&limits).await?;
+                let batch = self.fetch.poll(&self.limits).await?;
                 let is_empty = batch.is_empty();
                 self.ahead += usize::from(!is_empty);
                 if (!is_empty || batch.trouble.is_some())
@@ -195,6 +202,7 @@ impl Reading {
                 self.ahead = 0;
             }
             Command::Pause(paused) => self.is_paused = paused,
+            Command::Limit(limits) => self.limits = limits,
         }
         Ok(())
     }
