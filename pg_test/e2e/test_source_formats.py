@@ -309,7 +309,7 @@ def test_confluent_records_of_any_schema(db, kafka, server, many):
     )
     at = one(db.admin, "SELECT to_timestamp(1700000000)::text")
     assert rows == [(2, None, 1.5, at, copies), (3, "c", None, None, copies), (big, "a", None, None, copies)]
-    assert db.one(declared, stream.name, "at") == "timestamptz"
+    assert db.one(declared, stream.name, "at") == "timestamp with time zone"
     assert stream.letters() == []
 
 
