@@ -87,7 +87,8 @@ impl Work {
             // None is much smaller than the others, which a merge would take up again.
             let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
             for part in Months::new(&batches, chunk_rows)? {
-                if let Some(chunk) = Encoded::new(&append::stamped(&part?, self.xid)?, self.schema.version)?
+                if let Some(chunk) =
+                    Encoded::new(&append::stamped(&part?, self.xid)?, self.schema.version)?
                     && !told.send(Told::Chunk(chunk)).await
                 {
                     return Ok(());

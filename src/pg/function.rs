@@ -147,8 +147,8 @@ impl Calls {
         // SAFETY: as above; the result is an array of jsonb, as the signature says.
         unsafe {
             let result = self.scratch.switch_to(|_| {
-                let argument = jsonb::array(texts.iter().map(|text| Some(*text)))
-                    .ok_or_else(nul_byte)?;
+                let argument =
+                    jsonb::array(texts.iter().map(|text| Some(*text))).ok_or_else(nul_byte)?;
                 invoke(info, argument).map_or(Ok(Vec::new()), |datum| {
                     jsonb::array_texts(datum, max_bytes).ok_or_else(|| {
                         PgError::new(
