@@ -31,7 +31,8 @@ CREATE TABLE rakam_internal.project (
   write_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(write_role_name)) STORED,
   admin_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(admin_role_name)) STORED,
   storage_id  int NOT NULL REFERENCES rakam_internal.storage,
-  event_store jsonb,
+  event_store jsonb,                                     -- as rakam.projects shows it; NULL: Postgres
+  event_store_id int,                                    -- where events of collect go (outbox.sql); NULL: into the inbox
   schema_mode text COLLATE "C" NOT NULL DEFAULT 'open' CHECK (schema_mode IN ('open', 'fixed')),
   time_past   interval NOT NULL DEFAULT '20 years',      -- bounds of _time, relative to _received_at
   time_future interval NOT NULL DEFAULT '1 day',

@@ -3,6 +3,7 @@
 -- Called by triggers only, which need no right to it.
 REVOKE EXECUTE ON FUNCTION rakam_internal.announce_change() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.set_apart() FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION rakam_internal.set_outgoing_apart() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.follow_roles() FROM PUBLIC;
 -- Who could put it on a table would write into the project that the trigger names.
 REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;
@@ -34,6 +35,7 @@ COMMENT ON FUNCTION rakam.drop_collection(text, text) IS 'Drops a collection wit
 COMMENT ON FUNCTION rakam.rename_collection(text, text, text) IS 'Gives a collection another name';
 COMMENT ON FUNCTION rakam.drop_field(text, text, text) IS 'Drops a field: its values are not read any more';
 COMMENT ON FUNCTION rakam.rebuild_catalog(text) IS 'Makes projects, collections and files of an empty database anew from what lies in a storage';
+COMMENT ON FUNCTION rakam.set_event_store(text, text, jsonb) IS 'Sends what is collected in a project to Kafka or Kinesis; with NULL as server it stays in Postgres';
 COMMENT ON FUNCTION rakam.set_mapper(text, text, regprocedure, boolean) IS 'Sets the function that events of a collection (NULL: of all) go through before they are stored; NULL removes it';
 COMMENT ON FUNCTION rakam.register_avro_schema(text, text, int, text) IS 'Says what schema a source''s records with this id were written with';
 COMMENT ON FUNCTION rakam.replay_dead_letters(text, text) IS 'Tries dead letters again; returns how many are dead letters no more';

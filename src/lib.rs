@@ -11,6 +11,7 @@ pub mod catalog;
 pub mod fdw;
 pub mod files;
 pub mod ingest;
+pub mod outbox;
 pub mod pg;
 pub mod projects;
 pub mod sources;
@@ -41,11 +42,12 @@ extension_sql_file!(
     name = "sources",
     requires = ["catalog"]
 );
+extension_sql_file!("../sql/outbox.sql", name = "outbox", requires = ["sources"]);
 extension_sql_file!(
     "../sql/access.sql",
     name = "access",
     requires = [
-        "sources",
+        "outbox",
         readable_projects,
         member_projects,
         announce_change

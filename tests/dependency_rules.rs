@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module of `src/` → the other modules it may name.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("pg", &[]),
     ("catalog", &["pg"]),
     ("views", &["catalog", "pg"]),
@@ -16,6 +16,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("tiers", &["ingest", "catalog", "pg"]),
     ("files", &["ingest", "catalog", "pg"]),
     ("sources", &["catalog", "pg"]),
+    ("outbox", &["sources", "ingest", "catalog", "pg"]),
     ("fdw", &["files", "ingest", "catalog", "pg"]),
     ("query", &["catalog", "pg"]),
     (
@@ -27,8 +28,8 @@ const ARROWS: [(&str, &[&str]); 13] = [
     (
         "workers",
         &[
-            "product", "query", "sources", "files", "fdw", "tiers", "ingest", "projects", "views",
-            "catalog", "pg",
+            "product", "query", "outbox", "sources", "files", "fdw", "tiers", "ingest", "projects",
+            "views", "catalog", "pg",
         ],
     ),
     // The tests inside a server: like workers, they run steps of every module.

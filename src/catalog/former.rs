@@ -73,10 +73,14 @@ pub fn retire(project_id: i32, name: &str, collection_id: Option<i32>) -> Result
     Ok(())
 }
 
-/// Forgets names that no un-digested event can be under: every transaction below `digested_below` is digested.
+/// Forgets names that no un-digested event can be under, nor one that is still to be published: every transaction below
+/// `digested_below` is digested.
 pub fn forget(digested_below: u64) -> Result<u64> {
     spi::execute(
-        "DELETE FROM rakam_internal.former_name WHERE until_xid <= $1",
+        "DELETE FROM rakam_internal.former_name f WHERE until_xid <= $1
+           AND NOT EXISTS (SELECT FROM rakam_internal.outbox_0 o WHERE o.project_id = f.project_id AND o.collection_id = 0)
+           AND NOT EXISTS (SELECT FROM rakam_internal.outbox_1 o WHERE o.project_id = f.project_id AND o.collection_id = 0)
+           AND NOT EXISTS (SELECT FROM rakam_internal.outbox_2 o WHERE o.project_id = f.project_id AND o.collection_id = 0)",
         &[xid8(digested_below)],
     )
 }

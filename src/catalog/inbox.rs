@@ -31,6 +31,8 @@ pub struct Entry<'a> {
     pub received_at_us: i64,
     /// Added to explicit `_time`s (a client's clock skew).
     pub shift_us: i64,
+    /// The event store that they are collected for; None: they stay in Postgres.
+    pub store_id: Option<i32>,
     /// JSON objects, one a line.
     pub payload: Payload<'a>,
 }

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use pgrx::datum::Interval;
 use sha2::{Digest, Sha256};
 
+use super::outbox;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::{Registered, Snapshot};
 use crate::pg::spi::{self, View, arg};
@@ -28,6 +29,8 @@ pub struct Project {
     pub write_role: Oid,
     pub admin_role: Oid,
     pub storage_id: i32,
+    /// Where what is collected goes; None: into the inbox.
+    pub event_store_id: Option<i32>,
     /// Whether its fields and collections are fixed: for roles other than its admin.
     pub is_fixed: bool,
     pub quota: Quota,
@@ -214,12 +217,12 @@ pub fn key(text: &str) -> Result<Key> {
                 "SELECT p.project_id, p.name, p.read_role, p.write_role, p.admin_role, p.storage_id,
                         p.schema_mode = 'fixed', p.events_per_second, p.bytes_per_day, p.collections_max, p.fields_max,
                         ARRAY(SELECT a.name FROM rakam_internal.attached_table a WHERE a.project_id = p.project_id),
-                        k.kind
+                        p.event_store_id, k.kind
                  FROM rakam_internal.api_key k JOIN rakam_internal.project p USING (project_id)
                  WHERE k.hash = $1 AND k.revoked_at IS NULL",
                 &[arg(hash.as_slice())],
                 |row| {
-                    let kind: String = row.must(13)?;
+                    let kind: String = row.must(14)?;
                     Ok(Key {
                         kind: KeyKind::ALL
                             .into_iter()
@@ -323,6 +326,7 @@ fn project_row(row: &spi::Row) -> Result<Project> {
             fields: row.get(11),
         },
         attached: row.must::<Vec<String>>(12)?.into_iter().collect(),
+        event_store_id: row.get(13),
     })
 }
 
@@ -331,7 +335,7 @@ fn load_project(view: View, name: &str) -> Result<Option<Project>> {
         view,
         "SELECT project_id, name, read_role, write_role, admin_role, storage_id, schema_mode = 'fixed',
                 events_per_second, bytes_per_day, collections_max, fields_max,
-                ARRAY(SELECT a.name FROM rakam_internal.attached_table a WHERE a.project_id = p.project_id)
+                ARRAY(SELECT a.name FROM rakam_internal.attached_table a WHERE a.project_id = p.project_id), event_store_id
          FROM rakam_internal.project p WHERE name = $1",
         &[arg(name)],
         project_row,
@@ -535,6 +539,7 @@ pub fn delete(project_id: i32) -> Result<()> {
          WHERE f.project_id = $1 AND s.kind <> 'local' ON CONFLICT DO NOTHING",
         &id,
     )?;
+    outbox::forget_project(project_id)?;
     for statement in [
         "DELETE FROM rakam_internal.hot_chunk WHERE project_id = $1",
         "DELETE FROM rakam_internal.data_file WHERE project_id = $1",

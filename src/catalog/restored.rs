@@ -34,6 +34,7 @@ pub fn readmit() -> Result<u64> {
             n: row.n,
             received_at_us: row.received_at_us,
             shift_us: row.shift_us,
+            store_id: None,
             payload: row.payload.as_slice().into(),
         })?;
     }

@@ -389,6 +389,22 @@ pub fn not_repeatable(
 pub fn reposition(source_id: i32, splits: &[NewSplit], only: bool) -> Result<()> {
     roll_marks(source_id, 0.0)?;
     let names: Vec<String> = splits.iter().map(|split| split.split.clone()).collect();
+    // Of a split that is read again the records are no copies of an event store's.
+    let offsets: Vec<Option<String>> = (splits.iter())
+        .map(|split| split.position.next_offset())
+        .collect();
+    spi::execute(
+        "DELETE FROM rakam_internal.origin_seen o WHERE o.source_id = $1 AND (NOT $2 OR o.split = ANY ($3)) AND NOT EXISTS (
+           SELECT FROM rakam_internal.source_split s
+           JOIN ROWS FROM (unnest($3::text[]), unnest($4::text[])) n(split, next_offset) ON n.split = s.split
+           WHERE s.source_id = $1 AND s.split = o.split AND n.next_offset::numeric >= s.next_offset)",
+        &[
+            arg(source_id),
+            arg(only),
+            arg(names.clone()),
+            arg(offsets),
+        ],
+    )?;
     spi::execute(
         "DELETE FROM rakam_internal.source_split WHERE source_id = $1 AND (NOT $2 OR split = ANY ($3))",
         &[arg(source_id), arg(only), arg(names)],

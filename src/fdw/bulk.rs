@@ -246,6 +246,7 @@ impl Buffer {
                 n: *n,
                 received_at_us: *received_at_us,
                 shift_us: 0,
+                store_id: None,
                 payload: text.as_bytes().into(),
             };
             mapper::enter(&entry, Shape::Row)?;

@@ -433,6 +433,7 @@ fn to_inbox(
                 n,
                 received_at_us: received.value(row),
                 shift_us: 0,
+                store_id: None,
                 payload: payload.as_bytes().into(),
             };
             stored += mapper::enter(&entry, Shape::Row)? as u64;

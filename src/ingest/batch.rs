@@ -121,13 +121,7 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
     let mut admission = Admission::new(project);
     // Each item is an event's text and its collection, or why it is refused: whatever else changes or refuses
     // events belongs here, before they are put together into rows.
-    let mut rows = Rows::new(
-        project.id,
-        received_at_us,
-        shift_us,
-        collections,
-        text.len(),
-    );
+    let mut rows = Rows::new(project, received_at_us, shift_us, collections, text.len());
     let mut rejected = Rejected::default();
     let mut stored = 0i64;
     for (index, item) in items.into_iter().enumerate() {
@@ -160,7 +154,7 @@ fn charge(
         events += 1;
         bytes += item.properties.len() as i64;
     }
-    quota::charge(project, events, bytes)
+    quota::charge_collected(project, events, bytes)
 }
 
 /// What a checksum is.
@@ -236,6 +230,7 @@ struct Row {
 /// The rows being filled, one for each collection of a batch.
 struct Rows {
     project_id: i32,
+    store_id: Option<i32>,
     received_at_us: i64,
     shift_us: i64,
     rows: Vec<(CollectionName, Option<Row>)>,
@@ -246,14 +241,15 @@ struct Rows {
 impl Rows {
     /// `bytes` is about what all events take together.
     fn new(
-        project_id: i32,
+        project: &Project,
         received_at_us: i64,
         shift_us: i64,
         collections: Vec<CollectionName>,
         bytes: usize,
     ) -> Self {
         Self {
-            project_id,
+            project_id: project.id,
+            store_id: project.event_store_id,
             received_at_us,
             shift_us,
             capacity: (bytes / collections.len().max(1)).min(ROW_BYTES),
@@ -306,6 +302,7 @@ impl Rows {
             n: row.n,
             received_at_us: self.received_at_us,
             shift_us: self.shift_us,
+            store_id: self.store_id,
             payload: Payload::InPlace(&row.payload),
         };
         mapper::enter(&entry, Shape::Event)

@@ -52,7 +52,7 @@ fn store_one(
     if let Some(refusal) = Admission::new(project).refusal(collection.as_str(), &event)? {
         return Err(refusal.into());
     }
-    quota::charge(project, 1, event.len() as i64)?;
+    quota::charge_collected(project, 1, event.len() as i64)?;
     let entry = Entry {
         project_id: project.id,
         collection_id: projects::collection_id(project.id, collection.as_str())?,
@@ -60,6 +60,7 @@ fn store_one(
         n: 1,
         received_at_us: xact::now_us(),
         shift_us: 0,
+        store_id: project.event_store_id,
         payload: event.as_bytes().into(),
     };
     mapper::enter(&entry, Shape::Event)?;

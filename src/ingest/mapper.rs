@@ -17,6 +17,7 @@ use crate::catalog::audit;
 use crate::catalog::dead_letter::{self, NewLetter};
 use crate::catalog::inbox::{self, Entry};
 use crate::catalog::mapper::{self as catalog, Mapper, Mappers, Stage};
+use crate::catalog::outbox;
 use crate::catalog::projects::{self, Right};
 use crate::pg::function::{self, Calls, JSONB, JSONB_ARRAY, Signature};
 use crate::pg::security::{self, ActAs};
@@ -160,7 +161,7 @@ pub fn enter(entry: &Entry<'_>, shape: Shape) -> Result<i64> {
 pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
     let mappers = catalog::of_project(entry.project_id)?;
     if mappers.of(entry.collection).next().is_none() {
-        inbox::append(entry)?;
+        put(entry)?;
         return Ok(Outcome {
             stored: i64::from(entry.n),
             failed: Vec::new(),
@@ -174,6 +175,14 @@ pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
     let mut run = Run::new(entry, shape, mappers, Stage::Project);
     run.through(0, lines)?;
     run.finish()
+}
+
+/// Stores events that have been through their mappers: in the inbox, or on their way to the event store.
+fn put(entry: &Entry<'_>) -> Result<()> {
+    match entry.store_id {
+        None => inbox::append(entry),
+        Some(store_id) => outbox::append(entry, store_id),
+    }
 }
 
 /// Keeps a failed event as a dead letter.
@@ -501,7 +510,7 @@ impl<'a> Run<'a> {
         if self.n == 0 {
             return Ok(());
         }
-        inbox::append(&Entry {
+        put(&Entry {
             n: self.n,
             payload: self.payload.as_bytes().into(),
             ..*self.entry

@@ -24,6 +24,14 @@ pub fn charge(project: &Project, events: i64, bytes: i64) -> Result<()> {
     take(project, events, bytes, Arrival::Digest)
 }
 
+/// As [`charge`] for what is collected: on its way to an event store it has less room.
+pub fn charge_collected(project: &Project, events: i64, bytes: i64) -> Result<()> {
+    if project.event_store_id.is_some() {
+        room::take_of_outbox(bytes)?;
+    }
+    charge(project, events, bytes)
+}
+
 /// As [`charge`] for events that the caller's transaction stores in the hot tier, without the digest: their bytes are
 /// stored as usage here.
 pub fn charge_stored(project: &Project, events: i64, bytes: i64) -> Result<()> {

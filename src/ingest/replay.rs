@@ -73,6 +73,10 @@ fn replay_one(project: &Project, source: Option<&str>, letter: &Letter) -> Resul
         n: 0,
         received_at_us: letter.received_at_us,
         shift_us: letter.shift_us,
+        // Rows of an INSERT, what the digest gave up, and what came from a source stay here.
+        store_id: project
+            .event_store_id
+            .filter(|_| source.is_none() && !letter.is_row),
         payload: letter.payload.as_slice().into(),
     };
     if source.is_some()
@@ -180,6 +184,7 @@ impl<'a> Records<'a> {
                 n: 1,
                 received_at_us: letter.received_at_us,
                 shift_us: 0,
+                store_id: None,
                 payload: event.line.as_bytes().into(),
             };
             let outcome = mapper::enter_but_failed(&entry, event.shape)?;

@@ -8,8 +8,8 @@
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-use crate::catalog::inbox;
-use crate::pg::{PgError, Result, bgworker, disk, guc, relation, shared, xact};
+use crate::catalog::{inbox, outbox};
+use crate::pg::{Oid, PgError, Result, bgworker, disk, guc, relation, shared, xact};
 
 /// A measurement is good for so long.
 const FRESH_MS: i64 = 1_000;
@@ -65,27 +65,64 @@ pub fn take(bytes: i64) -> Result<()> {
     Ok(())
 }
 
+/// The outbox takes this share of the room at most: a broker that is away leaves the rest to those whose events stay here.
+const OUTBOX_SHARE: u64 = 2;
+
+thread_local! {
+    /// Bytes that the outbox may still take, and when that was measured.
+    static OUTBOX: Cell<(i64, i64)> = const { Cell::new((0, 0)) };
+}
+
+/// Takes so many bytes of events in that are on their way to an event store; 53100 if there is no room for them.
+pub fn take_of_outbox(bytes: i64) -> Result<()> {
+    let (mut left, mut at_ms) = OUTBOX.get();
+    let now_ms = xact::now_us() / 1000;
+    if !(0..FRESH_MS).contains(&(now_ms - at_ms)) || left <= bytes {
+        let tables: Vec<_> = (0..3).map(outbox::table_oid).collect();
+        let used = used(&tables, u64::MAX);
+        let limit = match guc::max_hot_bytes() {
+            Some(limit) => limit,
+            None => ((disk::free_bytes()? + used) as f64 * SHARE) as u64,
+        };
+        let used = self::used(&tables, limit / OUTBOX_SHARE);
+        left = i64::try_from((limit / OUTBOX_SHARE).saturating_sub(used)).unwrap_or(i64::MAX);
+        at_ms = now_ms;
+    }
+    if left <= bytes {
+        OUTBOX.set((left, at_ms));
+        return Err(PgError::new("53100", "the outbox of the event stores is full")
+            .detail(
+                "Events wait in Postgres until the event store takes them, up to half of rakam.max_hot_bytes. Nothing of this \
+                 call was stored.",
+            )
+            .hint("Send again later. rakam.health() says which event store cannot be reached."));
+    }
+    OUTBOX.set((left - bytes, at_ms));
+    Ok(())
+}
+
+/// The bytes that tables take. Where that is as much as `limit`, without the room in their pages that is free again.
+fn used(tables: &[Oid], limit: u64) -> u64 {
+    let sum = |bytes: fn(Oid) -> u64| tables.iter().map(|table| bytes(*table)).sum::<u64>();
+    match sum(relation::disk_bytes) {
+        physical if physical >= limit => physical.saturating_sub(sum(relation::free_bytes)),
+        physical => physical,
+    }
+}
+
 /// Measures the hot tier and its limit.
 pub fn measure() -> Result<Room> {
     let tables: Vec<_> = (0..3)
-        .map(inbox::table_oid)
+        .flat_map(|k| [inbox::table_oid(k), outbox::table_oid(k)])
         .chain(["inbox_parked", "hot_chunk"].map(|name| relation::oid("rakam_internal", name)))
         .collect();
-    let physical: u64 = tables
-        .iter()
-        .map(|table| relation::disk_bytes(*table))
-        .sum();
+    let physical = used(&tables, u64::MAX);
     let limit = match guc::max_hot_bytes() {
         Some(limit) => limit,
         None => ((disk::free_bytes()? + physical) as f64 * SHARE) as u64,
     };
-    let mut used = physical;
-    if used >= limit {
-        let free: u64 = tables
-            .iter()
-            .map(|table| relation::free_bytes(*table))
-            .sum();
-        used = physical.saturating_sub(free);
-    }
-    Ok(Room { used, limit })
+    Ok(Room {
+        used: used(&tables, limit),
+        limit,
+    })
 }

@@ -370,6 +370,7 @@ impl Storing<'_> {
             n: lines.origins.len() as i32,
             received_at_us: prepared.received_at_us,
             shift_us: 0,
+            store_id: None,
             payload: lines.payload.as_bytes().into(),
         };
         let outcome = mapper::enter_but_failed(&entry, lines.shape)?;

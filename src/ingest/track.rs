@@ -292,6 +292,7 @@ impl Events<'_> {
             n,
             received_at_us: self.received_at_us,
             shift_us: 0,
+            store_id: None,
             payload: payload.into(),
         }
     }

@@ -33,6 +33,8 @@ pub enum LockOn {
     Describe(i32),
     /// Reading of sources by a called tick, where there are no consumers.
     Consume,
+    /// The relay of the event stores.
+    Relay,
     /// A load of files, by a hash of its key: the same call runs once at a time.
     Load(i32),
 }
@@ -52,6 +54,7 @@ impl LockOn {
             Self::Ids(slot) => (120, slot),
             Self::IdMerge(project_id) => (121, project_id),
             Self::Load(key) => (106, key),
+            Self::Relay => (110, 0),
             Self::Check(storage_id) => (107, storage_id),
             Self::Compaction(id) => (108, id),
             Self::Describe(storage_id) => (109, storage_id),

@@ -44,6 +44,10 @@ pub struct Slot {
     pub helper: AtomicI32,
     /// The process id of the helper that compacts; 0 while there is none.
     pub compactor: AtomicI32,
+    /// The process id of the relay; 0 while there is none.
+    pub relay: AtomicI32,
+    /// Events for event stores were committed since the relay last looked.
+    pub outgoing: AtomicBool,
     /// Events committed since the worker last looked.
     pub waiting: AtomicU64,
     /// Another process has registered collections or fields: tables or columns are to be made.
@@ -169,6 +173,7 @@ impl Slot {
     fn reset(&self) {
         self.waiting.store(0, Ordering::Relaxed);
         self.schema_changed.store(false, Ordering::Relaxed);
+        self.outgoing.store(false, Ordering::Relaxed);
         self.restarts.store(0, Ordering::Relaxed);
         self.state.store(0, Ordering::Relaxed);
         self.absent.store(false, Ordering::Relaxed);

@@ -1,4 +1,5 @@
-//! Telling the resident worker, at commit, that events wait, and the consumers that sources have changed. Nothing is sent on rollback, and nothing is
+//! Telling at commit the resident worker that events wait, the relay that events are to be sent, and the consumers that sources
+//! have changed. Nothing is sent on rollback, and nothing is
 //! sent twice: only the first commit after the worker's last look wakes it.
 
 use std::cell::Cell;
@@ -11,6 +12,7 @@ use super::shared;
 thread_local! {
     static SOURCES_CHANGED: Cell<bool> = const { Cell::new(false) };
     static COLLECTED: Cell<u64> = const { Cell::new(0) };
+    static OUTGOING: Cell<bool> = const { Cell::new(false) };
     static REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -26,6 +28,13 @@ pub fn at_commit(events: u32) {
 pub fn sources_at_commit() {
     if register() {
         SOURCES_CHANGED.set(true);
+    }
+}
+
+/// This transaction has events for an event store.
+pub fn relay_at_commit() {
+    if register() {
+        OUTGOING.set(true);
     }
 }
 
@@ -66,10 +75,14 @@ unsafe extern "C-unwind" fn xact_callback(
             if SOURCES_CHANGED.take() {
                 sources_changed();
             }
+            if OUTGOING.take() {
+                notify_relay();
+            }
         }
         XACT_EVENT_ABORT | XACT_EVENT_PREPARE => {
             COLLECTED.set(0);
             SOURCES_CHANGED.set(false);
+            OUTGOING.set(false);
         }
         _ => {}
     }
@@ -95,6 +108,20 @@ fn sources_changed() {
         slot.wake();
         for consumer in &slot.consumers {
             consumer.wake();
+        }
+    }
+}
+
+/// Wakes the relay, or whoever starts one, if nobody has since it looked last.
+fn notify_relay() {
+    // SAFETY: reads a backend variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    if let Some(slot) = shared::get().and_then(|s| s.find(database))
+        && !slot.outgoing.swap(true, Ordering::AcqRel)
+    {
+        match slot.relay.load(Ordering::Acquire) {
+            0 => slot.wake(),
+            relay => super::wait::set_latch_of(relay),
         }
     }
 }

@@ -8,9 +8,11 @@ use rakam_sources::SourceError;
 use rakam_sources::files::{FileFetch, Objects};
 use rakam_sources::kafka::client as kafka;
 use rakam_sources::kafka::config::KafkaConfig;
+use rakam_sources::kafka::producer::client as kafka_producer;
 use rakam_sources::kinesis::client as kinesis;
 use rakam_sources::kinesis::config::KinesisConfig;
 use rakam_sources::options::{Kind, SourceOptions, What};
+use rakam_sources::publish::{Publish, StoreOptions};
 use rakam_sources::source::{Fetch, Splits};
 
 use crate::catalog::store;
@@ -103,6 +105,25 @@ pub fn of(name: &str) -> Result<(Kind, Service)> {
         }
     };
     Ok((kind, Service(connection)))
+}
+
+impl Service {
+    /// What writes to the service as an event store. Asks nobody yet. Error: 22023 for options of the server by which events could
+    /// be lost or change their order.
+    pub fn publisher(
+        &self,
+        options: &StoreOptions,
+    ) -> std::result::Result<Box<dyn Publish>, SourceError> {
+        match (&self.0, options) {
+            (Connection::Kafka(config), StoreOptions::Kafka { .. }) => {
+                kafka_producer::publisher(config)
+            }
+            (Connection::Kinesis(config), StoreOptions::Kinesis { stream, .. }) => {
+                kinesis::publisher(config, stream)
+            }
+            _ => Err(changed()),
+        }
+    }
 }
 
 /// The storage that a server of files names.

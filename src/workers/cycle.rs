@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::consumer::supply::Supply;
 use super::helper::{self, Helper};
+use super::relay;
 use crate::catalog::{audit, job, storages};
 use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
@@ -31,6 +32,10 @@ const DIGEST_TIME: Duration = Duration::from_secs(1);
 const MERGE_TIME: Duration = Duration::from_millis(300);
 /// Otherwise only collections that got files are looked at for compaction.
 const COMPACTION_COUNT_INTERVAL: Duration = Duration::from_secs(600);
+/// A COMMIT PREPARED wakes nobody, and a relay may not have been started for want of a slot.
+const OUTBOX_INTERVAL: Duration = Duration::from_secs(2);
+/// One that was started needs a moment to say so.
+const OUTBOX_SOON: Duration = Duration::from_millis(200);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 const IDS_INTERVAL: Duration = Duration::from_secs(5);
 /// How long the merging of event ids may keep the digest waiting.
@@ -106,6 +111,7 @@ pub struct Cycle<'a> {
     erasing: bool,
     cache: cache::Upkeep,
     consumers: Supply,
+    last_outbox: Instant,
 }
 
 impl<'a> Cycle<'a> {
@@ -138,6 +144,7 @@ impl<'a> Cycle<'a> {
             erasing: false,
             cache: cache::Upkeep::default(),
             consumers: Supply::default(),
+            last_outbox: past,
         }
     }
 
@@ -156,6 +163,18 @@ impl<'a> Cycle<'a> {
             // They wait for the next cycle.
             Err(Failure::Error(error)) => error.warn(),
             outcome => outcome?,
+        }
+        let outgoing = self.slot.outgoing.load(Ordering::Acquire);
+        if self.last_outbox.elapsed()
+            >= if outgoing {
+                OUTBOX_SOON
+            } else {
+                OUTBOX_INTERVAL
+            }
+        {
+            self.last_outbox = Instant::now();
+            // Without a free slot for a worker it is tried again at the next look.
+            relay::start_if_needed(self.slot)?;
         }
         self.ddl_pending |= self.slot.schema_changed.swap(false, Ordering::AcqRel);
         if self.ddl_pending && self.may(Step::Ddl, 0) {

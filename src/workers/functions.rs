@@ -11,7 +11,7 @@ use rakam_event::types::FieldType;
 use serde_json::json;
 
 use super::task::{self, Scope, Task};
-use super::{attach, consumer, definitions, delete, rebuild, storages};
+use super::{attach, consumer, definitions, delete, rebuild, relay, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
 use crate::catalog::retention::{self, Keep};
@@ -28,6 +28,9 @@ use crate::tiers::hot::{Hot, Work};
 use crate::tiers::{
     compact, ddl, describe, erase, flush, ids, merge, reach, rewrite, rotate, upkeep,
 };
+
+/// How long a called tick publishes at most.
+const RELAY_TIME: Duration = Duration::from_secs(10);
 
 /// One round of all background work, covering everything committed before the call. What fails of projects that are not the
 /// caller's is told to the server's log only.
@@ -323,6 +326,8 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
 }
 
 fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
+    // First out, then in: what comes back is there at the end.
+    relay::drain(RELAY_TIME)?;
     if !shared::preloaded() {
         consumer::round()?;
     }

@@ -1,11 +1,14 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, inbox, mapper, projects, registry, sources, storages};
+use crate::catalog::{deletion, event_store, inbox, mapper, projects, registry, sources, storages};
 use crate::ingest::room;
-use crate::pg::security::ActAs;
+use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View};
 use crate::pg::{Result, cache, guc, memory, shared};
+
+/// An event that has waited so long for its event store is worth a look.
+const SLOW_STORE_S: f64 = 60.0;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +91,7 @@ pub fn of_projects() -> Result<Vec<Finding>> {
         .hint("See rakam.dead_letter for what could not be mapped or digested, and why; rakam.replay_dead_letters tries it again.")
     });
     findings.push(source_finding(view)?);
+    findings.extend(store_finding()?);
     let (mappers, dropped) = mapper::totals(view)?;
     findings.push(Finding::ok(
         "mappers",
@@ -135,6 +139,55 @@ fn source_finding(view: View) -> Result<Finding> {
     } else {
         Finding::ok("sources", format!("{count} sources"))
     })
+}
+
+/// What waits for event stores, if any project of the caller's has one.
+fn store_finding() -> Result<Option<Finding>> {
+    let projects = match security::is_server_admin(security::current_user()) {
+        true => None,
+        false => Some(projects::scope()?.member.clone()),
+    };
+    let backlogs = event_store::backlogs(projects.as_deref())?;
+    if backlogs.is_empty() {
+        return Ok(None);
+    }
+    let shown: Vec<String> = backlogs
+        .iter()
+        .filter(|b| b.events > 0 || b.last_error.is_some())
+        .take(5)
+        .map(|b| {
+            let age = b
+                .oldest_s
+                .map_or(String::new(), |s| format!(", the oldest for {s:.0} s"));
+            let error = b
+                .last_error
+                .as_ref()
+                .map_or(String::new(), |e| format!(": {e}"));
+            format!(
+                "{} events of \"{}\" wait for \"{}\"{age}{error}",
+                b.events, b.project, b.server
+            )
+        })
+        .collect();
+    let finding = if backlogs
+        .iter()
+        .any(|b| b.events > 0 && b.last_error.is_some())
+    {
+        Finding::error("event stores", shown.join("; ")).hint(
+            "Nothing is lost: they are sent when the service takes them again. Check its address and the user mapping of the \
+             server's owner; collecting goes on up to rakam.max_hot_bytes.",
+        )
+    } else if backlogs
+        .iter()
+        .any(|b| b.oldest_s.is_some_and(|s| s > SLOW_STORE_S))
+    {
+        Finding::warning("event stores", shown.join("; "))
+            .hint("The relay may lack a slot for a worker (max_worker_processes), or the service is slow.")
+    } else {
+        let events: i64 = backlogs.iter().map(|b| b.events).sum();
+        Finding::ok("event stores", format!("{events} events wait to be sent"))
+    };
+    Ok(Some(finding))
 }
 
 fn inbox_finding(view: View) -> Result<Finding> {

@@ -16,6 +16,7 @@ mod health;
 pub mod helper;
 pub mod launcher;
 mod rebuild;
+pub mod relay;
 pub mod resident;
 mod sources;
 pub mod status;

@@ -8,7 +8,7 @@ use pgrx::prelude::*;
 
 use super::health::{self, Finding};
 use super::{consumer, resident};
-use crate::catalog::job;
+use crate::catalog::{event_store, job};
 use crate::pg::shared::{self, Consumer, STATES, Slot};
 use crate::pg::{Oid, PgError, bgworker, relation, security, types};
 
@@ -98,6 +98,23 @@ fn workers() -> std::result::Result<
                 continue;
             }
             let state = slot.state.load(Ordering::Relaxed) as usize;
+            let relay = slot.relay.load(Ordering::Acquire);
+            if relay != 0 {
+                let last_error = match database == here {
+                    true => event_store::last_error()?,
+                    false => None,
+                };
+                rows.push((
+                    Some(relay),
+                    relation::database_name(database),
+                    "relay".to_owned(),
+                    None,
+                    "running".to_owned(),
+                    None,
+                    0,
+                    last_error,
+                ));
+            }
             let last_error = if admin && database == here {
                 job::last_error()?
             } else {

@@ -167,11 +167,13 @@ impl Copies {
         self.stored.remove(split);
     }
 
+    /// Whether a batch has records of event stores at all.
+    pub fn concern(batch: &Batch) -> bool {
+        batch.records().iter().any(|record| record.mark.is_some())
+    }
+
     /// Takes the records out of a batch that have been stored before; how many.
     pub fn remove_from(&mut self, batch: &mut Batch) -> u64 {
-        if batch.records().iter().all(|record| record.mark.is_none()) {
-            return 0;
-        }
         let mut removed = 0;
         batch.retain(|split, mark| {
             let Some(mark) = mark else {

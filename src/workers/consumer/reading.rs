@@ -10,10 +10,12 @@ use rakam_sources::batch::{Batch, Limits, Stop};
 use rakam_sources::options::{Kind, What as Reads};
 use rakam_sources::plan::{Plan, plan};
 use rakam_sources::position::Position;
+use rakam_sources::published::Copies;
 use rakam_sources::source::{Lag, Split, Start};
 
 use super::share::{Among, share};
 use super::tasks::{Lister, Reader, Told, What};
+use crate::catalog::event_store;
 use crate::catalog::sources::leases::{self, Claim};
 use crate::catalog::sources::{self, Source};
 use crate::ingest::stream::Stream;
@@ -64,6 +66,8 @@ pub struct Reading {
     planned: Option<Plan>,
     /// Splits that are read, and the epochs under which they were taken.
     held: HashMap<String, i64>,
+    /// What they have brought of event stores, by which records are told that come again.
+    copies: Copies,
     /// Batches polled before are none any more.
     generation: u64,
     queue: VecDeque<Arc<Batch>>,
@@ -103,6 +107,7 @@ impl Reading {
             listed: Vec::new(),
             planned: None,
             held: HashMap::new(),
+            copies: Copies::default(),
             generation: 0,
             queue: VecDeque::new(),
             limits: Limits::default(),
@@ -170,10 +175,19 @@ impl Reading {
                 true => Vec::new(),
                 false => leases::take(id, &share.take, me)?,
             };
+            let taken: Vec<_> = (taken.into_iter())
+                .map(|taken| {
+                    Ok((
+                        event_store::seen(id, std::slice::from_ref(&taken.split))?,
+                        taken,
+                    ))
+                })
+                .collect::<Result<_>>()?;
             Ok((share, taken))
         })?;
         self.forget(share.give_back.iter().chain(&share.lost));
-        for taken in taken {
+        for (seen, taken) in taken {
+            self.copies.open(&taken.split, seen);
             self.reader.open(&taken.split, taken.position);
             self.held.insert(taken.split, taken.epoch);
         }
@@ -188,6 +202,7 @@ impl Reading {
             any = true;
             self.held.remove(split);
             self.lags.remove(split);
+            self.copies.close(split);
             self.reader.close(split);
         }
         if any {
@@ -198,6 +213,7 @@ impl Reading {
     fn rewind(&mut self) {
         self.generation += 1;
         self.queue.clear();
+        self.copies.undo();
         self.failures = 0;
         self.retry_at = None;
         self.reader.rewind(self.generation);
@@ -377,10 +393,24 @@ impl Reading {
 
     /// Notes new splits.
     fn add(&mut self, plan: Plan, positions: Vec<Position>) -> std::result::Result<(), Failure> {
+        let parents: Vec<(String, Vec<String>)> =
+            (plan.from_beginning.iter().chain(&plan.at_start))
+                .filter(|split| !split.parents.is_empty())
+                .map(|split| (split.id.clone(), split.parents.clone()))
+                .collect();
         let new = new_splits(plan, positions);
         if !new.is_empty() || !self.source.has_begun {
-            let id = self.source.id;
-            xact::worker(|| sources::add_splits(id, &new))?;
+            let (id, project_id) = (self.source.id, self.source.project_id);
+            xact::worker(|| {
+                sources::add_splits(id, &new)?;
+                // What a shard has brought may come once more in those that follow it.
+                for (split, parents) in &parents {
+                    for (origin, seen) in event_store::seen(id, parents)? {
+                        event_store::note_seen(id, project_id, split, origin, &seen)?;
+                    }
+                }
+                Ok(())
+            })?;
             self.source.has_begun = true;
         }
         self.list_again(true);
@@ -389,10 +419,15 @@ impl Reading {
 
     /// Stores the first batch that waits; true: the leases have to be looked at.
     pub fn store(&mut self) -> std::result::Result<bool, Failure> {
-        let Some(batch) = self.queue.front().cloned() else {
+        let Some(batch) = self.queue.front_mut() else {
             return Ok(false);
         };
+        if Copies::concern(batch) {
+            self.copies.remove_from(Arc::make_mut(batch));
+        }
+        let batch = Arc::clone(batch);
         let (id, held, stream) = (self.source.id, &self.held, &mut self.stream);
+        let (project_id, copies) = (self.source.project_id, &self.copies);
         let lost = Cell::new(false);
         let outcome = stream.prepare(Arc::clone(&batch)).and_then(|mut prepared| {
             xact::worker(|| {
@@ -405,16 +440,21 @@ impl Reading {
                         return Err(PgError::new("40001", "a split is another consumer's"));
                     }
                 }
+                for (split, origin, seen) in copies.changes() {
+                    event_store::note_seen(id, project_id, split, origin, seen)?;
+                }
                 alarm(&self.source, &batch.stops)
             })
         });
         match outcome {
             Ok(()) => {
                 failpoint::hit("consumer.after_commit");
+                self.copies.stored();
                 self.stored(batch)
             }
             Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
             Err(Failure::Error(error)) => {
+                self.copies.undo();
                 let pause = RETRY_MIN
                     .saturating_mul(1 << self.failures.min(20))
                     .min(RETRY_MAX);

@@ -1,0 +1,590 @@
+"""Event stores: what is collected goes out to Kafka or Kinesis, each committed event once, none that was rolled back, the events
+of a key in their order; whatever is killed or away meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import struct
+import threading
+from collections import defaultdict
+
+import fastavro
+import psycopg
+import pytest
+from harness.database import collect, collect_batch, refused, wait_until
+
+# The heavy form is for a release: eight clients for a minute, the broker away for a minute of it.
+CLIENTS = 8
+ROUNDS = int(os.environ.get("RAKAM_EVENT_STORE_ROUNDS", "40"))
+
+
+def framed(db, project: str, value: bytes) -> dict:
+    """A record in rakam's framing as any reader with the schema reads it: what follows the body is not looked at."""
+    assert value[0] == 0xA7
+    (version,) = struct.unpack(">I", value[1:5])
+    for (schema,) in db.all(
+        "SELECT avro_schema FROM rakam.schema_versions WHERE project = %s AND version = %s", project, version
+    ):
+        try:
+            parsed = fastavro.parse_schema(without_ids(schema))
+            return fastavro.schemaless_reader(io.BytesIO(value[5:]), parsed)
+        except (ValueError, IndexError, EOFError, StopIteration):
+            continue
+    raise AssertionError(f"no schema of version {version} reads the record")
+
+
+def without_ids(schema: dict) -> dict:
+    keep = ("name", "type", "default")
+    fields = [{k: v for k, v in field.items() if k in keep} for field in schema["fields"]]
+    return {"type": "record", "name": schema["name"], "fields": fields}
+
+
+def schema_of(db, project: str, collection: str, version: int) -> dict:
+    schema = db.one(
+        "SELECT avro_schema FROM rakam.schema_versions WHERE project = %s AND collection = %s AND version = %s",
+        project,
+        collection,
+        version,
+    )
+    return fastavro.parse_schema(without_ids(schema))
+
+
+class Reader:
+    """Decodes records, with each schema asked for once."""
+
+    def __init__(self, db, project: str):
+        self.db, self.project = db, project
+        self.schemas: dict[tuple[str, int], dict] = {}
+
+    def read(self, collection: str, value: bytes) -> dict:
+        assert value[0] == 0xA7
+        (version,) = struct.unpack(">I", value[1:5])
+        key = (collection, version)
+        if key not in self.schemas:
+            self.schemas[key] = schema_of(self.db, self.project, collection, version)
+        body = io.BytesIO(value[5:])
+        event = fastavro.schemaless_reader(body, self.schemas[key])
+        assert body.read() == b"", "nothing follows the body"
+        return event
+
+
+def headers(message) -> dict[str, str]:
+    return {name: value.decode() for name, value in message.headers() or []}
+
+
+def records(db, kafka, project: str, topic: str) -> list[tuple[int, dict[str, str], str | None, dict]]:
+    """Partition, headers, key and event of each record of a topic, by partition and in their order."""
+    reader = Reader(db, project)
+    found = []
+    for partition, messages in kafka.read(topic).items():
+        for message in messages:
+            named = headers(message)
+            key = message.key().decode() if message.key() is not None else None
+            found.append((partition, named, key, reader.read(named["rakam-collection"], message.value())))
+    return found
+
+
+def once(found: list[tuple[int, dict[str, str], str | None, dict]]) -> list[tuple[int, str | None, dict]]:
+    """The records without the copies that a relay left which died: the first of each mark."""
+    seen: set[tuple[int, str, str]] = set()
+    kept = []
+    for partition, named, key, event in found:
+        mark = (partition, named["rakam-origin"], named["rakam-publish-seq"])
+        if mark not in seen:
+            seen.add(mark)
+            kept.append((partition, key, event))
+    return kept
+
+
+def published(db, project: str) -> bool:
+    """Whether nothing waits any more."""
+    return (
+        db.one(
+            "SELECT (SELECT count(*) FROM rakam_internal.outbox_0) + (SELECT count(*) FROM rakam_internal.outbox_1)"
+            " + (SELECT count(*) FROM rakam_internal.outbox_2)"
+            " + (SELECT count(*) FROM rakam_internal.outbox_batch JOIN rakam_internal.project USING (project_id)"
+            "    WHERE name = %s)",
+            project,
+        )
+        == 0
+    )
+
+
+def wait_published(db, project: str, timeout_s: float = 120) -> None:
+    wait_until(lambda: published(db, project), f"everything of {project} is published", timeout_s)
+
+
+@pytest.fixture(scope="module")
+def server(db, kafka):
+    kafka.create_server(db.admin, "k")
+    return "k"
+
+
+def project(db, name: str, server: str | None = "k", options: dict | None = None) -> str:
+    db.project(name)
+    db.admin.execute("SELECT rakam.set_event_store(%s, %s, %s)", (name, server, json.dumps(options or {})))
+    return name
+
+
+def test_collected_events_go_to_a_topic_of_their_collection(db, kafka, server):
+    project(db, "topics")
+    collect(db.admin, "topics", "pageview", {"_user": "ann", "url": "/a", "load": 12.5, "n": 9007199254740993})
+    collect(db.admin, "topics", "pageview", {"url": "/größe", "tags": ["a", None], "at": "2026-01-02T03:04:05Z"})
+    stored = collect_batch(
+        db.admin, "topics", [("signup", {"_user": "ann", "plan": "x"}), ("signup", {"_user": "bob"})]
+    )
+    assert stored[:2] == (2, 0)
+    wait_published(db, "topics")
+    views = records(db, kafka, "topics", "topics.pageview")
+    assert len(views) == 2
+    by_url = {event["url"]: (named, key, event) for _, named, key, event in views}
+    named, key, event = by_url["/a"]
+    assert (key, named["rakam-collection"]) == ("ann", "pageview")
+    assert (event["_user"], event["load"], event["n"]) == ("ann", 12.5, 9007199254740993)
+    assert event["_received_at"] is not None and event["_time"] == event["_received_at"]
+    _, key, event = by_url["/größe"]
+    assert key is None
+    assert event["tags"] == ["a", None]
+    assert event["at"].isoformat() == "2026-01-02T03:04:05+00:00"
+    signups = records(db, kafka, "topics", "topics.signup")
+    assert sorted(event["_user"] for *_, event in signups) == ["ann", "bob"]
+    # They are not stored here, but their tables are there for whoever reads them back.
+    wait_until(lambda: db.one("SELECT to_regclass('topics.pageview')"), "the table")
+    assert db.one("SELECT count(*) FROM topics.pageview") == 0
+    assert db.one("SELECT event_store FROM rakam.projects WHERE project = 'topics'") == {"server": "k"}
+
+
+def test_what_is_not_committed_is_not_sent(db, kafka, server):
+    project(db, "commits", options={"topic": "commits"})
+    writer = db.connect(autocommit=False)
+    collect(writer, "commits", "e", {"n": "rolled back"})
+    writer.rollback()
+    collect(writer, "commits", "e", {"n": "kept 1"})
+    writer.execute("SAVEPOINT s")
+    collect(writer, "commits", "e", {"n": "rolled back to"})
+    writer.execute("ROLLBACK TO s")
+    collect(writer, "commits", "e", {"n": "kept 2"})
+    writer.commit()
+    writer.execute(
+        "DO $$ BEGIN PERFORM rakam.collect('commits', 'e', '{\"n\": \"kept 3\"}');"
+        " BEGIN PERFORM rakam.collect('commits', 'e', '{\"n\": \"caught\"}'); RAISE 'x';"
+        " EXCEPTION WHEN OTHERS THEN NULL; END; END $$"
+    )
+    writer.commit()
+    collect(writer, "commits", "e", {"n": "prepared"})
+    writer.execute("PREPARE TRANSACTION 'store one'")
+    writer.commit()
+    collect(writer, "commits", "e", {"n": "prepared in vain"})
+    writer.execute("PREPARE TRANSACTION 'store two'")
+    writer.commit()
+    collect(writer, "commits", "e", {"n": "kept 4"})
+    writer.commit()
+    wait_until(lambda: len(records(db, kafka, "commits", "commits")) == 4, "what was committed")
+    db.admin.execute("ROLLBACK PREPARED 'store two'")
+    db.admin.execute("COMMIT PREPARED 'store one'")
+    wait_until(lambda: len(records(db, kafka, "commits", "commits")) == 5, "what was prepared and committed")
+    wait_published(db, "commits")
+    found = [event["n"] for *_, event in records(db, kafka, "commits", "commits")]
+    assert sorted(found) == ["kept 1", "kept 2", "kept 3", "kept 4", "prepared"]
+
+
+def test_rights_and_options(db, kafka, server):
+    db.project("rights")
+    writer, owner = db.login("rights", "write"), db.login("rights", "admin")
+    call = "SELECT rakam.set_event_store(%s, %s, %s)"
+    with refused("42501"):
+        writer.execute(call, ("rights", "k", "{}"))
+    with refused("42501"):
+        owner.execute(call, ("topics", "k", "{}"))
+    with refused("42501"):
+        owner.execute(call, ("nobody", "k", "{}"))
+    # Not without USAGE on the server.
+    with refused("42501"):
+        owner.execute(call, ("rights", "k", "{}"))
+    db.admin.execute("GRANT USAGE ON FOREIGN SERVER k TO login_rights_admin")
+    with refused("42704"):
+        owner.execute(call, ("rights", "no_server", "{}"))
+    with refused("22004"):
+        owner.execute(call, (None, "k", "{}"))
+    for options in ('{"stream": "x"}', '{"topic": 1}', '{"topic": "a b"}', '{"topic": "{user}"}', "[]"):
+        with refused("22023"):
+            owner.execute(call, ("rights", "k", options))
+    with refused("22023"):
+        owner.execute(call, ("rights", None, '{"topic": "x"}'))
+    owner.execute(call, ("rights", "k", '{"topic": "r.{collection}.{project}"}'))
+    assert db.one("SELECT event_store FROM rakam.projects WHERE project = 'rights'") == {
+        "server": "k",
+        "topic": "r.{collection}.{project}",
+    }
+    # Nobody reads what waits, nor what other projects have.
+    for table in ("outbox_0", "outbox_batch", "outbox_restored", "origin_seen"):
+        assert writer.execute("SELECT has_table_privilege('rakam_internal.' || %s, 'SELECT')", (table,)).fetchone() == (
+            False,
+        )
+    rows = writer.execute(
+        "SELECT p.name FROM rakam_internal.event_store JOIN rakam_internal.project p USING (project_id)"
+    )
+    assert rows.fetchall() == [("rights",)]
+    with pytest.raises(psycopg.Error) as error:
+        db.admin.execute(
+            "CREATE SERVER lossy TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers 'x', acks '1')"
+        )
+        db.admin.execute(call, ("rights", "lossy", "{}"))
+    assert error.value.sqlstate == "22023"
+
+
+def test_other_ways_in_stay_here(db, kafka, server):
+    """COPY, INSERT and tracked tables write the table; collect is what the event store is for."""
+    project(db, "mixed")
+    db.admin.execute("SELECT rakam.create_collection('mixed', 'e')")
+    db.admin.execute("SELECT rakam.add_field('mixed', 'e', 'n', 'bigint')")
+    wait_until(lambda: db.one("SELECT to_regclass('mixed.e')"), "the table")
+    db.wait_column("mixed.e", "n")
+    db.admin.execute("INSERT INTO mixed.e (n) VALUES (1), (2)")
+    assert db.one("SELECT count(*) FROM mixed.e") == 2
+    collect(db.admin, "mixed", "e", {"n": 3})
+    wait_published(db, "mixed")
+    assert [event["n"] for *_, event in records(db, kafka, "mixed", "mixed.e")] == [3]
+    # Back to Postgres: from the next call on.
+    db.admin.execute("SELECT rakam.set_event_store('mixed', NULL)")
+    assert db.one("SELECT event_store FROM rakam.projects WHERE project = 'mixed'") is None
+    collect(db.admin, "mixed", "e", {"n": 4})
+    assert db.one("SELECT count(*) FROM mixed.e") == 3
+    assert len(records(db, kafka, "mixed", "mixed.e")) == 1
+
+
+def clients(db, name: str, rounds: int, seed: int, stop: threading.Event | None = None) -> dict[str, list[int]]:
+    """Eight clients that commit, roll back, and roll back to savepoints; what each user of theirs has committed, in order."""
+    committed: dict[str, list[int]] = defaultdict(list)
+    errors: list[Exception] = []
+
+    def run(number: int) -> None:
+        dice = random.Random(seed * 100 + number)
+        session = db.connect(autocommit=False)
+        counters: dict[str, int] = defaultdict(int)
+
+        def event(user: str) -> dict:
+            counters[user] += 1
+            return {"_user": user, "n": counters[user]}
+
+        try:
+            for at in range(rounds):
+                if stop is not None and stop.is_set():
+                    return
+                sent: list[tuple[str, int]] = []
+                for _ in range(dice.randrange(1, 4)):
+                    user = f"c{number}u{dice.randrange(3)}"
+                    undo = dice.random() < 0.2
+                    if undo:
+                        session.execute("SAVEPOINT s")
+                    if dice.random() < 0.5:
+                        given = event(user)
+                        collect(session, name, f"e{at % 3}", given)
+                        now = [(user, given["n"])]
+                    else:
+                        several = [event(user) for _ in range(dice.randrange(1, 30))]
+                        collect_batch(session, name, [(f"e{at % 3}", given) for given in several])
+                        now = [(user, given["n"]) for given in several]
+                    if undo:
+                        session.execute("ROLLBACK TO s")
+                    else:
+                        sent += now
+                if dice.random() < 0.2:
+                    session.rollback()
+                else:
+                    session.commit()
+                    for user, n in sent:
+                        committed[user].append(n)
+        except Exception as error:
+            errors.append(error)
+        finally:
+            session.close()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    return committed
+
+
+def assert_all_once(db, kafka, name: str, topics: list[str], committed: dict[str, list[int]]) -> None:
+    """Every committed event once, none else, and each key's in one partition of a topic and in its order."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for topic in topics:
+        if kafka.partitions(topic) == 0:
+            continue
+        for partition, key, event in once(records(db, kafka, name, topic)):
+            assert key == event["_user"]
+            found[topic, key].append(int(event["n"]))
+            places[topic, key].add(partition)
+    got: dict[str, list[int]] = defaultdict(list)
+    for (_, user), numbers in found.items():
+        assert numbers == sorted(numbers), f"the events of {user} are in their order"
+        got[user] += numbers
+    assert all(len(numbers) == 1 for numbers in places.values()), "a key is in one partition"
+    assert {user: sorted(numbers) for user, numbers in got.items()} == {
+        user: sorted(numbers) for user, numbers in committed.items()
+    }
+
+
+def test_eight_clients_with_rollbacks(db, kafka, server):
+    project(db, "eight")
+    committed = clients(db, "eight", ROUNDS, 1)
+    wait_published(db, "eight")
+    assert_all_once(db, kafka, "eight", [f"eight.e{n}" for n in range(3)], committed)
+
+
+def test_a_key_stays_where_it_is_when_partitions_are_added(db, kafka, server):
+    project(db, "grown", options={"topic": "grown"})
+    users = [f"u{n}" for n in range(50)]
+    for n in range(3):
+        collect_batch(db.admin, "grown", [("e", {"_user": user, "n": n}) for user in users])
+    wait_published(db, "grown")
+    before = {key: partition for partition, key, _ in once(records(db, kafka, "grown", "grown"))}
+    assert len(set(before.values())) == 4
+    kafka.add_partitions("grown", 7)
+    # A relay that begins anew, with new metadata, goes on as the one before.
+    kill_relay(db)
+    for n in range(3, 6):
+        collect_batch(db.admin, "grown", [("e", {"_user": user, "n": n}) for user in users])
+    wait_published(db, "grown")
+    after = once(records(db, kafka, "grown", "grown"))
+    assert {key: partition for partition, key, _ in after} == before
+    by_user = defaultdict(list)
+    for _, key, event in after:
+        by_user[key].append(event["n"])
+    assert all(numbers == [0, 1, 2, 3, 4, 5] for numbers in by_user.values())
+    # Said again, the event store looks at its topics anew.
+    db.admin.execute("SELECT rakam.set_event_store('grown', 'k', '{\"topic\": \"grown\"}')")
+    collect_batch(db.admin, "grown", [("e", {"_user": user, "n": 6}) for user in users])
+    wait_published(db, "grown")
+    now = {partition for partition, _, event in once(records(db, kafka, "grown", "grown")) if event["n"] == 6}
+    assert max(now) > 3
+
+
+def relay_pid(db) -> int | None:
+    return db.one("SELECT max(pid) FROM rakam.stat_worker WHERE kind = 'relay'")
+
+
+def kill_relay(db) -> None:
+    if pid := relay_pid(db):
+        db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        wait_until(lambda: relay_pid(db) != pid, "the relay is gone")
+
+
+@pytest.mark.parametrize("point", ["relay.after_assign", "relay.before_mark"])
+def test_a_relay_that_dies_sends_again_under_the_same_mark(private_cluster, kafka, point):
+    """kill -9 ends the whole server's sessions; everything goes on where it was."""
+    from harness.database import Database
+
+    cluster = private_cluster("relay")
+    db = Database(cluster, "relay").create()
+    kafka.create_server(db.admin, "k")
+    name = "died_" + point.rsplit("_", 1)[-1]
+    project(db, name, options={"topic": name})
+    collect(db.admin, name, "e", {"_user": "u", "n": 0})
+    wait_published(db, name)
+    db.configure(failpoint=f"{point}=exit")
+    collect_batch(db.admin, name, [("e", {"_user": f"u{n % 5}", "n": n}) for n in range(1, 200)])
+    wait_until(lambda: crashed(db), "the relay has died")
+    db.close()
+    wait_until(lambda: reset_failpoint(db), "the server is there again", 120)
+    collect(db.admin, name, "e", {"_user": "u", "n": 200})
+    wait_published(db, name)
+    found = records(db, kafka, name, name)
+    kept = once(found)
+    if point == "relay.before_mark":
+        assert len(found) > len(kept), "there are copies"
+    assert sorted(int(event["n"]) for *_, event in kept) == list(range(201))
+    sequences = {int(named["rakam-publish-seq"].split(".")[0]) for _, named, *_ in found}
+    assert sequences == set(range(1, len(sequences) + 1)), "the numbers are dense"
+    db.close()
+
+
+def crashed(db) -> bool:
+    try:
+        db.admin.execute("SELECT 1")
+        return False
+    except psycopg.Error:
+        return True
+
+
+def reset_failpoint(db) -> bool:
+    try:
+        db.configure(failpoint=None)
+        return True
+    except (psycopg.Error, AssertionError):
+        db.close()
+        return False
+
+
+def test_a_broker_that_is_away(private_cluster, private_kafka):
+    """Collecting goes on, everything comes through afterwards, in order; meanwhile others are not held up."""
+    from harness.database import Database
+
+    cluster = private_cluster("away")
+    db = Database(cluster, "away").create()
+    kafka = private_kafka
+    kafka.create_server(db.admin, "k")
+    project(db, "away")
+    db.project("others")
+    committed = clients(db, "away", 5, 2)
+    wait_published(db, "away")
+    kafka.halt()
+    for user, numbers in clients(db, "away", 0, 3).items():
+        committed[user] += numbers
+    first = {f"late{n}": list(range(20)) for n in range(10)}
+    for n in range(20):
+        collect_batch(db.admin, "away", [("e0", {"_user": user, "n": n}) for user in first])
+    wait_until(
+        lambda: db.one("SELECT status FROM rakam.health() WHERE \"check\" = 'event stores'") == "error",
+        "the outage is told",
+        120,
+    )
+    # Somebody else's events are digested as ever.
+    collect(db.admin, "others", "e", {"n": 1})
+    wait_until(lambda: db.tiers("others", "e")["hot"] == 1, "others are digested")
+    kafka.crash()
+    collect(db.admin, "away", "e0", {"_user": "late0", "n": 20})
+    first["late0"].append(20)
+    kafka.start_again()
+    wait_published(db, "away")
+    for user, numbers in first.items():
+        committed[user] += numbers
+    assert_all_once(db, kafka, "away", [f"away.e{n}" for n in range(3)], committed)
+    wait_until(
+        lambda: db.one("SELECT status FROM rakam.health() WHERE \"check\" = 'event stores'") == "ok",
+        "all is well again",
+    )
+    db.close()
+
+
+def test_the_outbox_is_bounded(private_cluster):
+    from harness.database import Database
+
+    cluster = private_cluster("full", {"rakam.max_hot_bytes": "16MB"})
+    db = Database(cluster, "full").create()
+    db.admin.execute("CREATE SERVER k TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers '127.0.0.1:1')")
+    project(db, "full")
+    db.project("others")
+    text = "x" * 20_000
+
+    def fill() -> bool:
+        try:
+            for _ in range(20):
+                collect(db.admin, "full", "e", {"text": "".join(random.choices("abcdefghij", k=20_000)) + text[:1]})
+        except psycopg.Error as error:
+            assert error.sqlstate == "53100"
+            return True
+        return False
+
+    wait_until(fill, "the outbox is full", 120)
+    # That is nobody else's matter.
+    collect(db.admin, "others", "e", {"n": 1})
+    assert db.one("SELECT count(*) FROM others._all") == 1
+    # What waits for a broker that never was stays, also when the project's events are stored here again.
+    db.admin.execute("SELECT rakam.set_event_store('full', NULL)")
+    collect(db.admin, "full", "e", {"n": 1})
+    assert db.one("SELECT n > 0 FROM (SELECT count(*) AS n FROM rakam_internal.outbox_0) o") is True
+    db.close()
+
+
+def test_space_is_given_back(db, kafka, server):
+    project(db, "space")
+    size = "SELECT sum(pg_total_relation_size('rakam_internal.outbox_' || k)) FROM generate_series(0, 2) k"
+    for n in range(12):
+        texts = ["".join(random.choices("abcdefghij", k=20_000)) for _ in range(100)]
+        collect_batch(db.admin, "space", [("e", {"n": n, "text": text}) for text in texts])
+    wait_published(db, "space")
+    wait_until(lambda: db.one(size) < 2_000_000, "the outbox is small again", 120)
+
+
+def test_poison_does_not_stop_the_rest(db, kafka, server):
+    kafka.create_topic("poison.small", 2, max_message_bytes="20000")
+    project(db, "poison")
+    collect(db.admin, "poison", "small", {"_user": "u", "n": 1})
+    collect(
+        db.admin, "poison", "small", {"_user": "u", "n": 2, "text": "".join(random.choices("abcdefghij", k=60_000))}
+    )
+    collect(db.admin, "poison", "small", {"_user": "u", "n": 3})
+    # A collection whose name no topic can have goes out under one that can.
+    collect(db.admin, "poison", "größe", {"_user": "u", "n": 4})
+    wait_published(db, "poison")
+    assert [event["n"] for _, _, event in once(records(db, kafka, "poison", "poison.small"))] == [1, 3]
+    odd = records(db, kafka, "poison", "poison.gr_uf6__udf_e")
+    assert {named["rakam-collection"] for _, named, *_ in odd} == {"größe"}
+    assert [event["n"] for *_, event in once(odd)] == [4]
+    letters = db.all("SELECT source, payload, error FROM rakam.dead_letter WHERE project = 'poison'")
+    assert len(letters) == 1
+    source, payload, error = letters[0]
+    assert source is None and json.loads(payload)["n"] == 2 and "bytes" in error
+    # A replay sends it again; into Postgres where the project's events stay there by then.
+    db.admin.execute("SELECT rakam.set_event_store('poison', NULL)")
+    assert db.one("SELECT rakam.replay_dead_letters('poison')") == 1
+    assert db.one("SELECT count(*) FROM poison.small") == 1
+
+
+def test_kinesis(db, kinesis):
+    kinesis.create_stream("out", 2)
+    kinesis.create_server(db.admin, "n")
+    project(db, "stream", "n", {"stream": "out"})
+    with refused("22023"):
+        db.admin.execute("SELECT rakam.set_event_store('stream', 'n', '{}')")
+    with refused("22023"):
+        db.admin.execute("SELECT rakam.set_event_store('stream', 'n', %s)", ('{"stream": "x", "topic": "y"}',))
+    for n in range(5):
+        collect_batch(db.admin, "stream", [("e", {"_user": f"u{user}", "n": n}) for user in range(10)])
+    collect(db.admin, "stream", "other", {"n": 1})
+    wait_published(db, "stream")
+    by_user = defaultdict(list)
+    for found in kinesis.read("out").values():
+        for record in found:
+            event = framed(db, "stream", record["Data"])
+            if event.get("_user"):
+                assert record["PartitionKey"] == event["_user"]
+                by_user[event["_user"]].append(event["n"])
+    assert dict(by_user) == {f"u{user}": [0, 1, 2, 3, 4] for user in range(10)}
+
+
+def test_a_dump_carries_what_waits(cluster, db, kafka, server):
+    """The batch under way keeps its marks, whoever sends it; what a copy collects has an origin of its own."""
+    from harness.database import Database
+
+    project(db, "dumped", options={"topic": "dumped"})
+    collect(db.admin, "dumped", "e", {"_user": "u", "n": 1})
+    wait_published(db, "dumped")
+    db.admin.execute("ALTER SERVER k OPTIONS (SET brokers '127.0.0.1:1')")
+    kill_relay(db)
+    collect_batch(db.admin, "dumped", [("e", {"_user": "u", "n": 2}), ("new", {"_user": "u", "n": 3})])
+    wait_until(lambda: db.one("SELECT count(*) FROM rakam_internal.outbox_batch") == 1, "the batch has its number")
+    dump = cluster.make_folder("dump_event_store") / "whole.dump"
+    cluster.run("pg_dump", "-Fc", "-f", dump, db.name, env=cluster.environment())
+    there = f"ALTER SERVER k OPTIONS (SET brokers '{kafka.brokers}')"
+    db.admin.execute(there)
+    restored = Database(cluster, "event_store_copy").create(extension=False)
+    try:
+        done = cluster.run("pg_restore", "-d", restored.name, dump, env=cluster.environment())
+        assert "error" not in done.stderr.lower(), done.stderr
+        restored.admin.execute(there)
+        wait_published(db, "dumped")
+        wait_until(
+            lambda: restored.one("SELECT count(*) FROM rakam_internal.outbox_restored") == 0, "rows are put back"
+        )
+        wait_published(restored, "dumped")
+        found = records(db, kafka, "dumped", "dumped")
+        assert sorted(event["n"] for *_, event in once(found)) == [1, 2, 3]
+        assert len({named["rakam-origin"] for _, named, *_ in found}) == 1
+        collect(restored.admin, "dumped", "e", {"_user": "u", "n": 4})
+        wait_published(restored, "dumped")
+        found = records(db, kafka, "dumped", "dumped")
+        marks = {named["rakam-origin"]: named["rakam-publish-seq"] for _, named, _, event in found if event["n"] == 4}
+        assert list(marks.values()) == ["1.0"]
+        assert len({named["rakam-origin"] for _, named, *_ in found}) == 2
+    finally:
+        restored.drop()
