@@ -26,11 +26,12 @@ import clickstream  # noqa: E402
 import duckdb  # noqa: E402
 import lake  # noqa: E402
 import pyarrow  # noqa: E402
-import sources  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database, one  # noqa: E402
 from measure import Table, cpu_s, interleaved, reaped_cpu_s, thread_cpu_s, wakeups, wall_s  # noqa: E402
+
+import sources  # noqa: E402
 
 # Last the one that makes files up: what merges files stumbles over those.
 CHAPTERS = [

@@ -56,7 +56,9 @@ def events(count: int, with_id: bool):
             elif name == "_user":
                 event[name] = f"user {numbers.randrange(100_000)}"
             else:
-                event[name] = f"{numbers.choice(WORDS)} {numbers.randrange(1000)} of {numbers.choice(WORDS)}"
+                event[name] = (
+                    f"{numbers.choice(WORDS)} {numbers.randrange(1000)} of {numbers.choice(WORDS)}, {numbers.choice(WORDS)}"
+                )
         if with_id:
             event["_id"] = f"{n:012x}-{numbers.getrandbits(64):016x}"
         yield event

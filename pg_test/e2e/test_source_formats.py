@@ -7,6 +7,7 @@ import io
 import json
 import random
 import struct
+import threading
 from decimal import Decimal
 
 import fastavro
@@ -171,6 +172,23 @@ def test_the_shape_decides_what_an_envelope_is(db, kafka, server):
     one_place = Stream(db, kafka, "one.place").start(collection="elsewhere")
     one_place.send(b'{"n": 7}')
     assert events(db, "elsewhere") == [{"n": 7}]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "lz4", "snappy"])
+def test_compressed_records(db, kafka, server, codec):
+    stream = Stream(db, kafka, f"compressed_{codec}").start()
+    kafka.send(stream.name, [b'{"n": 1}'] * MANY, kafka.producer(compression_type=codec))
+    stream.wait()
+    assert count(db, stream.name) == MANY
+
+
+def test_a_compression_that_cannot_be_read_is_told(db, kafka, stream):
+    stream.start()
+    stream.send(b'{"n": 1}')
+    kafka.send(stream.name, [b'{"n": 2}'] * MANY, kafka.producer(compression_type="zstd"))
+    error = "SELECT last_error FROM rakam.stat_source WHERE source = %s"
+    wait_until(lambda: db.one(error, stream.name), "the source says what it struggles with")
+    assert (stream.offset(), count(db, stream.name)) == (1, 1)
 
 
 def test_tombstones_are_skipped(db, stream):
@@ -412,6 +430,67 @@ def test_our_own_framing_of_any_version(db, kafka, server, many):
     )
 
 
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(cluster, db, keys):
+    """A folder that is read through the server `files`."""
+    folder = cluster.make_folder("formats")
+    db.admin.execute(f"CREATE SERVER folder FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{folder}')")
+    db.admin.execute("CREATE SERVER files TYPE 'files' FOREIGN DATA WRAPPER rakam_source OPTIONS (storage 'folder')")
+    return folder
+
+
+def put(cluster, folder, name: str, text: str) -> str:
+    """A file that is there as a whole at once, in a folder of its own; its path."""
+    path = f"{name.split('.')[0]}/{name}"
+    target = folder / path
+    cluster.make_folder(target.parent.relative_to(cluster.folder).as_posix())
+    part = target.with_name(f".{name}.part")
+    part.write_text(text)
+    part.chmod(0o644)
+    part.rename(target)
+    return path
+
+
+def read_file(db, source: str, path: str) -> None:
+    state = "SELECT state FROM rakam.offsets WHERE source = %s AND split = %s"
+    wait_until(lambda: db.one(state, source, path) == "ended", f"{path} is read")
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_rows_of_files(cluster, db, folder, many):
+    source = f"rows_{many}".lower()
+    copies = MANY if many else 2
+    path = put(
+        cluster,
+        folder,
+        f"{source}.ndjson",
+        '{"n": 1}\n{"n":\n{"n": 2, "_received_at": 1}\n' + '{"n": 3, "_id": "i"}\n' * copies,
+    )
+    given = json.dumps({"collection": source, "prefix": source})
+    db.admin.execute("SELECT rakam.create_source(%s, %s, 'files', %s)", (PROJECT, source, given))
+    read_file(db, source, path)
+    assert sorted(e["n"] for e in events(db, source)) == [1, 3]
+    letters = (
+        "SELECT split, off::int8, convert_from(payload, 'UTF8') FROM rakam.dead_letter WHERE source = %s ORDER BY off"
+    )
+    assert db.all(letters, source) == [
+        (path, 2, '{"n":'),
+        (path, 3, '{"n": 2, "_received_at": 1}'),
+    ]
+
+
+def test_a_file_with_a_column_of_the_servers(cluster, db, folder):
+    path = put(cluster, folder, "reserved.csv", "n,_received_at\n1,2020-01-01\n2,2020-01-01\n")
+    given = json.dumps({"collection": "reserved", "prefix": "reserved"})
+    db.admin.execute("SELECT rakam.create_source(%s, 'reserved', 'files', %s)", (PROJECT, given))
+    read_file(db, "reserved", path)
+    assert db.one("SELECT count(*) FROM rakam.dead_letter WHERE source = 'reserved'") == 2
+    assert count(db, "reserved") == 0
+
+
 # -- poison ----------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +524,38 @@ def test_a_storm_of_poison_stops_nobody(db, stream):
     assert events(db, stream.name) == [{"n": 1}]
     assert db.one("SELECT count(DISTINCT off) FROM rakam.dead_letter WHERE source = %s", stream.name) == storm
     db.admin.execute("DELETE FROM rakam_internal.dead_letter WHERE source = %s", (stream.name,))
+
+
+def test_a_collection_that_is_dropped_leaves_nothing_behind(db, stream):
+    stream.start()
+    stream.send(*[b'{"n": 1}'] * MANY)
+    collection = db.one("SELECT collection_id FROM rakam_internal.collection WHERE name = %s", stream.name)
+    db.configure(failpoint="stream.after_store=sleep(60000)")
+    try:
+        stream.send(*[b'{"n": 2}'] * MANY, wait=False)
+        holds = (
+            "SELECT count(*) FROM pg_locks WHERE relation = 'rakam_internal.hot_chunk'::regclass"
+            " AND mode = 'RowExclusiveLock' AND pid IN (SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer')"
+        )
+        wait_until(lambda: db.one(holds) > 0, "the batch is stored and not committed")
+        with db.connect() as session:
+            dropping = threading.Thread(
+                target=session.execute, args=("SELECT rakam.drop_collection(%s, %s)", (PROJECT, stream.name))
+            )
+            dropping.start()
+            waits = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND backend_type LIKE 'rakam %%'"
+            )
+            wait_until(lambda: db.one(waits) > 0, "the drop waits for the batch")
+            db.configure(failpoint=None)
+            dropping.join(60)
+            assert not dropping.is_alive()
+    finally:
+        db.configure(failpoint=None)
+    stream.wait()
+    assert db.one("SELECT count(*) FROM rakam_internal.hot_chunk WHERE collection_id = %s", collection) == 0
+    stream.send(b'{"n": 3}')
+    assert events(db, stream.name) == [{"n": 3}]
 
 
 def test_dead_letters_are_the_projects_own(db, stream):
