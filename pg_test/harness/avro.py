@@ -31,3 +31,12 @@ def container(schema: dict[str, Any], events: list[dict[str, Any]], codec: str =
     out = io.BytesIO()
     fastavro.writer(out, fastavro.parse_schema(schema), events, codec)
     return out.getvalue()
+
+
+def read_confluent(schemas: dict[int, dict[str, Any]], record: bytes) -> dict[str, Any]:
+    """The event of a record in the framing of Confluent's registry, by the schema that its id names."""
+    assert record[0] == 0
+    (schema_id,) = struct.unpack(">I", record[1:5])
+    found = fastavro.schemaless_reader(io.BytesIO(record[5:]), fastavro.parse_schema(schemas[schema_id]), None)
+    assert isinstance(found, dict)
+    return found
