@@ -56,23 +56,38 @@ impl Found {
 
     /// What makes it this file, as it is now: one that has been changed is another one.
     pub fn identity(&self) -> Vec<u8> {
-        let (place, version) = match &self.at {
-            Location::File(path) => (path.as_os_str().as_encoded_bytes(), None),
-            Location::Object(object) => (object.info.path.as_bytes(), object.info.tag()),
+        let place = match &self.at {
+            Location::File(path) => path.as_os_str().as_encoded_bytes(),
+            Location::Object(object) => object.info.path.as_bytes(),
         };
         let mut identity = Vec::with_capacity(place.len() + 64);
         identity.extend_from_slice(&(place.len() as u64).to_le_bytes());
         identity.extend_from_slice(place);
-        identity.extend_from_slice(&self.bytes.to_le_bytes());
-        match version {
-            // A look at one object says less of its time than a list.
-            Some(version) => {
-                identity.extend_from_slice(&(version.len() as u64).to_le_bytes());
-                identity.extend_from_slice(version.as_bytes());
-            }
-            None => identity.extend_from_slice(&self.modified_ns.to_le_bytes()),
-        }
+        self.write_version(&mut identity);
         identity
+    }
+
+    /// What tells it from another file of its name.
+    pub fn version(&self) -> Vec<u8> {
+        let mut version = Vec::with_capacity(64);
+        self.write_version(&mut version);
+        version
+    }
+
+    fn write_version(&self, out: &mut Vec<u8>) {
+        let tag = match &self.at {
+            Location::File(_) => None,
+            Location::Object(object) => object.info.tag(),
+        };
+        out.extend_from_slice(&self.bytes.to_le_bytes());
+        match tag {
+            // A look at one object says less of its time than a list.
+            Some(tag) => {
+                out.extend_from_slice(&(tag.len() as u64).to_le_bytes());
+                out.extend_from_slice(tag.as_bytes());
+            }
+            None => out.extend_from_slice(&self.modified_ns.to_le_bytes()),
+        }
     }
 
     /// Whether reading it waits for a network.
@@ -115,17 +130,66 @@ impl Root {
         format: Option<Format>,
         stop: &Stop,
     ) -> Result<Vec<Found>, FilesError> {
+        self.data(relative(prefix)?, format, MAX_FILES, stop).await
+    }
+
+    /// The same of a prefix that may be empty, which is everything, with so many files at most.
+    pub async fn data(
+        &self,
+        prefix: &str,
+        format: Option<Format>,
+        most: usize,
+        stop: &Stop,
+    ) -> Result<Vec<Found>, FilesError> {
+        if !prefix.is_empty() {
+            relative(prefix)?;
+        }
         match self {
             Self::Directory { path, confined } => {
                 let (path, confined, prefix) = (path.clone(), *confined, prefix.to_owned());
                 let stopped = stop.clone();
-                let look =
-                    move || below(&path, &prefix, confined, format, &|| !stopped.is_stopped());
+                let look = move || {
+                    let go_on = || !stopped.is_stopped();
+                    data_below(&path, &prefix, confined, (format, most), &go_on)
+                };
                 stop.or(async { blocking(look).await? }).await
             }
-            Self::Bucket(objects) => objects_below(objects, prefix, format).await,
+            Self::Bucket(objects) => objects_below(objects, prefix, (format, most)).await,
         }
     }
+
+    /// The file of this name; None if there is none. An error if its directory or bucket cannot be looked at.
+    pub async fn get(&self, name: &str, stop: &Stop) -> Result<Option<Found>, FilesError> {
+        relative(name)?;
+        match self {
+            Self::Directory { path, confined } => {
+                let (path, confined, name) = (path.clone(), *confined, name.to_owned());
+                let look = move || {
+                    let root = there(&path)?;
+                    file(&root, &root.join(&name), confined)
+                };
+                stop.or(async { blocking(look).await? }).await
+            }
+            Self::Bucket(objects) => Ok(objects.get(name).await?.map(Found::from)),
+        }
+    }
+
+    /// That the directory or bucket is there.
+    pub async fn check(&self, stop: &Stop) -> Result<(), FilesError> {
+        match self {
+            Self::Directory { path, .. } => {
+                let path = path.clone();
+                let look = move || there(&path).map(drop);
+                stop.or(async { blocking(look).await? }).await
+            }
+            Self::Bucket(objects) => objects.check().await,
+        }
+    }
+}
+
+/// A root without symbolic links. Where it lies is not for everybody to know.
+fn there(root: &Path) -> Result<PathBuf, FilesError> {
+    fs::canonicalize(root).map_err(|e| FilesError::io("open", "of the storage", &e))
 }
 
 fn is_pattern(name: &str) -> bool {
@@ -197,10 +261,12 @@ async fn matching(objects: &Objects, pattern: &str) -> Result<Vec<Found>, FilesE
 async fn objects_below(
     objects: &Objects,
     prefix: &str,
-    format: Option<Format>,
+    (format, most): (Option<Format>, usize),
 ) -> Result<Vec<Found>, FilesError> {
-    let prefix = relative(prefix)?.trim_end_matches('/');
-    if let Some(object) = objects.get(prefix).await? {
+    let prefix = prefix.trim_end_matches('/');
+    if !prefix.is_empty()
+        && let Some(object) = objects.get(prefix).await?
+    {
         return Ok(vec![object.into()]);
     }
     if is_pattern(prefix) {
@@ -210,7 +276,11 @@ async fn objects_below(
     let found = objects
         .list(prefix, |name, bytes| {
             seen = true;
-            let Some(rest) = name.strip_prefix(prefix).and_then(|r| r.strip_prefix('/')) else {
+            let rest = match prefix {
+                "" => Some(name),
+                _ => name.strip_prefix(prefix).and_then(|r| r.strip_prefix('/')),
+            };
+            let Some(rest) = rest else {
                 return Ok(false);
             };
             let mut names = rest.split('/').rev();
@@ -219,16 +289,17 @@ async fn objects_below(
                 && is_data(file, format)
                 && !is_marker(file, bytes);
             count += usize::from(wanted);
-            if count > MAX_FILES {
-                return Err(too_many(
-                    prefix,
-                    "there are more than 100,000 files below it",
-                ));
+            if count > most {
+                return Err(too_many(prefix, "there are too many files below it"));
             }
             Ok(wanted)
         })
         .await?;
     if !seen {
+        if prefix.is_empty() {
+            objects.check().await?;
+            return Ok(Vec::new());
+        }
         return Err(FilesError::NoFile(prefix.to_owned()));
     }
     Ok(sorted(found))
@@ -326,7 +397,22 @@ pub fn below(
     format: Option<Format>,
     go_on: &dyn Fn() -> bool,
 ) -> Result<Vec<Found>, FilesError> {
-    let prefix = relative(prefix)?;
+    data_below(
+        root,
+        relative(prefix)?,
+        confined,
+        (format, MAX_FILES),
+        go_on,
+    )
+}
+
+fn data_below(
+    root: &Path,
+    prefix: &str,
+    confined: bool,
+    (format, most): (Option<Format>, usize),
+    go_on: &dyn Fn() -> bool,
+) -> Result<Vec<Found>, FilesError> {
     let gone = || FilesError::NoFile(prefix.to_owned());
     let root = match fs::canonicalize(root) {
         Ok(root) => root,
@@ -385,11 +471,8 @@ pub fn below(
             {
                 found.push(file);
             }
-            if found.len() > MAX_FILES {
-                return Err(too_many(
-                    prefix,
-                    "there are more than 100,000 files below it",
-                ));
+            if found.len() > most {
+                return Err(too_many(prefix, "there are too many files below it"));
             }
         }
     }

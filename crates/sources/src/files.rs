@@ -1,151 +1,102 @@
 //! Files: each object under a prefix of a storage once.
 //!
-//! An object is a split that ends. It is read as `copy_from` reads it, by [`rakam_files::source`], piece by piece from where a
-//! stored position says: from the directory itself, or from a copy of the object in a scratch folder. Objects are taken for
-//! immutable: one that changes while it is read stops.
+//! An object is a split that ends. It is found and read as `copy_from` finds and reads it ([`rakam_files::locate`],
+//! [`rakam_files::source`]), piece by piece from where a stored position says. Objects are taken for immutable: one that is
+//! another one than was begun stops. So does one that cannot be read; those that the storage does not give at present are tried
+//! again, and hold up no others.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use futures::TryStreamExt;
 use rakam_event::types::FieldType;
-use rakam_files::format::Format;
-use rakam_files::locate::Found;
-use rakam_files::source::{self, Meter, Piece, Spec};
-use rakam_files::{FilesError, source::Source};
-use rakam_lake::storage::{ObjectInfo, Storage};
-use tempfile::NamedTempFile;
-use tokio::task::spawn_blocking;
+use rakam_files::FilesError;
+use rakam_files::locate::{Found, Root};
+use rakam_files::object;
+use rakam_files::source::{self, Meter, Piece, Source, Spec};
 
 use crate::batch::{Batch, FilePiece, Limits, Stop};
 use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
-use crate::position::Position;
+use crate::position::{Position, version_hash};
 use crate::source::{Fetch, Lag, Split, Splits, Start};
 
-/// Bytes of an object that are copied at a time.
-const COPY_BYTES: u64 = 8 << 20;
+/// Most objects of a source: each is a row of the checkpoint table.
+const MOST_OBJECTS: usize = 1_000_000;
+/// An object that could not be read so often, while others could, is not to be read.
+const MOST_FAILURES: u32 = 5;
 
 /// Objects under a prefix.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Objects {
-    pub storage: Storage,
-    /// Of the storage, if it is a directory: its files are read where they are.
-    pub directory: Option<PathBuf>,
-    /// A path of whole components; empty: all of the storage.
+    pub root: Root,
+    /// Ends what is on its way: with the reader that has them.
+    pub stop: object::Stop,
+    /// An object, a pattern, or a path of whole components, as for `attach_files`; empty: all of the storage.
     pub prefix: String,
     pub spec: Spec,
 }
 
 impl Objects {
-    async fn found(&self) -> Result<Vec<ObjectInfo>, SourceError> {
-        let mut found: Vec<ObjectInfo> = self
-            .storage
-            .list(&self.prefix)
-            .try_filter(|object| std::future::ready(self.is_data(&object.path)))
-            .try_collect()
-            .await?;
-        found.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok(found)
-    }
-
-    /// As when a prefix is attached: names below it that begin with a dot or an underscore are no data, but `key=value`; nor
-    /// are files whose suffix is that of another format, or without a format of none.
-    fn is_data(&self, path: &str) -> bool {
-        let below = path.strip_prefix(&self.prefix).unwrap_or(path);
-        let hidden = |name: &str| name.starts_with(['.', '_']) && !name.contains('=');
-        if below.split('/').any(hidden) {
-            return false;
-        }
-        match (self.spec.format, Format::of_name(path)) {
-            (Some(format), Ok(other)) => format == other,
-            (Some(_), Err(_)) => true,
-            (None, other) => other.is_ok(),
+    /// Those whose data they are: see [`rakam_files::locate::below`].
+    async fn found(&self) -> Result<Vec<Found>, SourceError> {
+        let found = (self.root)
+            .data(&self.prefix, self.spec.format, MOST_OBJECTS, &self.stop)
+            .await;
+        match found {
+            // The first object is still to come, unless the storage itself is missing.
+            Err(FilesError::NoFile(_)) => {
+                let there = self.root.check(&self.stop).await;
+                there.map(|()| Vec::new()).map_err(unlisted)
+            }
+            found => found.map_err(unlisted),
         }
     }
-}
 
-impl Objects {
     /// Opens an object at a position.
-    async fn begin(&self, split: &str, from: &Position, scratch: &Path) -> Result<Reading, Fault> {
-        let info = match self.storage.head(split).await.map_err(SourceError::from) {
-            Ok(info) => info,
-            Err(SourceError::Missing { .. }) => return Err(Fault::Stop(StopReason::Gone)),
-            Err(error) => return Err(Fault::Trouble(error)),
+    async fn begin(&self, split: &str, from: &Position) -> Result<Reading, Fault> {
+        // While the storage itself is missing nothing is known of its objects.
+        let found = self.root.get(split, &self.stop).await;
+        let Some(found) = found.map_err(Fault::for_now)? else {
+            return Err(Fault::Stop(StopReason::Gone));
         };
-        let modified_ms = info
-            .modified
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_millis() as u64);
+        let version = version_hash(&found.version());
         let from = match *from {
             Position::Row {
                 row,
                 byte,
                 line,
-                size,
-                modified_ms: then,
+                version: then,
             } => {
-                if (size, then) != (info.bytes, modified_ms) {
+                if then != version {
                     return Err(Fault::Stop(StopReason::Changed));
                 }
                 source::Position { row, byte, line }
             }
             _ => source::Position::default(),
         };
-        let (path, copy) = match &self.directory {
-            Some(root) => (root.join(split), None),
-            None => {
-                let copy = self.copy(split, &info, scratch).await?;
-                (copy.path().to_owned(), Some(copy))
-            }
-        };
-        let (name, spec) = (split.to_owned(), self.spec.clone());
-        let source = spawn_blocking(move || {
-            source::open(&Found::file(path, &name), &spec, from, &Meter::default())
-        })
-        .await
-        .map_err(|error| Fault::Stop(StopReason::Unreadable(error.to_string())))??;
+        let spec = self.spec.clone();
+        let open = move || source::open(&found, &spec, from, &Meter::default());
+        let source = object::blocking(open).await??;
         Ok(Reading {
             split: split.to_owned(),
             declared: source.declared().into(),
             source,
-            size: info.bytes,
-            modified_ms,
-            _copy: copy,
+            version,
         })
     }
+}
 
-    async fn copy(
-        &self,
-        split: &str,
-        info: &ObjectInfo,
-        scratch: &Path,
-    ) -> Result<NamedTempFile, Fault> {
-        let failed = |error: std::io::Error| {
-            Fault::Trouble(SourceError::Unreachable {
-                action: "copy an object to the scratch folder",
-                reason: error.to_string(),
-            })
-        };
-        let copy = NamedTempFile::new_in(scratch).map_err(failed)?;
-        let mut at = 0;
-        while at < info.bytes {
-            let to = (at + COPY_BYTES).min(info.bytes);
-            let bytes = self.storage.get_range(split, at..to).await;
-            let bytes = bytes.map_err(|error| Fault::Trouble(error.into()))?;
-            if bytes.len() as u64 != to - at {
-                return Err(Fault::Stop(StopReason::Changed));
-            }
-            let mut file = copy.as_file().try_clone().map_err(failed)?;
-            spawn_blocking(move || std::io::Write::write_all(&mut file, &bytes))
-                .await
-                .map_err(|error| failed(std::io::Error::other(error)))?
-                .map_err(failed)?;
-            at = to;
+/// Why objects could not be listed.
+fn unlisted(error: FilesError) -> SourceError {
+    match &error {
+        FilesError::Path { .. } | FilesError::Option { .. } => {
+            SourceError::option(error.to_string(), error.hint().unwrap_or_default())
         }
-        Ok(copy)
+        _ => SourceError::Unreachable {
+            action: "list the objects of a storage",
+            reason: error.to_string(),
+        },
     }
 }
 
@@ -153,8 +104,8 @@ impl Objects {
 impl Splits for Objects {
     async fn list(&mut self) -> Result<Vec<Split>, SourceError> {
         let found = self.found().await?;
-        let split = |object: ObjectInfo| Split {
-            id: object.path,
+        let split = |object: Found| Split {
+            id: object.name,
             parents: Vec::new(),
             closed: true,
         };
@@ -179,23 +130,42 @@ impl Splits for Objects {
 /// Reads objects, one after another.
 pub struct FileFetch {
     objects: Objects,
-    scratch: PathBuf,
-    cursors: Cursors<()>,
+    /// How long an object is left alone after a first failure: twice as long after each further one.
+    pause: Duration,
+    cursors: Cursors<Known>,
     reading: Option<Reading>,
     /// A poll began whose batch nobody has got.
     undelivered: bool,
+}
+
+impl Drop for FileFetch {
+    fn drop(&mut self) {
+        self.objects.stop.stop();
+    }
+}
+
+/// What is known of an object beside its positions.
+struct Known {
+    /// In succession.
+    failures: u32,
+    /// Others could be read since the first of them.
+    others_went_on: bool,
+    due: Instant,
 }
 
 /// The object being read.
 struct Reading {
     split: String,
     source: Box<dyn Source>,
-    declared: Arc<[(String, FieldType)]>,
-    size: u64,
-    modified_ms: u64,
-    /// Removed when the reading ends.
-    _copy: Option<NamedTempFile>,
+    declared: Declared,
+    version: u64,
 }
+
+/// Columns whose type the object itself says.
+type Declared = Arc<[(String, FieldType)]>;
+
+/// A piece of an object and the position behind it; None: the object's end.
+type Told = Option<(Piece, Declared, Position)>;
 
 /// Why an object gives no piece.
 enum Fault {
@@ -203,47 +173,65 @@ enum Fault {
     Trouble(SourceError),
 }
 
+impl Fault {
+    fn for_now(error: FilesError) -> Self {
+        Self::Trouble(SourceError::Unreachable {
+            action: "read an object",
+            reason: error.to_string(),
+        })
+    }
+}
+
 impl From<FilesError> for Fault {
     fn from(error: FilesError) -> Self {
-        match error {
-            FilesError::Io { .. } => Self::Trouble(SourceError::Unreachable {
-                action: "read an object",
-                reason: error.to_string(),
-            }),
-            error => Self::Stop(error.into()),
+        let at_present = match &error {
+            FilesError::Io { kind, .. } => match kind {
+                std::io::ErrorKind::NotFound => return Self::Stop(StopReason::Gone),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::IsADirectory => false,
+                _ => true,
+            },
+            // What was changed while it was read is told from what was begun by the next attempt.
+            FilesError::Store { sqlstate, .. } => match *sqlstate {
+                "58P01" => return Self::Stop(StopReason::Gone),
+                sqlstate => matches!(sqlstate, "58030" | "53100"),
+            },
+            FilesError::Cancelled => true,
+            _ => false,
+        };
+        match at_present {
+            true => Self::for_now(error),
+            false => Self::Stop(error.into()),
         }
     }
 }
 
 impl FileFetch {
-    /// Copies of objects of a bucket lie in `scratch` while they are read.
-    pub fn new(objects: Objects, scratch: PathBuf) -> Self {
+    pub fn new(objects: Objects) -> Self {
+        Self::with_pause(objects, Duration::from_secs(1))
+    }
+
+    fn with_pause(objects: Objects, pause: Duration) -> Self {
         Self {
             objects,
-            scratch,
+            pause,
             cursors: Cursors::default(),
             reading: None,
             undelivered: false,
         }
     }
 
-    /// The next piece of an object; None at its end. What a dropped call had read is read again.
-    async fn piece(
-        &mut self,
-        split: &str,
-        from: &Position,
-    ) -> Result<Option<(Piece, Position)>, Fault> {
+    /// The next piece of an object. What a dropped call had read is read again.
+    async fn piece(&mut self, split: &str, from: &Position) -> Result<Told, Fault> {
         let reading = match self.reading.take().filter(|r| r.split == split) {
             Some(reading) => reading,
-            None => self.objects.begin(split, from, &self.scratch).await?,
+            None => self.objects.begin(split, from).await?,
         };
-        let (reading, piece) = spawn_blocking(move || {
+        let next = move || {
             let mut reading = reading;
             let piece = reading.source.next();
             (reading, piece)
-        })
-        .await
-        .map_err(|error| Fault::Stop(StopReason::Unreadable(error.to_string())))?;
+        };
+        let (reading, piece) = object::blocking(next).await?;
         let Some(piece) = piece? else {
             return Ok(None);
         };
@@ -251,11 +239,82 @@ impl FileFetch {
             row: piece.after.row,
             byte: piece.after.byte,
             line: piece.after.line,
-            size: reading.size,
-            modified_ms: reading.modified_ms,
+            version: reading.version,
         };
+        let declared = Arc::clone(&reading.declared);
         self.reading = Some(reading);
-        Ok(Some((piece, to)))
+        Ok(Some((piece, declared, to)))
+    }
+
+    /// The first object that is due.
+    fn next(&self) -> Option<(String, Position)> {
+        let now = Instant::now();
+        let mut open = self.cursors.iter();
+        open.find(|c| !c.done && !c.paused && c.more.due <= now)
+            .map(|c| (c.split.clone(), c.read.clone()))
+    }
+
+    /// An object was read: those that were not are at fault themselves.
+    fn others_went_on(&mut self) {
+        for cursor in self.cursors.iter_mut() {
+            cursor.more.others_went_on = true;
+        }
+    }
+
+    /// Takes in what an object gave.
+    fn hear(
+        &mut self,
+        (split, from): (String, Position),
+        told: Result<Told, Fault>,
+        batch: &mut Batch,
+    ) {
+        let pause = self.pause;
+        if told.is_ok() {
+            self.others_went_on();
+        }
+        let Some(cursor) = self.cursors.get(&split) else {
+            return;
+        };
+        let known = &mut cursor.more;
+        let reason = match told {
+            Ok(piece) => {
+                known.failures = 0;
+                let moved = batch.moved(&split, &from);
+                match piece {
+                    Some((piece, declared, to)) => {
+                        batch.moves[moved].records += piece.rows.len() as u64;
+                        batch.moves[moved].to = to.clone();
+                        batch.pieces.push(FilePiece {
+                            split: moved,
+                            piece,
+                            declared,
+                        });
+                        cursor.read = to;
+                    }
+                    None => {
+                        batch.moves[moved].ended = true;
+                        cursor.done = true;
+                    }
+                }
+                return;
+            }
+            Err(Fault::Stop(reason)) => reason,
+            Err(Fault::Trouble(error)) => {
+                if known.failures == 0 {
+                    known.others_went_on = false;
+                }
+                known.failures += 1;
+                if known.failures < MOST_FAILURES || !known.others_went_on {
+                    let factor = 1 << (known.failures - 1).min(6);
+                    known.due = Instant::now() + pause.saturating_mul(factor);
+                    batch.trouble = Some(error);
+                    return;
+                }
+                StopReason::Unreadable(error.to_string())
+            }
+        };
+        cursor.done = true;
+        batch.stops.push(Stop { split, reason });
     }
 }
 
@@ -268,7 +327,12 @@ impl Fetch for FileFetch {
             )));
         }
         self.close(split).await?;
-        self.cursors.open(split, from, ());
+        let known = Known {
+            failures: 0,
+            others_went_on: false,
+            due: Instant::now(),
+        };
+        self.cursors.open(split, from, known);
         Ok(())
     }
 
@@ -284,38 +348,16 @@ impl Fetch for FileFetch {
         }
         self.undelivered = true;
         let mut batch = Batch::default();
-        let next = self.cursors.iter().find(|c| !c.done && !c.paused);
-        let Some((split, from)) = next.map(|c| (c.split.clone(), c.read.clone())) else {
-            tokio::time::sleep(limits.wait).await;
-            self.undelivered = false;
-            return Ok(batch);
-        };
-        let piece = self.piece(&split, &from).await;
-        if let Some(cursor) = self.cursors.get(&split) {
-            match piece {
-                Ok(Some((piece, to))) => {
-                    let moved = batch.moved(&split, &from);
-                    batch.moves[moved].records = piece.rows.len() as u64;
-                    batch.moves[moved].to = to.clone();
-                    cursor.read = to;
-                    let reading = self.reading.as_ref();
-                    batch.pieces.push(FilePiece {
-                        split: moved,
-                        piece,
-                        declared: reading.map_or_else(Arc::default, |r| Arc::clone(&r.declared)),
-                    });
-                }
-                Ok(None) => {
-                    let moved = batch.moved(&split, &from);
-                    batch.moves[moved].ended = true;
-                    cursor.done = true;
-                }
-                Err(Fault::Stop(reason)) => {
-                    cursor.done = true;
-                    batch.stops.push(Stop { split, reason });
-                }
-                Err(Fault::Trouble(error)) => batch.trouble = Some(error),
+        let until = Instant::now() + limits.wait;
+        while let Some((split, from)) = self.next() {
+            let told = self.piece(&split, &from).await;
+            self.hear((split, from), told, &mut batch);
+            if !batch.stops.is_empty() || is_enough(&batch, limits) || Instant::now() >= until {
+                break;
             }
+        }
+        if batch.is_empty() {
+            tokio::time::sleep_until(until.into()).await;
         }
         self.undelivered = false;
         Ok(batch)
@@ -345,27 +387,65 @@ impl Fetch for FileFetch {
     }
 }
 
+/// Whether pieces are as many rows or bytes as a batch is to have.
+fn is_enough(batch: &Batch, limits: &Limits) -> bool {
+    let rows: u64 = batch.moves.iter().map(|moved| moved.records).sum();
+    let read = |position: &Position| match position {
+        Position::Row { byte, .. } => *byte,
+        _ => 0,
+    };
+    let moves = batch.moves.iter();
+    let bytes: u64 = moves
+        .map(|moved| read(&moved.to).saturating_sub(read(&moved.from)))
+        .sum();
+    rows >= limits.records as u64 || bytes >= limits.bytes as u64
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
-    use rakam_files::format::Options;
-    use rakam_lake::storage::{StorageConfig, StorageUrl};
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use rakam_files::format::{Format, Options};
+    use rakam_files::object::Fetching;
+    use rakam_lake::cache::{Fetcher, Memory};
+    use rakam_lake::storage::{Storage, StorageConfig, StorageUrl};
     use tempfile::TempDir;
 
     use super::*;
     use crate::conformance::{World, conforms};
 
-    /// A folder, read in place or by copies.
+    #[derive(Debug, Default)]
+    struct Unbounded(AtomicUsize);
+
+    impl Memory for Unbounded {
+        fn try_take(&self, bytes: usize) -> bool {
+            self.0.fetch_add(bytes, Ordering::Relaxed);
+            true
+        }
+
+        fn give_back(&self, bytes: usize) {
+            self.0.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// A folder, read as a directory or by the road of a bucket.
     struct Folder {
         root: TempDir,
-        copies: bool,
+        is_bucket: bool,
+        prefix: &'static str,
     }
 
     impl Folder {
-        fn new(copies: bool) -> Self {
-            let root = TempDir::new().unwrap_or_else(|e| panic!("{e}"));
-            Self { root, copies }
+        fn new(is_bucket: bool) -> Self {
+            Self {
+                root: TempDir::new().unwrap_or_else(|e| panic!("{e}")),
+                is_bucket,
+                prefix: "in",
+            }
         }
 
         fn write(&self, path: &str, text: &str) {
@@ -376,12 +456,29 @@ mod tests {
         }
 
         fn objects(&self, format: Option<Format>) -> Objects {
-            let root = self.root.path().to_owned();
-            let config = StorageConfig::directory(StorageUrl::File(root.clone()));
+            let (root, stop) = (self.root.path().to_owned(), object::Stop::new());
+            let bucket = || {
+                let config = StorageConfig::directory(StorageUrl::File(root.clone()));
+                let storage = Storage::open(&config).unwrap_or_else(|e| panic!("{e}"));
+                let fetching = Fetching {
+                    key: "1/test".to_owned(),
+                    fetcher: Arc::new(Fetcher::new(Arc::new(Unbounded::default()))),
+                    directory: None,
+                    counters: Arc::default(),
+                };
+                let objects = object::Objects::new(storage, "", fetching, &stop);
+                Root::Bucket(objects.unwrap_or_else(|e| panic!("{e}")))
+            };
             Objects {
-                storage: Storage::open(&config).unwrap_or_else(|e| panic!("{e}")),
-                directory: (!self.copies).then_some(root),
-                prefix: "in".to_owned(),
+                root: match self.is_bucket {
+                    true => bucket(),
+                    false => Root::Directory {
+                        path: root,
+                        confined: true,
+                    },
+                },
+                stop,
+                prefix: self.prefix.to_owned(),
                 spec: Spec {
                     format,
                     options: Options::default(),
@@ -391,7 +488,7 @@ mod tests {
         }
 
         fn fetch(&self) -> FileFetch {
-            FileFetch::new(self.objects(None), std::env::temp_dir())
+            FileFetch::with_pause(self.objects(None), Duration::ZERO)
         }
     }
 
@@ -412,49 +509,63 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn files_conform() {
         conforms(&mut Folder::new(false)).await;
         conforms(&mut Folder::new(true)).await;
     }
 
-    #[tokio::test]
+    async fn ids(folder: &Folder, format: Option<Format>) -> String {
+        let splits = folder.objects(format).list().await;
+        let splits = splits.unwrap_or_else(|e| panic!("{e}"));
+        assert!(splits.iter().all(|split| split.closed));
+        let ids: Vec<String> = splits.into_iter().map(|split| split.id).collect();
+        ids.join(" ")
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn what_is_no_data_is_no_split() {
-        let folder = Folder::new(false);
-        for path in [
-            "in/a.csv",
-            "in/day=1/b.ndjson",
-            "in/_day=1/c.csv",
-            "in/_SUCCESS",
-            "in/.a.csv.crc",
-            "in/_tmp/d.csv",
-            "in/e.txt",
-            "other/f.csv",
-        ] {
-            folder.write(path, "a\n1\n");
-        }
-        let ids = |format| {
-            let mut objects = folder.objects(format);
-            async move {
-                let splits = objects.list().await.unwrap_or_else(|e| panic!("{e}"));
-                assert!(splits.iter().all(|split| split.closed));
-                splits
-                    .into_iter()
-                    .map(|split| split.id)
-                    .collect::<Vec<_>>()
-                    .join(" ")
+        for is_bucket in [false, true] {
+            let mut folder = Folder::new(is_bucket);
+            // Nothing has come yet.
+            assert_eq!(ids(&folder, None).await, "");
+            for path in [
+                "in/a.csv",
+                "in/b.json",
+                "in/day=1/b.ndjson",
+                "in/_day=1/c.csv",
+                "in/_SUCCESS",
+                "in/.a.csv.crc",
+                "in/_tmp/d.csv",
+                "in/e.txt",
+                "other/f.csv",
+            ] {
+                folder.write(path, "a\n1\n");
             }
-        };
-        assert_eq!(
-            ids(None).await,
-            "in/_day=1/c.csv in/a.csv in/day=1/b.ndjson"
-        );
-        assert_eq!(
-            ids(Some(Format::Csv)).await,
-            "in/_day=1/c.csv in/a.csv in/e.txt"
-        );
-        let latest = folder.objects(None).locate(&[], &Start::Latest).await;
-        assert!(latest.is_err());
+            let all = "in/_day=1/c.csv in/a.csv in/b.json in/day=1/b.ndjson";
+            assert_eq!(ids(&folder, None).await, all);
+            assert_eq!(
+                ids(&folder, Some(Format::Csv)).await,
+                "in/_day=1/c.csv in/a.csv in/e.txt"
+            );
+            // As for attach_files: the two are one.
+            assert_eq!(
+                ids(&folder, Some(Format::Ndjson)).await,
+                "in/b.json in/day=1/b.ndjson in/e.txt"
+            );
+            folder.prefix = "";
+            assert_eq!(ids(&folder, None).await, format!("{all} other/f.csv"));
+            folder.prefix = "in/*.csv";
+            assert_eq!(ids(&folder, None).await, "in/a.csv");
+            let latest = folder.objects(None).locate(&[], &Start::Latest).await;
+            assert!(latest.is_err());
+            folder.prefix = "none";
+            assert_eq!(ids(&folder, None).await, "");
+            let mut objects = folder.objects(None);
+            fs::remove_dir_all(folder.root.path()).unwrap_or_else(|e| panic!("{e}"));
+            let missing = objects.list().await;
+            assert!(missing.is_err_and(|e| e.is_retryable()));
+        }
     }
 
     async fn polled(fetch: &mut FileFetch) -> Batch {
@@ -464,33 +575,110 @@ mod tests {
         batch
     }
 
-    #[tokio::test]
+    async fn open(fetch: &mut FileFetch, path: &str, from: Position) {
+        let opened = fetch.open(path, from).await;
+        opened.unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn an_object_ends_changes_or_goes() {
-        let folder = Folder::new(false);
-        folder.write("in/a.csv", "x\n1\n2\n");
-        folder.write("in/bad.avro", "Obj");
-        let mut fetch = folder.fetch();
-        for path in ["in/a.csv", "in/bad.avro", "in/gone.csv"] {
-            let opened = fetch.open(path, Position::Beginning).await;
-            opened.unwrap_or_else(|e| panic!("{e}"));
+        for is_bucket in [false, true] {
+            let folder = Folder::new(is_bucket);
+            folder.write("in/a.csv", "x\n1\n2\n");
+            folder.write("in/b.csv", "x\n3\n");
+            folder.write("in/bad.avro", "Obj");
+            let mut fetch = folder.fetch();
+            for path in ["in/a.csv", "in/b.csv", "in/bad.avro", "in/gone.csv"] {
+                open(&mut fetch, path, Position::Beginning).await;
+            }
+            // Small ones come together, each with its end.
+            let batch = polled(&mut fetch).await;
+            let moves: Vec<_> = batch.moves.iter().map(|m| (m.records, m.ended)).collect();
+            assert_eq!(moves, [(2, true), (1, true)]);
+            let read = batch.moves[0].to.clone();
+            assert_eq!(read.next_offset().as_deref(), Some("2"));
+            assert!(matches!(batch.stops[0].reason, StopReason::Unreadable(_)));
+            let stop = polled(&mut fetch).await.stops.remove(0);
+            assert_eq!(stop.reason, StopReason::Gone);
+            // Another file under the same name is not the one that was begun.
+            folder.write("in/a.csv", "x\n1\n2\n3\n");
+            let mut fetch = folder.fetch();
+            open(&mut fetch, "in/a.csv", read).await;
+            let stop = polled(&mut fetch).await.stops.remove(0);
+            assert_eq!(stop.reason, StopReason::Changed);
+            assert!(fetch.open("in/a.csv", Position::offset(1)).await.is_err());
         }
-        let batch = polled(&mut fetch).await;
-        let read = &batch.moves[0];
-        assert_eq!((read.records, read.ended), (2, false));
-        assert_eq!(read.to.next_offset().as_deref(), Some("2"));
-        let end = polled(&mut fetch).await;
-        assert_eq!((end.moves[0].ended, &end.moves[0].to), (true, &read.to));
-        let stop = polled(&mut fetch).await.stops.remove(0);
-        assert!(matches!(stop.reason, StopReason::Unreadable(_)), "{stop:?}");
-        let stop = polled(&mut fetch).await.stops.remove(0);
-        assert_eq!(stop.reason, StopReason::Gone);
-        // Another file under the same name is not the one that was begun.
-        folder.write("in/a.csv", "x\n1\n2\n3\n");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn one_that_cannot_be_read_holds_up_no_others() {
+        // Root may read everything.
+        let folder = Folder::new(false);
+        folder.write("in/a.csv", "x\n1\n");
+        folder.write("in/b.csv", "x\n2\n");
+        let locked = folder.root.path().join("in/a.csv");
+        fs::set_permissions(&locked, fs::Permissions::from_mode(0))
+            .unwrap_or_else(|e| panic!("{e}"));
+        if fs::read(&locked).is_err() {
+            let mut fetch = folder.fetch();
+            open(&mut fetch, "in/a.csv", Position::Beginning).await;
+            open(&mut fetch, "in/b.csv", Position::Beginning).await;
+            let stop = polled(&mut fetch).await.stops.remove(0);
+            assert_eq!(stop.split, "in/a.csv");
+            assert_eq!(polled(&mut fetch).await.moves[0].split, "in/b.csv");
+        }
+
+        // One that the storage does not give, and one that it does.
+        let error = || {
+            Fault::Trouble(SourceError::Unreachable {
+                action: "read an object",
+                reason: "not now".to_owned(),
+            })
+        };
         let mut fetch = folder.fetch();
-        let opened = fetch.open("in/a.csv", read.to.clone()).await;
-        opened.unwrap_or_else(|e| panic!("{e}"));
-        let stop = polled(&mut fetch).await.stops.remove(0);
-        assert_eq!(stop.reason, StopReason::Changed);
-        assert!(fetch.open("in/a.csv", Position::offset(1)).await.is_err());
+        for path in ["in/a.csv", "in/b.csv"] {
+            open(&mut fetch, path, Position::Beginning).await;
+        }
+        let at = |path: &str| (path.to_owned(), Position::Beginning);
+        let fail = |fetch: &mut FileFetch, path: &str| {
+            let mut batch = Batch::default();
+            fetch.hear(at(path), Err(error()), &mut batch);
+            batch
+        };
+        // An outage is one of all: nothing stops, however long it takes.
+        for _ in 0..3 * MOST_FAILURES {
+            for path in ["in/a.csv", "in/b.csv"] {
+                let batch = fail(&mut fetch, path);
+                assert!(batch.trouble.is_some() && batch.stops.is_empty());
+            }
+        }
+        fetch.rewind().await.unwrap_or_else(|e| panic!("{e}"));
+        let mut batch = Batch::default();
+        fetch.hear(at("in/b.csv"), Ok(None), &mut batch);
+        assert!(batch.moves[0].ended);
+        let stopped = fail(&mut fetch, "in/a.csv").stops;
+        assert_eq!(stopped[0].split, "in/a.csv");
+        assert!(stopped[0].reason.to_string().contains("not now"));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn with_nothing_to_read_a_poll_takes_its_time() {
+        let folder = Folder::new(false);
+        fs::remove_dir_all(folder.root.path()).unwrap_or_else(|e| panic!("{e}"));
+        let mut fetch = FileFetch::new(folder.objects(None));
+        let limits = Limits {
+            wait: Duration::from_millis(50),
+            ..Limits::default()
+        };
+        for is_open in [false, true] {
+            if is_open {
+                open(&mut fetch, "in/a.csv", Position::Beginning).await;
+            }
+            let begun = Instant::now();
+            let batch = fetch.poll(&limits).await.unwrap_or_else(|e| panic!("{e}"));
+            assert!(batch.is_empty());
+            assert_eq!(batch.trouble.is_some(), is_open);
+            assert!(begun.elapsed() >= limits.wait);
+        }
     }
 }

@@ -23,13 +23,13 @@ pub enum Position {
     At(String),
     /// Kinesis: after the record of this sequence number.
     After(String),
-    /// A file, as it was then: so many records, decompressed bytes and lines have been read of it.
+    /// A file: so many records, decompressed bytes and lines have been read of it. The version tells it from another file of
+    /// its name.
     Row {
         row: u64,
         byte: u64,
         line: u64,
-        size: u64,
-        modified_ms: u64,
+        version: u64,
     },
 }
 
@@ -76,6 +76,13 @@ impl Mark {
     }
 }
 
+/// By what a file is known again.
+pub(crate) fn version_hash(version: &[u8]) -> u64 {
+    let mut hasher = SipHasher13::new();
+    hasher.write(version);
+    hasher.finish()
+}
+
 /// Whether these are the digits of a sequence number, and so of a numeric.
 pub(crate) fn is_sequence_number(text: &str) -> bool {
     (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit())
@@ -118,10 +125,9 @@ mod tests {
                     row: 1,
                     byte: 2,
                     line: 3,
-                    size: 4,
-                    modified_ms: 5,
+                    version: 4,
                 },
-                r#"{"row":{"row":1,"byte":2,"line":3,"size":4,"modified_ms":5}}"#.to_owned(),
+                r#"{"row":{"row":1,"byte":2,"line":3,"version":4}}"#.to_owned(),
                 Some("1"),
             ),
         ] {
