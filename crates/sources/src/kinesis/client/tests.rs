@@ -4,9 +4,12 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::Instant;
 
 use super::super::config::Credentials as Keys;
 use super::*;
+use crate::batch::Limits;
+use crate::conformance::{World, conforms};
 
 /// One answer for each request: its status and body.
 type Answers = Vec<(u16, &'static str)>;
@@ -245,4 +248,129 @@ async fn errors_mean_what_their_codes_say() {
     }
     let nobody = stream.records("it", 9).await;
     assert!(matches!(nobody, Err(Failure::Transient(_))), "{nobody:?}");
+}
+
+/// A stream of a real service.
+struct Real(KinesisConfig, String);
+
+impl Real {
+    fn sdk(&self) -> AwsStream {
+        AwsStream::new(&self.0, &self.1).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    async fn make_stream(&self, shards: i32) {
+        let sdk = self.sdk().sdk;
+        let made = sdk.create_stream().stream_name(&self.1).shard_count(shards);
+        made.send().await.unwrap_or_else(|e| panic!("{e:?}"));
+        self.open(shards as usize).await;
+    }
+
+    /// Waits until so many shards take records; in the order of their hash keys.
+    async fn open(&self, count: usize) -> Vec<Shard> {
+        let give_up = Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut shards = self.sdk().shards().await.unwrap_or_default();
+            shards.retain(|shard| !shard.split.closed);
+            if shards.len() == count {
+                shards.sort_by_key(|shard| *shard.hashes.start());
+                return shards;
+            }
+            assert!(Instant::now() < give_up, "{shards:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn put(&self, shard: &Shard, records: &[String]) {
+        let sdk = self.sdk().sdk;
+        for record in records {
+            // The stream may still be changing.
+            let give_up = Instant::now() + Duration::from_secs(30);
+            loop {
+                let put = sdk
+                    .put_record()
+                    .stream_name(&self.1)
+                    .partition_key("k")
+                    .explicit_hash_key(shard.hashes.start().to_string())
+                    .data(Blob::new(record.as_bytes()));
+                match put.send().await {
+                    Ok(done) => {
+                        assert_eq!(done.shard_id(), shard.split.id);
+                        break;
+                    }
+                    Err(error) => assert!(Instant::now() < give_up, "{error:?}"),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl World for Real {
+    async fn make(&mut self, name: &str, records: &[String]) -> String {
+        let shards = self.open(3).await;
+        let shard = &shards[usize::from(name.as_bytes()[0] - b'a')];
+        self.put(shard, records).await;
+        shard.split.id.clone()
+    }
+
+    async fn splits(&mut self) -> Box<dyn Splits> {
+        Box::new(Shards(self.sdk()))
+    }
+
+    async fn fetch(&mut self) -> Box<dyn Fetch> {
+        fetch(&self.0, &self.1).unwrap_or_else(|e| panic!("{e}"))
+    }
+}
+
+/// Against the service that `RAKAM_TEST_KINESIS` names by its address, such as those of pg_test/services/kinesis.sh.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_named_service_conforms() {
+    let Ok(endpoint) = std::env::var("RAKAM_TEST_KINESIS") else {
+        return;
+    };
+    let config = KinesisConfig {
+        region: "us-east-1".to_owned(),
+        endpoint: Some(endpoint),
+        credentials: Some(Keys {
+            access_key_id: "test".to_owned(),
+            secret_access_key: "test".to_owned(),
+            session_token: None,
+        }),
+    };
+    let unique = uuid::Uuid::now_v7();
+    let mut real = Real(config.clone(), format!("conformance-{unique}"));
+    real.make_stream(3).await;
+    conforms(&mut real).await;
+
+    // A shard that was split ends behind its records, and the two that follow it name it.
+    let mut real = Real(config, format!("split-{unique}"));
+    real.make_stream(1).await;
+    let first = real.open(1).await.remove(0);
+    real.put(&first, &["one".to_owned()]).await;
+    let split = real.sdk().sdk.split_shard().stream_name(&real.1);
+    let split = split
+        .shard_to_split(&first.split.id)
+        .new_starting_hash_key((u128::MAX / 2).to_string());
+    split.send().await.unwrap_or_else(|e| panic!("{e:?}"));
+    for child in real.open(2).await {
+        assert_eq!(child.split.parents, [first.split.id.clone()]);
+        real.put(&child, &["two".to_owned()]).await;
+    }
+    let mut fetch = real.fetch().await;
+    let opened = fetch.open(&first.split.id, Position::Beginning).await;
+    opened.unwrap_or_else(|e| panic!("{e}"));
+    let (mut count, give_up) = (0, Instant::now() + Duration::from_secs(30));
+    loop {
+        let batch = fetch.poll(&Limits::default()).await;
+        let batch = batch.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!((&batch.stops, &batch.trouble), (&Vec::new(), &None));
+        count += batch.records().len();
+        fetch.ack(&batch);
+        if batch.moves.iter().any(|moved| moved.ended) {
+            break;
+        }
+        assert!(Instant::now() < give_up, "the shard does not end");
+    }
+    assert_eq!(count, 1);
 }
