@@ -284,9 +284,12 @@ def check(db: Database, publisher: Publisher, expected: Counter) -> None:
     try:
         wait_until(arrived, f"{count} events", PATIENCE_S, 0.2)
     except AssertionError as late:
-        told = db.all("SELECT split, state, lag_records, last_error FROM rakam.stat_source")
-        there = db.one("SELECT count(*) FROM acme.clicks")
-        raise AssertionError(f"{late}, but {there}; {told}") from None
+        told = db.all(
+            "SELECT split, state, lag_records, last_error, next_offset FROM rakam.stat_source JOIN rakam.offsets USING (split, state)"
+        )
+        there = {part: found[0] for part, *found in db.all(SUMS)}
+        wanted = {part: found[0] for part, found in sums(expected.elements()).items()}
+        raise AssertionError(f"{late}: of {wanted} there are {there}; {told}") from None
     for column in ("part", "n", "value", "grown"):
         db.wait_column("acme.clicks", column)
     found = Counter(map(tuple, db.all("SELECT part, n, value FROM acme.clicks")))

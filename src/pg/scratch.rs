@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::error::{PgError, Result};
 use super::{bgworker, guc};
@@ -19,16 +19,6 @@ pub fn create() -> Result<File> {
         PgError::new("58030", format!("could not create a temporary file: {e}"))
             .hint("The data directory of the server must be writable and have room.")
     })
-}
-
-/// A folder of scratch files that have names, for this process: made anew, and removed when the server starts.
-pub fn folder() -> Result<PathBuf> {
-    let path = Path::new(FOLDER).join(format!("{PREFIX}{}.rakam", bgworker::my_pid()));
-    fs::create_dir_all(&path).map_err(|e| {
-        PgError::new("58030", format!("could not create a temporary folder: {e}"))
-            .hint("The data directory of the server must be writable and have room.")
-    })?;
-    Ok(path)
 }
 
 fn open() -> io::Result<File> {

@@ -1,7 +1,10 @@
 //! The service of a source, as its server and the user mapping of the server's owner define it at this moment.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use rakam_files::locate::Root;
+use rakam_files::object::{self, Fetching, Stop};
 use rakam_files::source::Spec;
 use rakam_lake::storage::{Storage, StorageUrl};
 use rakam_sources::SourceError;
@@ -17,7 +20,7 @@ use rakam_sources::source::{Fetch, Splits};
 
 use crate::catalog::store;
 use crate::pg::server::{self, Options, Server};
-use crate::pg::{PgError, Result, guc, scratch};
+use crate::pg::{PgError, Result, cache, guc};
 
 /// The wrapper whose servers are services.
 pub const WRAPPER: &str = "rakam_source";
@@ -33,21 +36,26 @@ pub struct Service(Connection);
 enum Connection {
     Kafka(KafkaConfig),
     Kinesis(KinesisConfig),
-    Files(Directory),
+    Files(Place),
 }
 
 /// A storage that files are read of.
 #[derive(Clone)]
-struct Directory {
-    storage: Storage,
+struct Place {
+    server: String,
     address: String,
-    /// The storage itself, if it is a directory.
-    path: Option<PathBuf>,
+    at: At,
 }
 
-impl PartialEq for Directory {
+#[derive(Clone)]
+enum At {
+    Directory(PathBuf),
+    Bucket(Storage),
+}
+
+impl PartialEq for Place {
     fn eq(&self, other: &Self) -> bool {
-        self.address == other.address
+        (&self.server, &self.address) == (&other.server, &other.address)
     }
 }
 
@@ -93,14 +101,14 @@ pub fn of(name: &str) -> Result<(Kind, Service)> {
                 .hint(format!("The owner of server \"{name}\" needs USAGE on it.")));
             }
             let (address, opened) = store::server(storage)?;
-            let path = match StorageUrl::parse(&address)? {
-                StorageUrl::File(path) => Some(path),
-                StorageUrl::Bucket(_) => None,
+            let at = match StorageUrl::parse(&address)? {
+                StorageUrl::File(path) => At::Directory(path),
+                StorageUrl::Bucket(_) => At::Bucket(opened),
             };
-            Connection::Files(Directory {
-                storage: opened,
+            Connection::Files(Place {
+                server: storage.to_owned(),
                 address,
-                path,
+                at,
             })
         }
     };
@@ -151,7 +159,8 @@ pub struct Reach {
     service: Service,
     what: What,
     max_record_bytes: usize,
-    scratch: PathBuf,
+    /// Of objects of a bucket. They are read once: nothing of them is kept.
+    fetching: Option<Fetching>,
 }
 
 impl Reach {
@@ -160,7 +169,15 @@ impl Reach {
             service: service.clone(),
             what: options.what.clone(),
             max_record_bytes: guc::max_event_bytes() + RECORD_SLACK,
-            scratch: scratch::folder()?,
+            fetching: match &service.0 {
+                Connection::Files(place) => Some(Fetching {
+                    key: cache::server_key(&place.server, &place.address),
+                    fetcher: cache::fetcher()?,
+                    directory: None,
+                    counters: Arc::default(),
+                }),
+                Connection::Kafka(_) | Connection::Kinesis(_) => None,
+            },
         })
     }
 
@@ -173,9 +190,7 @@ impl Reach {
             (Connection::Kinesis(config), What::Stream(stream)) => {
                 Box::new(kinesis::Shards::new(config, stream)?)
             }
-            (Connection::Files(directory), What::Objects { .. }) => {
-                Box::new(self.objects(directory)?)
-            }
+            (Connection::Files(place), What::Objects { .. }) => Box::new(self.objects(place)?),
             _ => return Err(changed()),
         })
     }
@@ -185,15 +200,14 @@ impl Reach {
         Ok(match (&self.service.0, &self.what) {
             (Connection::Kafka(config), What::Topics(_)) => kafka::fetch(config.clone()).await?,
             (Connection::Kinesis(config), What::Stream(stream)) => kinesis::fetch(config, stream)?,
-            (Connection::Files(directory), What::Objects { .. }) => {
-                let objects = self.objects(directory)?;
-                Box::new(FileFetch::new(objects, self.scratch.clone()))
+            (Connection::Files(place), What::Objects { .. }) => {
+                Box::new(FileFetch::new(self.objects(place)?))
             }
             _ => return Err(changed()),
         })
     }
 
-    fn objects(&self, directory: &Directory) -> std::result::Result<Objects, SourceError> {
+    fn objects(&self, place: &Place) -> std::result::Result<Objects, SourceError> {
         let What::Objects {
             prefix,
             format,
@@ -202,9 +216,21 @@ impl Reach {
         else {
             return Err(changed());
         };
+        let stop = Stop::new();
+        let root = match (&place.at, &self.fetching) {
+            (At::Directory(path), _) => Root::Directory {
+                path: path.clone(),
+                confined: true,
+            },
+            (At::Bucket(storage), Some(fetching)) => Root::Bucket(
+                object::Objects::new(storage.clone(), "", fetching.clone(), &stop)
+                    .map_err(|error| SourceError::Misuse(error.to_string()))?,
+            ),
+            (At::Bucket(_), None) => return Err(changed()),
+        };
         Ok(Objects {
-            storage: directory.storage.clone(),
-            directory: directory.path.clone(),
+            root,
+            stop,
             prefix: prefix.clone(),
             spec: Spec {
                 format: *format,

@@ -116,9 +116,23 @@ impl Client {
     }
 
     fn ends(&self, partition: &Partition) -> Result<(i64, i64), Failure> {
-        self.0
-            .fetch_watermarks(&partition.topic, partition.number, ASK)
-            .map_err(|error| failure(&error))
+        let ask = || {
+            self.0
+                .fetch_watermarks(&partition.topic, partition.number, ASK)
+                .map_err(|error| failure(&error))
+        };
+        match ask() {
+            // As far as librdkafka remembers: partitions that were added since it only learns of when it is asked for them.
+            Err(Failure::Unknown(reason)) => {
+                let known = self.metadata(Some(&partition.topic))?;
+                let mut all = known.iter().flat_map(|(_, numbers)| numbers);
+                match all.any(|number| *number == partition.number) {
+                    true => ask().map_err(|failure| Failure::Transient(reason_of(failure))),
+                    false => Err(Failure::Unknown(reason)),
+                }
+            }
+            ends => ends,
+        }
     }
 }
 
@@ -158,6 +172,16 @@ pub(super) fn failure(error: &KafkaError) -> Failure {
     match error.rdkafka_error_code() {
         Some(code) => explain(code),
         None => Failure::Transient(error.to_string()),
+    }
+}
+
+/// The words of a failure.
+fn reason_of(failure: Failure) -> String {
+    match failure {
+        Failure::Partitions(reason)
+        | Failure::Unknown(reason)
+        | Failure::Refused(reason)
+        | Failure::Transient(reason) => reason,
     }
 }
 

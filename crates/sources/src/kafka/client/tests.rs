@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::mocking::MockCluster;
@@ -304,6 +304,17 @@ async fn the_named_broker_conforms() {
     let mut fetch = brokers.reading("tx/0", end).await;
     brokers.write("tx/0", [Some(&b"four"[..])]);
     assert_eq!(read(&mut *fetch, 1).await.0, [Some(b"four".to_vec())]);
+    // A partition that came to be while others were read: librdkafka remembers that there was none.
+    let added = admin.create_partitions(&[NewPartitions::new("tx", 2)], &options);
+    added.await.unwrap_or_else(|e| panic!("{e}"));
+    brokers.write("tx/1", [Some(&b"five"[..])]);
+    let opened = fetch.open("tx/1", Position::Beginning).await;
+    opened.unwrap_or_else(|e| panic!("{e}"));
+    let (values, batch) = read(&mut *fetch, 1).await;
+    assert_eq!(
+        (values, batch.stops),
+        (vec![Some(b"five".to_vec())], vec![])
+    );
 }
 
 /// Reads a split until its position is at this offset, and nothing is behind it: how many records came, and the position.
