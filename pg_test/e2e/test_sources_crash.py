@@ -266,9 +266,10 @@ def sums(rows) -> dict[int, tuple[int, int, int]]:
     return found
 
 
+# JSON's numbers are double precision.
 SUMS = (
-    "SELECT part::int, count(*)::bigint, sum(n)::bigint, sum(value * (n % 1000 + 1))::bigint FROM acme.clicks"
-    " GROUP BY part"
+    "SELECT part::int, count(*)::bigint, sum(n::bigint)::bigint, sum(value::bigint * (n::bigint % 1000 + 1))::bigint"
+    " FROM acme.clicks GROUP BY part"
 )
 
 

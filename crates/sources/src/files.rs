@@ -617,7 +617,7 @@ mod tests {
         folder.write("in/a.csv", "x\n1\n");
         folder.write("in/b.csv", "x\n2\n");
         let locked = folder.root.path().join("in/a.csv");
-        fs::set_permissions(&locked, fs::Permissions::from_mode(0))
+        fs::set_permissions(&locked, fs::Permissions::from_mode(0o0))
             .unwrap_or_else(|e| panic!("{e}"));
         if fs::read(&locked).is_err() {
             let mut fetch = folder.fetch();

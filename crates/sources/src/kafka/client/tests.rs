@@ -305,8 +305,9 @@ async fn the_named_broker_conforms() {
     brokers.write("tx/0", [Some(&b"four"[..])]);
     assert_eq!(read(&mut *fetch, 1).await.0, [Some(b"four".to_vec())]);
     // A partition that came to be while others were read: librdkafka remembers that there was none.
-    let added = admin.create_partitions(&[NewPartitions::new("tx", 2)], &options);
-    added.await.unwrap_or_else(|e| panic!("{e}"));
+    let two = [NewPartitions::new("tx", 2)];
+    let added = admin.create_partitions(&two, &options).await;
+    added.unwrap_or_else(|e| panic!("{e}"));
     brokers.write("tx/1", [Some(&b"five"[..])]);
     let opened = fetch.open("tx/1", Position::Beginning).await;
     opened.unwrap_or_else(|e| panic!("{e}"));
