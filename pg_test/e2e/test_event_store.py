@@ -552,6 +552,92 @@ def test_kinesis(db, kinesis):
     assert dict(by_user) == {f"u{user}": [0, 1, 2, 3, 4] for user in range(10)}
 
 
+def test_there_and_back(db, kafka, server):
+    """Collected by eight clients, sent to Kafka, consumed back and queried: every committed event once."""
+    for n in range(3):
+        kafka.create_topic(f"back.e{n}")
+    project(db, "back")
+    options = {"topics": ["^back[.]e.*"], "format": "avro"}
+    db.admin.execute("SELECT rakam.create_source('back', 'in', 'k', %s)", (json.dumps(options),))
+    committed = clients(db, "back", ROUNDS, 4)
+    assert_stored_once(db, "back", committed)
+
+
+def assert_stored_once(db, name: str, committed: dict[str, list[int]]) -> None:
+    total = sum(len(numbers) for numbers in committed.values())
+
+    def stored() -> int:
+        return db.one(f"SELECT count(*) FROM {name}._all")
+
+    wait_until(lambda: stored() >= total, f"{total} events of {name} are back", 120)
+    rows = db.all(
+        f"SELECT _user, array_agg((properties->>'n')::int ORDER BY (properties->>'n')::int) FROM {name}._all GROUP BY 1"
+    )
+    assert dict(rows) == {user: sorted(numbers) for user, numbers in committed.items()}
+
+
+def test_what_is_read_again_on_purpose_is_stored_again(db, kafka, server):
+    """The marks tell copies of a relay, not what `seek_source` asks for."""
+    kafka.create_topic("again.e", 1)
+    project(db, "again")
+    db.admin.execute(
+        "SELECT rakam.create_source('again', 'in', 'k', '{\"topics\": [\"again.e\"], \"format\": \"avro\"}')"
+    )
+    collect_batch(db.admin, "again", [("e", {"n": n}) for n in range(10)])
+    collect_batch(db.admin, "again", [("e", {"n": n, "_id": f"i{n}"}) for n in range(10)])
+    wait_until(lambda: db.one("SELECT count(*) FROM again._all") == 20, "all are there")
+    db.admin.execute("SELECT rakam.seek_source('again', 'in', 'earliest', true)")
+    # Those with an _id once.
+    wait_until(lambda: db.one("SELECT count(*) FROM again._all") == 30, "those without an _id are there twice")
+
+
+def test_copies_are_stored_once(private_cluster, kafka):
+    """A relay that dies between sending and noting, again and again, while a source reads what it sends."""
+    from harness.database import Database
+
+    cluster = private_cluster("copies")
+    db = Database(cluster, "copies").create()
+    kafka.create_server(db.admin, "k")
+    kafka.create_topic("copies", 2)
+    project(db, "copies", options={"topic": "copies"})
+    db.admin.execute(
+        "SELECT rakam.create_source('copies', 'in', 'k', '{\"topics\": [\"copies\"], \"format\": \"avro\"}')"
+    )
+    committed: dict[str, list[int]] = defaultdict(list)
+    for n in range(3):
+        db.configure(failpoint="relay.before_mark=exit")
+        batch = [(f"u{user}", n * 100 + number) for user in range(20) for number in range(20)]
+        collect_batch(db.admin, "copies", [("e", {"_user": user, "n": number}) for user, number in batch])
+        for user, number in batch:
+            committed[user].append(number)
+        wait_until(lambda: crashed(db), "the relay has died")
+        db.close()
+        wait_until(lambda: reset_failpoint(db), "the server is there again", 120)
+        wait_published(db, "copies")
+    sent = sum(len(messages) for messages in kafka.read("copies").values())
+    assert sent > sum(len(numbers) for numbers in committed.values()), "there are copies"
+    assert_stored_once(db, "copies", committed)
+    db.close()
+
+
+def test_a_stream_and_back(db, kinesis):
+    kinesis.create_stream("circle", 2)
+    if not db.one("SELECT count(*) FROM pg_foreign_server WHERE srvname = 'n'"):
+        kinesis.create_server(db.admin, "n")
+    project(db, "circle", "n", {"stream": "circle", "partition_key": "_user"})
+    db.admin.execute(
+        "SELECT rakam.create_source('circle', 'in', 'n', '{\"stream\": \"circle\", \"format\": \"avro\"}')"
+    )
+    committed = clients(db, "circle", 4, 5)
+    # The keys go on in other shards.
+    shard = kinesis.open_shards("circle")[0]
+    kinesis.split("circle", shard)
+    for user in committed:
+        collect(db.admin, "circle", "e0", {"_user": user, "n": 1_000_000})
+        committed[user].append(1_000_000)
+    assert_stored_once(db, "circle", committed)
+
+
 def test_a_dump_carries_what_waits(cluster, db, kafka, server):
     """The batch under way keeps its marks, whoever sends it; what a copy collects has an origin of its own."""
     from harness.database import Database
