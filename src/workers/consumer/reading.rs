@@ -483,9 +483,15 @@ impl Reading {
             self.trouble.fetching = None;
         }
         self.note_trouble()?;
-        let ended = batch.moves.iter().filter(|moved| moved.ended);
         let mut is_look_due = false;
-        for moved in ended {
+        for moved in &batch.moves {
+            // As the row of the split has it.
+            if let Some(Some(Lag::Records(n))) = self.lags.get_mut(&moved.split) {
+                *n = n.saturating_sub(moved.records);
+            }
+            if !moved.ended {
+                continue;
+            }
             self.held.remove(&moved.split);
             // Others may begin where it ended.
             self.list_at = Instant::now();
@@ -503,6 +509,10 @@ impl Reading {
     fn note_lags(&mut self, lags: Vec<(String, Option<Lag>)>) -> std::result::Result<(), Failure> {
         let changed: Vec<(String, Option<Lag>)> = lags
             .into_iter()
+            .map(|(split, lag)| {
+                let lag = lag.map(|lag| self.with_queued(&split, lag));
+                (split, lag)
+            })
             .filter(|(split, lag)| {
                 self.held.contains_key(split) && self.lags.get(split) != Some(lag)
             })
@@ -514,6 +524,18 @@ impl Reading {
         xact::worker(|| leases::note_lag(id, &changed))?;
         self.lags.extend(changed);
         Ok(())
+    }
+
+    /// The reader counts from what it has read: what waits to be stored is to be counted, too.
+    fn with_queued(&self, split: &str, lag: Lag) -> Lag {
+        match lag {
+            Lag::Records(n) => {
+                let moves = self.queue.iter().flat_map(|batch| &batch.moves);
+                let queued = moves.filter(|moved| moved.split == split);
+                Lag::Records(n + queued.map(|moved| moved.records).sum::<u64>())
+            }
+            Lag::Milliseconds(_) => lag,
+        }
     }
 
     fn note_trouble(&mut self) -> std::result::Result<(), Failure> {
