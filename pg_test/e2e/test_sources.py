@@ -6,7 +6,7 @@ import json
 
 import psycopg
 import pytest
-from harness.database import refused, wait_until
+from harness.database import Database, refused, wait_until
 
 PROJECT = "acme"
 
@@ -232,3 +232,48 @@ def test_no_consumer_without_sources(db):
     for (name,) in db.all("SELECT source FROM rakam.sources"):
         db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))
     wait_until(lambda: consumers(db) == [], "the consumers end")
+
+
+def test_sources_go_with_their_project(db, folder):
+    db.project("passing")
+    db.admin.execute(
+        "SELECT rakam.create_source('passing', 'gone', 'dropped', %s)",
+        (json.dumps({"collection": "c", "prefix": "c"}),),
+    )
+    wait_until(lambda: consumers(db), "a consumer comes")
+    db.admin.execute("SET rakam.allow_project_drop = on")
+    db.admin.execute("SELECT rakam.drop_project('passing')")
+    db.admin.execute("RESET rakam.allow_project_drop")
+    assert db.one("SELECT count(*) FROM rakam_internal.source") == 0
+    assert (
+        db.one(
+            "SELECT count(*) FROM pg_foreign_table JOIN pg_foreign_server s ON s.oid = ftserver WHERE srvname = 'dropped'"
+        )
+        == 0
+    )
+    wait_until(lambda: consumers(db) == [], "the consumers end")
+
+
+def test_a_dump_carries_sources_and_how_far_they_are(db, cluster, folder):
+    put(cluster, folder, "dumped/a.ndjson", [{"n": n} for n in range(10)])
+    create(db, "dumped", "dropped", collection="dumped", prefix="dumped")
+    wait_until(lambda: {state for _, _, state in offsets(db, "dumped")} == {"ended"}, "the object is read")
+    target = Database(cluster, "sources_restored")
+    target.drop()
+    target.create(extension=False)
+    archive = cluster.folder / "sources.dump"
+    cluster.run("pg_dump", "-Fc", "-f", archive, db.name, env=cluster.environment())
+    cluster.run("pg_restore", "-d", "sources_restored", archive, env=cluster.environment())
+    assert offsets(target, "dumped") == offsets(db, "dumped")
+    assert target.one("SELECT server FROM rakam.sources WHERE source = 'dumped'") == "dropped"
+    with refused("2BP01"):
+        target.admin.execute("DROP SERVER dropped")
+    # What was read before the dump is not read again, what comes after it is.
+    target.configure(source_refresh="200ms")
+    put(cluster, folder, "dumped/b.ndjson", [{"n": 10}])
+    for database in [db, target]:
+        wait_until(lambda database=database: count(database, "dumped") == 11, "the object that came later")
+    assert target.one("SELECT count(DISTINCT n) FROM acme.dumped") == 11
+    target.configure(source_refresh=None)
+    target.drop()
+    db.admin.execute("SELECT rakam.drop_source(%s, 'dumped')", (PROJECT,))

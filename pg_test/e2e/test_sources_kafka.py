@@ -242,6 +242,7 @@ def test_a_stopped_consumer_is_replaced_and_stores_nothing_afterwards(private_cl
         "SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer' AND target = '2 splits' AND state = 'running'"
     )
     wait_until(lambda: len(db.all(consumers)) == 2, "the splits are shared by two", 120)
+    held = "SELECT count(*) FROM rakam_internal.source_split WHERE holder = %s"
     total = 0
     for (pid,) in db.all(consumers):
         kafka.send("stopped", numbers(total, total + 2_000))
@@ -252,7 +253,6 @@ def test_a_stopped_consumer_is_replaced_and_stores_nothing_afterwards(private_cl
         began = time.monotonic()
         kafka.send("stopped", numbers(total, total + 2_000))
         total += 2_000
-        held = "SELECT count(*) FROM rakam_internal.source_split WHERE holder = %s"
         wait_until(lambda pid=pid: db.one(held, pid) == 0, "its splits are taken over", 30)
         assert time.monotonic() - began < 10
         os.kill(pid, signal.SIGCONT)

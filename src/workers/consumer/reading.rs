@@ -27,7 +27,7 @@ use crate::sources::seek::new_splits;
 use crate::sources::service::{Reach, Service};
 
 /// Objects of a prefix that a consumer has at a time: they are read one after another.
-const OBJECTS: usize = 4;
+const OBJECTS: usize = 32;
 /// While the service cannot be reached it is asked again after a second, then later each time, but so soon at least.
 const PROBE_MIN: Duration = Duration::from_secs(1);
 /// How soon a batch that could not be stored is tried again: the wait doubles up to the maximum.
