@@ -339,7 +339,11 @@ impl Consumer {
         let Some((&id, reading)) = by_number else {
             return Ok(());
         };
-        match reading.hear(told.what) {
+        let heard = reading.hear(told.what);
+        if reading.has_new_splits() {
+            self.looked = None;
+        }
+        match heard {
             Ok(Some(error)) => self.cannot(id, &error.into()),
             outcome => self.unless_failed(id, outcome.map(drop)),
         }

@@ -82,6 +82,8 @@ pub struct Reading {
     marked: Instant,
     /// When the last batch or list came.
     heard: Instant,
+    /// Splits have been noted that nobody has looked at.
+    has_new: bool,
 }
 
 impl Reading {
@@ -118,6 +120,7 @@ impl Reading {
             lags: HashMap::new(),
             marked: Instant::now(),
             heard: Instant::now(),
+            has_new: false,
         })
     }
 
@@ -143,7 +146,12 @@ impl Reading {
         let is_through = self.list_failures > 0
             || self.trouble.fetching.is_some()
             || (!self.listed.is_empty() || self.source.has_begun) && self.held.keys().all(is_read);
-        self.queue.is_empty() && self.heard.elapsed() >= quiet && is_through
+        self.queue.is_empty() && !self.has_new && self.heard.elapsed() >= quiet && is_through
+    }
+
+    /// Whether splits have come to be that are to be shared.
+    pub fn has_new_splits(&self) -> bool {
+        self.has_new
     }
 
     /// When the next batch may be stored; None: there is none.
@@ -162,6 +170,7 @@ impl Reading {
             },
         };
         let id = self.source.id;
+        self.has_new = false;
         let held = &self.held;
         let (share, taken) = xact::worker(|| {
             let share = share(id, &leases::open(id)?, held, among);
