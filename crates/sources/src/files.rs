@@ -14,6 +14,7 @@ use rakam_files::FilesError;
 use rakam_files::locate::{Found, Root};
 use rakam_files::object;
 use rakam_files::source::{self, Meter, Piece, Source, Spec};
+use rakam_lake::owner::writer_of;
 
 use crate::batch::{Batch, FilePiece, Limits, Stop};
 use crate::cursor::Cursors;
@@ -109,7 +110,10 @@ impl Splits for Objects {
             parents: Vec::new(),
             closed: true,
         };
-        Ok(found.into_iter().map(split).collect())
+        // Data files of projects lie in storages, too: those of others are not for this one, and its own would be read
+        // again and again, as each flush makes new ones.
+        let foreign = |object: &Found| writer_of(&object.name).is_none();
+        Ok(found.into_iter().filter(foreign).map(split).collect())
     }
 
     async fn locate(

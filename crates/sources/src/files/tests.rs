@@ -133,6 +133,8 @@ async fn what_is_no_data_is_no_split() {
             "in/.a.csv.crc",
             "in/_tmp/d.csv",
             "in/e.txt",
+            // A data file of a project in the same storage.
+            "in/01a2008b-f1f7-706c-b143-85ee123f35d7.parquet",
             "other/f.csv",
         ] {
             folder.write(path, "a\n1\n");
