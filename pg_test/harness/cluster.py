@@ -220,7 +220,12 @@ class Cluster:
 
     def stop(self, mode: str = "fast", timeout_s: int = 60) -> None:
         if self.running:
-            self.run("pg_ctl", "stop", "-w", "-t", timeout_s, "-m", mode, "-D", self.data)
+            try:
+                self.run("pg_ctl", "stop", "-w", "-t", timeout_s, "-m", mode, "-D", self.data)
+            except ClusterError:
+                # It may have been about to end anyway.
+                if self.running:
+                    raise
 
     def restart(self, settings: dict[str, str] | None = None, mode: str = "fast") -> Cluster:
         self.stop(mode)
