@@ -419,9 +419,10 @@ CREATE TABLE rakam_internal.file_pin (
 -- What the workers know of a storage (src/tiers/owner.rs, reach.rs, check.rs): of this installation only, never dumped.
 CREATE TABLE rakam_internal.storage_state (
   storage_id  int PRIMARY KEY REFERENCES rakam_internal.storage ON DELETE CASCADE,
-  -- The fence. `nonce`: what the owner object was seen to hold; `next_nonce`: what may have been written since.
+  -- The fence. `nonce`: what the owner object was seen to hold; `next_nonces`: what may have been written since, in the
+  -- order of the attempts: a write whose sender was killed may take effect after the next attempt began.
   nonce       text COLLATE "C",
-  next_nonce  text COLLATE "C",
+  next_nonces text[] COLLATE "C" NOT NULL DEFAULT '{}',
   epoch       bigint NOT NULL DEFAULT 0,
   renewed_at  timestamptz,
   writers     text[] COLLATE "C" NOT NULL DEFAULT '{}',  -- whose objects are this database's (crates/lake `owner.rs`)

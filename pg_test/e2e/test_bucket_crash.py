@@ -147,7 +147,7 @@ def test_kill_while_the_store_misbehaves(private_cluster, s3, seed, run):
 
         db.flush("acme")
         left = problems(db, "lake")
-        wait_until(lambda: is_clean(db, there), "the objects of the manifest and no others", 60, 0.5)
+        wait_until(lambda: is_clean(db, there), lambda: unclean(db, there), 60, 0.5)
         check(db, clients, deleter, "after a flush")
         events = len({key for client in clients for key in client.acknowledged}) + len(deleter.kept)
         files = len(there.objects())
@@ -175,6 +175,17 @@ def is_clean(db: Database, there: Bucket) -> bool:
     missing = (files.items() - objects.items()) & manifest(db, there.url).items()
     assert not missing, f"missing: {sorted(missing)[:3]}"
     return files == objects and problems(db, "lake").total() == 0
+
+
+def unclean(db: Database, there: Bucket) -> str:
+    """What is there although it should not be, and what keeps it."""
+    left = there.objects().items() - manifest(db, there.url).items()
+    kept = {
+        table: db.all(f"SELECT {table} FROM rakam_internal.{table} LIMIT 5") for table in ("file_intent", "file_deferred")
+    }
+    owner = db.one("SELECT owner FROM rakam.stat_lake WHERE storage = 'lake'")
+    running = db.all("SELECT backend_type, state, backend_xmin, query FROM pg_stat_activity WHERE backend_xmin IS NOT NULL")
+    return f"the objects of the manifest and no others; others {sorted(left)[:3]}, {problems(db, 'lake')}, {kept}, {owner}, {running}"
 
 
 def manifest(db: Database, url: str) -> dict[str, int]:
@@ -221,7 +232,7 @@ def test_kill_before_expired_files_go(private_cluster, s3):
         assert db.tiers(project, "page") == {"inbox": 0, "hot": 0, "cold": 100}
         assert db.one(expired, project) == 0
     problems(db, "lake")
-    wait_until(lambda: is_clean(db, there), "the objects of the manifest and no others", 60, 0.5)
+    wait_until(lambda: is_clean(db, there), lambda: unclean(db, there), 60, 0.5)
     assert [db.one(content(project)) for project in ("far", "near")] == [kept, kept]
     db.close()
 

@@ -6,7 +6,7 @@ import json
 import uuid
 
 import pytest
-from harness.database import Database
+from harness.database import Database, wait_until
 from harness.lake import check, files, fill, health, stat
 
 
@@ -128,3 +128,32 @@ def test_an_owner_object_that_is_gone_or_spoilt_is_doubt(lake):
         assert path not in bucket.objects()
         assert health(db, "storage owner") == []
     assert json.loads(bucket.get(owner))["epoch"] == 4
+
+
+def test_a_write_of_the_owner_object_that_arrives_late(lake):
+    """A session that renews the owner object is killed, and its write takes effect while the next one renews it, too."""
+    db, bucket = lake
+    fill(db)
+    db.flush()
+    doomed = files(db)
+    db.admin.execute("SELECT rakam.drop_collection('acme', 'seen')")
+
+    def renew(action: str) -> str:
+        """The nonce that a session is about to write when `action` befalls it."""
+        known = attempts(db)
+        db.configure(failpoint=f"owner.before_put={action}")
+        db.admin.execute("UPDATE rakam_internal.storage_state SET renewed_at = now() - interval '1 hour'")
+        return wait_until(lambda: attempts(db)[len(known) :], "a new nonce")[0]
+
+    late = renew("error")
+    renew("sleep(60000)")
+    content = json.loads(bucket.get("_rakam/owner.json"))
+    assert content["nonce"] != late
+    write(bucket, "_rakam/owner.json", json.dumps({**content, "nonce": late}).encode())
+    db.configure(failpoint=None)
+    wait_until(lambda: not doomed & set(bucket.objects()), "the objects of the dropped collection are gone")
+    assert (stat(db)["owner"], health(db, "storage owner")) == ("this database", [])
+
+
+def attempts(db: Database) -> list[str]:
+    return db.one("SELECT next_nonces FROM rakam_internal.storage_state WHERE storage_id > 1")

@@ -21,15 +21,17 @@ _reloads = itertools.count(1)
 PROJECT_ROLES = r"^rakam_[a-z][a-z0-9_]*_(read|write|admin)$"
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60, pause_s: float = 0.02) -> Any:
-    """Calls until the answer is true and returns it; fails with `what` once the time is over."""
+def wait_until(
+    condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 60, pause_s: float = 0.02
+) -> Any:
+    """Calls until the answer is true and returns it; fails with `what` (or what it says then) once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
         if answer:
             return answer
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what}")
+            raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
         time.sleep(pause_s)
 
 

@@ -155,7 +155,7 @@ pub fn writer() -> Result<Writer> {
 #[derive(Debug, Clone, Default)]
 pub struct Fence {
     pub nonce: Option<String>,
-    pub next_nonce: Option<String>,
+    pub next_nonces: Vec<String>,
     pub epoch: i64,
     pub writers: Vec<String>,
     /// `new`, `ours`, `foreign` or `unfenced`, as was seen last.
@@ -171,7 +171,7 @@ pub struct Fence {
 impl Fence {
     /// What the owner object may hold if it is ours.
     pub fn nonces(&self) -> Vec<String> {
-        self.nonce.iter().chain(&self.next_nonce).cloned().collect()
+        self.nonce.iter().chain(&self.next_nonces).cloned().collect()
     }
 }
 
@@ -180,7 +180,7 @@ pub fn fence(storage_id: i32) -> Result<Fence> {
     ensure_row(storage_id)?;
     spi::first(
         View::Current,
-        "SELECT nonce, next_nonce, epoch, writers::text[], standing,
+        "SELECT nonce, next_nonces::text[], epoch, writers::text[], standing,
                 extract(epoch FROM pg_catalog.clock_timestamp() - renewed_at)::float8,
                 EXISTS (SELECT FROM rakam_internal.data_file f WHERE f.storage_id = s.storage_id)
          FROM rakam_internal.storage_state s WHERE storage_id = $1",
@@ -189,7 +189,7 @@ pub fn fence(storage_id: i32) -> Result<Fence> {
             let standing: String = row.must(5)?;
             Ok(Fence {
                 nonce: row.get(1),
-                next_nonce: row.get(2),
+                next_nonces: row.get(2).unwrap_or_default(),
                 epoch: row.must(3)?,
                 writers: row.get(4).unwrap_or_default(),
                 is_ours: standing == "ours",
@@ -211,20 +211,26 @@ fn ensure_row(storage_id: i32) -> Result<()> {
     Ok(())
 }
 
+/// Attempts to write the owner object that are remembered. Each waited for its answer, or its sender was killed.
+const ATTEMPTS_KEPT: i32 = 100;
+
 /// Notes the nonce that is about to be written, in a transaction before.
 pub fn intend(storage_id: i32, next_nonce: &str) -> Result<()> {
     spi::execute(
-        "UPDATE rakam_internal.storage_state SET next_nonce = $2 WHERE storage_id = $1",
-        &[arg(storage_id), arg(next_nonce)],
+        "UPDATE rakam_internal.storage_state
+         SET next_nonces = next_nonces[pg_catalog.cardinality(next_nonces) + 2 - $3 :] || $2 WHERE storage_id = $1",
+        &[arg(storage_id), arg(next_nonce), arg(ATTEMPTS_KEPT)],
     )?;
     Ok(())
 }
 
-/// The owner object names this database, and was written with this nonce.
+/// The owner object names this database, and was written with this nonce. Attempts before that one depended on an older
+/// version: they fail whenever they arrive.
 pub fn owned(storage_id: i32, nonce: &str, epoch: i64, writers: &[String]) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.storage_state
-         SET nonce = $2, next_nonce = NULL, epoch = $3, writers = $4, standing = 'ours', owner = NULL,
+         SET nonce = $2, epoch = $3, writers = $4, standing = 'ours', owner = NULL,
+             next_nonces = next_nonces[coalesce(pg_catalog.array_position(next_nonces, $2), 0) + 1 :],
              renewed_at = pg_catalog.clock_timestamp()
          WHERE storage_id = $1",
         &[

@@ -29,6 +29,8 @@ pub enum LockOn {
     IdMerge(i32),
     /// The comparison of a storage with the manifest.
     Check(i32),
+    /// The owner object of a storage: this database's sessions change it one after the other.
+    Owner(i32),
     /// The description of a storage: it is written, or read to rebuild a catalogue.
     Describe(i32),
     /// Reading of sources by a called tick, where there are no consumers.
@@ -58,7 +60,8 @@ impl LockOn {
             Self::Check(storage_id) => (107, storage_id),
             Self::Compaction(id) => (108, id),
             Self::Describe(storage_id) => (109, storage_id),
-            Self::Consume => (110, 0),
+            Self::Consume => (111, 0),
+            Self::Owner(storage_id) => (112, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

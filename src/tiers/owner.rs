@@ -1,13 +1,14 @@
 //! The fence around a storage: who may delete from it. The rules are in `rakam_lake::owner`.
 //!
-//! The owner object is only ever changed by a conditional put, and the nonce about to be written is noted here before, so
-//! that an answer that got lost, or a crash in between, leaves no doubt. Whatever is not certain deletes nothing: reads and
+//! The owner object is only ever changed by a conditional put, by one session after the other, and the nonce about to be
+//! written is noted here before, so that an answer that got lost, or a crash in between, leaves no doubt. Whatever is not certain deletes nothing: reads and
 //! uploads go on, `rakam.health` and `rakam.stat_lake` say so, and [`adopt`] ends it.
 
 use rakam_lake::owner::{OWNER_PATH, Owner};
 use uuid::Uuid;
 
 use crate::catalog::storages::{self, Fence};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, failpoint};
 use crate::tiers::object::{PutIf, Remote, Version};
@@ -80,6 +81,7 @@ struct Next {
 /// True: the storage is this database's.
 fn settle(remote: &Remote, wish: Wish) -> Outcome<bool> {
     let id = remote.storage_id;
+    let _alone = SessionLock::take(LockOn::Owner(id));
     let (identity, database) = xact::worker(storages::identity)?;
     let fence = xact::worker(|| storages::fence(id))?;
     let found = remote.get_versioned(OWNER_PATH)?;
@@ -145,9 +147,15 @@ fn settle(remote: &Remote, wish: Wish) -> Outcome<bool> {
         PutIf::Unsupported => return unfenced(id),
         PutIf::Conflict => {
             let now = remote.get_versioned(OWNER_PATH)?;
-            let who = now
-                .and_then(|(bytes, _)| Owner::decode(&bytes).ok())
-                .map_or_else(|| "unknown".to_owned(), |owner| owner.describe());
+            let Some(owner) = now.and_then(|(bytes, _)| Owner::decode(&bytes).ok()) else {
+                return foreign(id, "somebody who was faster: unknown");
+            };
+            let fence = xact::worker(|| storages::fence(id))?;
+            if owner.difference(&identity, &fence.nonces()).is_none() {
+                // The write of a session that was killed arrived in between.
+                return ours(id, &fence, &owner);
+            }
+            let who = owner.describe();
             return foreign(id, &format!("somebody who was faster: {who}"));
         }
     }
