@@ -13,12 +13,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use pgrx::datum::IntoDatum;
 
 use super::former::{self, FormerName, Owner};
+use super::three::Three;
 use crate::pg::bytea::Bytea;
-use crate::pg::locks::Mode;
 use crate::pg::security::ActAs;
-use crate::pg::snapshot::{Registered, XidSnapshot};
+use crate::pg::snapshot::XidSnapshot;
 use crate::pg::spi::{self, View, arg, xid8, xid8_array};
-use crate::pg::{Datum, Oid, PG_EPOCH_US, PgError, Result, heap, locks, relation, wake, xact};
+use crate::pg::{Datum, Oid, PG_EPOCH_US, PgError, Result, heap, relation, wake, xact};
 
 /// What one collect call stores.
 pub struct Entry<'a> {
@@ -63,43 +63,26 @@ impl<'a> From<&'a [u8]> for Payload<'a> {
     }
 }
 
-/// Which of the three tables takes new rows, as of now (not of the caller's snapshot).
-fn current_table() -> Result<usize> {
-    let latest = Registered::latest();
-    let state = relation::oid("rakam_internal", "inbox_state");
-    heap::only_int4(state, 2, latest.get())
-        .and_then(|k| usize::try_from(k).ok())
-        .filter(|&k| k < 3)
-        .ok_or_else(|| PgError::internal("the inbox has no state"))
-}
-
 thread_local! {
-    /// Where the last row of this session went: most often the next one goes there too.
     static LAST_TABLE: Cell<usize> = const { Cell::new(0) };
 }
 
+static TABLES: Three = Three {
+    tables: ["inbox_0", "inbox_1", "inbox_2"],
+    state: "inbox_state",
+    what: "inbox",
+    last: &LAST_TABLE,
+};
+
 /// The oid of an inbox table.
 pub fn table_oid(k: usize) -> Oid {
-    relation::oid("rakam_internal", ["inbox_0", "inbox_1", "inbox_2"][k])
+    TABLES.oid(k)
 }
 
 /// Stores events in the caller's transaction and wakes the worker at its commit.
-///
-/// The table is locked before the second look at which one is current: once locked it cannot be sealed for
-/// readers before this transaction ends.
 pub fn append(entry: &Entry<'_>) -> Result<()> {
     let _owner = ActAs::owner();
-    let mut k = LAST_TABLE.get();
-    let table = loop {
-        let table = table_oid(k);
-        locks::relation(table, Mode::RowExclusive);
-        let now = current_table()?;
-        if now == k {
-            break table;
-        }
-        k = now;
-    };
-    LAST_TABLE.set(k);
+    let table = TABLES.lock_current()?;
     let id = heap::nextval(relation::oid("rakam_internal", "inbox_id"));
     heap::insert(
         table,

@@ -33,5 +33,6 @@ pub mod source_schemas;
 pub mod sources;
 pub mod storages;
 pub mod store;
+mod three;
 pub mod track;
 pub mod usage;

@@ -8,54 +8,34 @@ use std::cell::Cell;
 
 use super::event_store;
 use super::inbox::{self, Entry, Payload, TailRow, datum};
-use crate::pg::locks::Mode;
+use super::three::Three;
 use crate::pg::security::ActAs;
-use crate::pg::snapshot::Registered;
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{Datum, Oid, PG_EPOCH_US, PgError, Result, heap, locks, relation, wake, xact};
+use crate::pg::{Datum, Oid, PG_EPOCH_US, PgError, Result, heap, relation, wake, xact};
 
 /// Rows that are put back in one transaction after a restore.
 const RESTORED_ROWS: i64 = 256;
 
-/// The oid of an outbox table.
-pub fn table_oid(k: usize) -> Oid {
-    relation::oid("rakam_internal", ["outbox_0", "outbox_1", "outbox_2"][k])
-}
-
-/// Which of the three tables takes new rows, as of now (not of the caller's snapshot).
-fn current_table() -> Result<usize> {
-    let latest = Registered::latest();
-    let state = relation::oid("rakam_internal", "outbox_state");
-    heap::only_int4(state, 2, latest.get())
-        .and_then(|k| usize::try_from(k).ok())
-        .filter(|&k| k < 3)
-        .ok_or_else(|| PgError::internal("the outbox has no state"))
-}
-
 thread_local! {
-    /// Where the last row of this session went: most often the next one goes there too.
     static LAST_TABLE: Cell<usize> = const { Cell::new(0) };
 }
 
-/// The current table, locked for writing to the end of the transaction: it is not emptied before.
-fn locked_table() -> Result<Oid> {
-    let mut k = LAST_TABLE.get();
-    loop {
-        let table = table_oid(k);
-        locks::relation(table, Mode::RowExclusive);
-        let now = current_table()?;
-        if now == k {
-            LAST_TABLE.set(k);
-            return Ok(table);
-        }
-        k = now;
-    }
+static TABLES: Three = Three {
+    tables: ["outbox_0", "outbox_1", "outbox_2"],
+    state: "outbox_state",
+    what: "outbox",
+    last: &LAST_TABLE,
+};
+
+/// The oid of an outbox table.
+pub fn table_oid(k: usize) -> Oid {
+    TABLES.oid(k)
 }
 
 /// Stores events in the caller's transaction, for a store, and wakes the relay at its commit.
 pub fn append(entry: &Entry<'_>, store_id: i32) -> Result<()> {
     let _owner = ActAs::owner();
-    let table = locked_table()?;
+    let table = TABLES.lock_current()?;
     insert(
         table,
         heap::nextval(relation::oid("rakam_internal", "outbox_id")),
@@ -204,7 +184,7 @@ pub fn readmit() -> Result<u64> {
     if rows.is_empty() {
         return Ok(0);
     }
-    let table = locked_table()?;
+    let table = TABLES.lock_current()?;
     for (row, &store_id) in rows.iter().zip(&stores) {
         insert(
             table,
