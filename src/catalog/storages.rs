@@ -171,7 +171,11 @@ pub struct Fence {
 impl Fence {
     /// What the owner object may hold if it is ours.
     pub fn nonces(&self) -> Vec<String> {
-        self.nonce.iter().chain(&self.next_nonces).cloned().collect()
+        self.nonce
+            .iter()
+            .chain(&self.next_nonces)
+            .cloned()
+            .collect()
     }
 }
 
