@@ -181,10 +181,13 @@ def unclean(db: Database, there: Bucket) -> str:
     """What is there although it should not be, and what keeps it."""
     left = there.objects().items() - manifest(db, there.url).items()
     kept = {
-        table: db.all(f"SELECT {table} FROM rakam_internal.{table} LIMIT 5") for table in ("file_intent", "file_deferred")
+        table: db.all(f"SELECT {table} FROM rakam_internal.{table} LIMIT 5")
+        for table in ("file_intent", "file_deferred")
     }
     owner = db.one("SELECT owner FROM rakam.stat_lake WHERE storage = 'lake'")
-    running = db.all("SELECT backend_type, state, backend_xmin, query FROM pg_stat_activity WHERE backend_xmin IS NOT NULL")
+    running = db.all(
+        "SELECT backend_type, state, backend_xmin, query FROM pg_stat_activity WHERE backend_xmin IS NOT NULL"
+    )
     return f"the objects of the manifest and no others; others {sorted(left)[:3]}, {problems(db, 'lake')}, {kept}, {owner}, {running}"
 
 
