@@ -67,7 +67,8 @@ phase_isolation() {
 
 pgxs_tests() { echo "/usr/lib/postgresql/$(pg_major)/lib/pgxs/src/test"; }
 
-phase_e2e() { "$RAKAM_PYTHON" -m pytest -c pg_test/pytest.ini --rootdir pg_test pg_test/e2e -v; }
+# Two files at a time: they wait more than they compute.
+phase_e2e() { "$RAKAM_PYTHON" -m pytest -c pg_test/pytest.ini --rootdir pg_test pg_test/e2e -v -n 2 --dist loadfile; }
 
 # closing PHASE: what its output ends with.
 closing() {

@@ -1,4 +1,7 @@
-"""Fixtures: one private cluster for the session, a new database with the extension for each module."""
+"""Fixtures: one private cluster for the session, a new database with the extension for each module.
+
+Where pytest-xdist runs files side by side, each of its processes is a session: with a cluster and services of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from harness.kinesis import Kinesis  # noqa: E402
 from harness.lake import make_storage  # noqa: E402
 from harness.services import Unavailable  # noqa: E402
 
-CLUSTER = os.environ.get("RAKAM_TEST_CLUSTER", "e2e")
-SEED = int(os.environ.get("RAKAM_SEED") or random.SystemRandom().randrange(1, 1_000_000))
+CLUSTER = "-".join(filter(None, (os.environ.get("RAKAM_TEST_CLUSTER", "e2e"), os.environ.get("PYTEST_XDIST_WORKER"))))
+# Of all processes: they inherit it.
+SEED = int(os.environ.setdefault("RAKAM_SEED", str(random.SystemRandom().randrange(1, 1_000_000))))
 
 # Short intervals, so that a test sees every background step without waiting for it.
 SETTINGS = {
