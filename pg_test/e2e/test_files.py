@@ -405,6 +405,15 @@ def test_what_is_written_can_be_loaded(db, source, folder, name):
         assert table == (ROWS, EXPECTED[1], EXPECTED[4])
 
 
+def test_lines_of_any_column_names(db, lake, folder):
+    """The names that the query gives mean nothing else to us; and others than the server may read the file."""
+    path = folder / "names.ndjson"
+    for query in ("SELECT row(1, 2) AS q, 5 AS n", "SELECT 7 AS q, 5 AS n", "SELECT 1 AS row_to_json, 2 AS text"):
+        assert save(db.admin, query, path) == 1
+        assert json.loads(path.read_text()) == one(db.admin, f"SELECT row_to_json(x.*) FROM ({query}) x")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_values_keep_their_type_in_parquet(db, lake, folder):
     path = folder / "values.parquet"
     query = """SELECT 7::int2 AS a, -5::int8 AS b, 1.5::real AS c, 12.345::numeric(10,2) AS d, 'x'::"char"::text AS e,

@@ -281,6 +281,12 @@ def test_explain_names_tiers_and_files(db, project):
     assert "~*" in told["Not Pushed Down"], plan
     assert "~*" in told["Filter"], plan
     assert db.one("SELECT count(*) FROM acme.explained WHERE _time >= '2026-02-01' AND s ~* 'A'") == 20
+    # A scan that is ended before its end, too.
+    plan = "\n".join(
+        line
+        for (line,) in db.all("EXPLAIN (ANALYZE, COSTS OFF) SELECT EXISTS (SELECT FROM acme.explained WHERE s ~* 'A')")
+    )
+    assert re.search(r"Files: [12] read", plan), plan
 
 
 def test_the_manifests_log_is_bounded(db):

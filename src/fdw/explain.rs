@@ -80,7 +80,7 @@ unsafe fn conditions(
 }
 
 fn counters(state: &ForeignScan, es: *mut pg_sys::ExplainState) {
-    let done = &state.done;
+    let done = &state.done_so_far();
     let (skipped, metrics, counts) = (&done.skipped, &done.metrics, state.counts());
     if state.reads_files() {
         return files(metrics, es);

@@ -57,7 +57,7 @@ pub struct ForeignScan {
     outputs: Vec<Output>,
     batch: Option<(RecordBatch, usize)>,
     window: Option<Window>,
-    pub done: Done,
+    done: Done,
 }
 
 /// What a parameter of the plan is.
@@ -354,6 +354,15 @@ impl ForeignScan {
     /// What was read from buckets, by all executions.
     pub fn counts(&self) -> Counts {
         self.stores.counts()
+    }
+
+    /// What was done, by the execution in progress as well.
+    pub fn done_so_far(&self) -> Done {
+        let mut done = self.done;
+        if let Some(running) = &self.running {
+            done.add(&running.metrics());
+        }
+        done
     }
 
     fn finish(&mut self) {

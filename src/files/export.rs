@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use pgrx::{default, pg_extern};
@@ -66,9 +66,9 @@ fn export(
     let lines;
     let query = match form {
         RowForm::Line => {
-            // The text may end in a comment that has no end of its line.
+            // The text may end in a comment that has no end of its line; `q` alone would be a column of that name.
             lines =
-                format!("SELECT pg_catalog.row_to_json(q)::pg_catalog.text FROM (\n{query}\n) q");
+                format!("SELECT pg_catalog.row_to_json(q.*)::pg_catalog.text FROM (\n{query}\n) q");
             &lines
         }
         RowForm::Cells | RowForm::Values => query,
@@ -265,12 +265,16 @@ impl LocalFile {
     fn create(&self) -> Result<File> {
         exit::on_exit(remove_unfinished);
         UNFINISHED.replace(Some(self.temporary.clone()));
-        OpenOptions::new()
+        let failed = |e: io::Error| PgError::from(FilesError::io("create", &self.name, &e));
+        let file = OpenOptions::new()
             .write(true)
             .create_new(true)
-            .mode(MODE)
             .open(&self.temporary)
-            .map_err(|e| FilesError::io("create", &self.name, &e).into())
+            .map_err(failed)?;
+        // As COPY TO does: whatever the server's umask, others may read it.
+        file.set_permissions(fs::Permissions::from_mode(MODE))
+            .map_err(failed)?;
+        Ok(file)
     }
 
     /// Gives the complete file its name.
