@@ -1,15 +1,17 @@
-"""The SQL of README.md works as printed: every ```sql block, in order, in a new database, as psql runs it."""
+"""The SQL of README.md works as printed: every ```sql block, in order, in a new database, as psql runs it; and what leads
+from nothing to a topic or a stream in the lake, with a real Kafka and a Kinesis in place of the addresses."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from harness.cluster import ROOT
-from harness.database import Database
+from harness.cluster import ROOT, Cluster
+from harness.database import Database, wait_until
 
 README = (ROOT / "README.md").read_text()
 
@@ -37,18 +39,25 @@ def fresh(cluster):
         postgres.execute("DROP ROLE IF EXISTS metabase")
 
 
+def statements(block: str) -> list[str]:
+    return [found.strip() for found in re.sub("--.*", "", block).split(";") if found.strip()]
+
+
+def psql(cluster: Cluster, database: str, script: str) -> subprocess.CompletedProcess:
+    command = [*cluster.psql_command(database), "-X", "-v", "ON_ERROR_STOP=1", "-f", "-"]
+    return subprocess.run(command, input=script, capture_output=True, text=True)
+
+
 def test_every_block_runs(fresh, cluster):
     lake = cluster.make_folder("readme-lake")
     assert len(blocks()) >= 8
     for number, (heading, text) in enumerate(blocks()):
         script = text.replace("/var/lib/rakam/lake", str(lake))
+        if "create_source" in text:
+            # There is nothing at these addresses: what comes of it the tests below see.
+            script = ";".join(statements(text)[:-1])
         began = time.monotonic()
-        done = subprocess.run(
-            [*cluster.psql_command("readme"), "-X", "-v", "ON_ERROR_STOP=1", "-f", "-"],
-            input=script,
-            capture_output=True,
-            text=True,
-        )
+        done = psql(cluster, "readme", script)
         assert done.returncode == 0, f"block {number} under {heading!r}:\n{done.stdout[-1500:]}\n{done.stderr}"
         if heading == "A minute with it":
             assert time.monotonic() - began < 60
@@ -56,6 +65,65 @@ def test_every_block_runs(fresh, cluster):
                 assert "/pricing" in done.stdout
                 assert re.search(r"/signup +\| +1 \| +240", done.stdout), done.stdout
     assert list(Path(lake).rglob("*.parquet"))
+
+
+def follow(cluster: Cluster, kind: str, replaced: dict[str, str], expected: int) -> None:
+    """Runs the five statements that begin a source of a kind, in a new database of a server as it comes; the last one
+    has to count so many events in the end."""
+    (block,) = (text for _, text in blocks() if f"TYPE '{kind}'" in text and "create_source" in text)
+    for written, real in replaced.items():
+        assert block.count(written) == 1, f"{written} in {block}"
+        block = block.replace(written, real)
+    *begin, look = statements(block)
+    assert len(begin) == 4
+    name = f"readme_{kind}"
+    database = Database(cluster, name)
+    database.create(extension=False)
+    for statement in begin:
+        done = psql(cluster, name, statement)
+        assert done.returncode == 0, f"{statement}: {done.stderr}"
+
+    def shown() -> str:
+        done = psql(cluster, name, look)
+        return done.stdout + done.stderr
+
+    wait_until(lambda: re.search(rf"^ +{expected}$", shown(), re.MULTILINE), lambda: f"{look}: {shown()}", 120, 0.2)
+    database.close()
+
+
+def test_from_nothing_to_a_topic_in_the_lake(private_cluster, kafka):
+    kafka.create_topic("pageview", 2)
+    kafka.send("pageview", [json.dumps({"page": f"/{n}"}) for n in range(300)])
+    cluster = private_cluster("readme").restart()
+    follow(cluster, "kafka", {"localhost:9092": kafka.brokers}, 300)
+    # It goes on by itself, and so do topics of the pattern.
+    kafka.create_topic("order_paid", 1)
+    kafka.send("order_paid", [json.dumps({"amount": n}) for n in range(20)])
+    database = Database(cluster, "readme_kafka")
+    wait_until(
+        lambda: (
+            dict(database.all("SELECT _collection, count(*) FROM clicks._all GROUP BY 1"))
+            == {"pageview": 300, "order_paid": 20}
+        ),
+        "events of both topics",
+        120,
+        0.2,
+    )
+    database.close()
+
+
+def test_from_nothing_to_a_stream_in_the_lake(private_cluster, kinesis):
+    kinesis.create_stream("readings", 2)
+    kinesis.send("readings", [(f"device {n % 7}", json.dumps({"celsius": n / 10}).encode()) for n in range(200)])
+    cluster = private_cluster("readme")
+    # As on a machine that has keys of its own.
+    cluster.server_environment = {
+        "AWS_ACCESS_KEY_ID": kinesis.credentials["access_key_id"],
+        "AWS_SECRET_ACCESS_KEY": kinesis.credentials["secret_access_key"],
+    }
+    cluster.restart()
+    options = ", ".join(f"{name} '{value}'" for name, value in kinesis.options.items())
+    follow(cluster, "kinesis", {"region 'eu-central-1'": options}, 200)
 
 
 def test_the_settings_table_is_complete(fresh):
