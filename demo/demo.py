@@ -1,9 +1,9 @@
 """What rakam does, on real data: freshness, tiers, size, a query and its plan, isolation, files that others can read, a
-bucket that goes away and comes back.
+bucket that goes away and comes back, Kafka with a consumer that is killed.
 
 Project `flights` keeps 336,776 real departures in the default storage, inside Postgres; project `shop` keeps a generated
-clickstream of 120,000 events in a folder (a `file://` storage); `web` one of 40,000 in a bucket (far.py). Everything
-shown is sent to the server as it is printed.
+clickstream of 120,000 events in a folder (a `file://` storage); `web` one of 40,000 in a bucket (far.py); `stream` and `live`
+have what came out of topics (stream.py). Everything shown is sent to the server as it is printed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "pg_test")]
 import clickstream  # noqa: E402
 import duckdb  # noqa: E402
 import far  # noqa: E402
+import stream  # noqa: E402
 from harness import flights  # noqa: E402
 from harness.cluster import Cluster  # noqa: E402
 from harness.database import Database  # noqa: E402
@@ -32,8 +33,9 @@ CLICKS = 120_000
 BATCH = 400
 FRESHNESS_ROUNDS = 50
 
-# The demo shows within a minute what otherwise takes its time: chunks after a second instead of thirty, small months.
-SETTINGS = {"rakam.digest_max_age": "1s"}
+# The demo shows within a minute what otherwise takes its time: chunks after a second instead of thirty, new topics after a
+# second instead of ten.
+SETTINGS = {"rakam.digest_max_age": "1s", "rakam.source_refresh": "1s"}
 
 
 class Demo:
@@ -79,6 +81,7 @@ class Demo:
         self.isolation()
         self.files()
         far.chapter(self)
+        stream.chapter(self)
         title("Health")
         self.psql('SELECT "check", status, detail FROM rakam.health()')
         events = self.db.one("SELECT sum(events) FROM rakam.stat_collection")

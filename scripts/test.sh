@@ -14,12 +14,23 @@ logs=$RAKAM_CACHE/test-logs
 mkdir -p "$logs"
 crates=(-p rakam-event -p rakam-lake -p rakam-engine -p rakam-files -p rakam-mappers -p rakam-sources)
 
-phase_fmt() { cargo fmt --all --check && cargo fmt --manifest-path fuzz/Cargo.toml --check && echo "formatting is as rustfmt has it"; }
+# Workspaces of their own.
+others=(fuzz/Cargo.toml benches/counter/Cargo.toml)
+
+phase_fmt() {
+  local manifest
+  cargo fmt --all --check || return
+  for manifest in "${others[@]}"; do cargo fmt --manifest-path "$manifest" --check || return; done
+  echo "formatting is as rustfmt has it"
+}
 
 phase_clippy() {
-  cargo clippy --workspace --all-targets --no-default-features --features "pg$(pg_major) pg_test" -- -D warnings &&
-    # Of a workspace of its own: nothing else notices that its lock does not fit the crates any more.
-    cargo metadata --manifest-path fuzz/Cargo.toml --locked --format-version 1 >/dev/null
+  local manifest
+  cargo clippy --workspace --all-targets --no-default-features --features "pg$(pg_major) pg_test" -- -D warnings || return
+  # Nothing else notices that their locks do not fit any more.
+  for manifest in "${others[@]}"; do
+    cargo metadata --manifest-path "$manifest" --locked --format-version 1 >/dev/null || return
+  done
 }
 
 phase_crates() { cargo test "${crates[@]}"; }

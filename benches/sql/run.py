@@ -4,7 +4,7 @@ benches/sql/run.sh                 everything
 benches/sql/run.sh collect idle    some of: collect batch sources files size scan bucket outage compact floor idle manifest
 
 RAKAM_HISTORY_ROWS (default 10,000,000) sets the size of the history that `files` loads, RAKAM_SOURCE_EVENTS (default 400,000)
-how many records the topics of `sources` have.
+how many records the topics of `sources` have, RAKAM_FRESH_S (default 30) for how many seconds its last topic is written.
 """
 
 from __future__ import annotations

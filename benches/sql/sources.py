@@ -1,4 +1,10 @@
-"""The chapter about sources: topics that were filled before into the lake, and how fresh a topic is that is being written."""
+"""The chapter about sources: topics that were filled before into the lake, and how fresh a topic is that is being written.
+
+A topic is filled before it is read, so that nothing but the consumers and what follows them is measured. Their CPU is that of
+the consumer processes with all their threads, their memory what was resident at most, shared memory that they touched
+included. All else that the server does for the events by itself (digest, merges, flushes while the topic is read, and a
+called flush of the rest) is beside it. RAKAM_SOURCE_EVENTS and RAKAM_FRESH_S set how much there is to do.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +13,20 @@ import json
 import multiprocessing
 import os
 import random
-import statistics
 import struct
+import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import fastavro
 import psycopg
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
+from harness.cluster import ROOT
 from harness.database import wait_until
 from harness.kafka import Kafka, Record
-from measure import cpu_s, reaped_cpu_s
+from measure import TICKS, cpu_s, reaped_cpu_s
 
 EVENTS = int(os.environ.get("RAKAM_SOURCE_EVENTS", "400000"))
 PARTITIONS = 4
@@ -84,29 +92,56 @@ KINDS = {
 }
 
 
+class Read(NamedTuple):
+    """A topic, read: events for each CPU-second of the consumers, and by the clock."""
+
+    per_cpu_s: float
+    per_s: float
+
+
 def sources(bench) -> None:
-    """Events and MiB for each CPU-second of the consumer, beside a client that only counts and a loader by COPY."""
+    """Events and MiB for each CPU-second of the consumers, beside a client that only counts and a loader by COPY."""
+    counter = _build_counter()
     bench.db.project(PROJECT)
     with Kafka() as kafka:
         kafka.create_server(bench.db.admin, "k")
-        speed = {}
+        read = {}
         for kind, (encode, with_id, options) in KINDS.items():
             size = _fill(kafka, kind, encode, with_id)
-            speed[kind] = _consume(bench, kafka, kind, size, options)
+            read[kind] = _consume(bench, kafka, kind, size, options)
         for kind in ("json", "avro"):
-            ratio = speed[f"{kind}_with_id"] / speed[kind]
+            with_id, without = read[f"{kind}_with_id"].per_cpu_s, read[kind].per_cpu_s
             bench.table.add(
                 f"source, {kind} with an `_id`, events per CPU-second (speed ratio)",
-                f"{speed[f'{kind}_with_id']:,.0f}", f"without {speed[kind]:,.0f}", ratio, "≥ 0.7",
+                f"{with_id:,.0f}", f"without {without:,.0f}", with_id / without, "≥ 0.7",
             )  # fmt: skip
-        counted = EVENTS / _in_child(_count, kafka.client, "json")
-        bench.table.add(
-            "source, json, events per CPU-second (speed ratio)",
-            f"{speed['json']:,.0f}", f"librdkafka that only counts {counted:,.0f}", speed["json"] / counted, "",
-        )  # fmt: skip
+        ours = read["json"].per_cpu_s
+        counted = EVENTS / _cpu_s([counter, kafka.brokers, "json", str(PARTITIONS), str(EVENTS)])
         loaded = EVENTS / _load_by_copy(bench, kafka)
-        bench.table.add("the same", f"{speed['json']:,.0f}", f"Python, COPY {loaded:,.0f}", speed["json"] / loaded, "")
-        _freshness(bench, kafka, speed["json"] / 2)
+        for what, theirs in (("rdkafka, counting only", counted), ("Python, COPY", loaded)):
+            bench.table.add(
+                "source, json, events per CPU-second (speed ratio)",
+                f"{ours:,.0f}", f"{what}: {theirs:,.0f}", ours / theirs, "",
+            )  # fmt: skip
+        _freshness(bench, kafka, read["json"].per_s / 2)
+
+
+def _build_counter() -> Path:
+    """The program of benches/counter, built as the extension is."""
+    is_dev = os.environ["RAKAM_PROFILE"] == "dev"
+    manifest = ROOT / "benches" / "counter" / "Cargo.toml"
+    release = [] if is_dev else ["--release"]
+    subprocess.run(["cargo", "build", "--locked", "--quiet", "--manifest-path", manifest, *release], check=True)
+    return Path(os.environ["CARGO_TARGET_DIR"]) / ("debug" if is_dev else "release") / "counter"
+
+
+def _cpu_s(command: list) -> float:
+    """CPU-seconds of a program."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, command
+    return usage.ru_utime + usage.ru_stime
 
 
 def _fill(kafka: Kafka, topic: str, encode, with_id: bool) -> int:
@@ -127,18 +162,24 @@ def _fill(kafka: Kafka, topic: str, encode, with_id: bool) -> int:
     return size
 
 
-def _workers(bench) -> list[int]:
-    return [
-        pid for (pid,) in bench.db.all("SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer' AND pid IS NOT NULL")
-    ]
+def _consumers(bench) -> dict[int, float]:
+    """The CPU-seconds of each consumer that lives."""
+    pids = bench.db.all("SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer' AND pid IS NOT NULL")
+    return {pid: cpu_s(pid) for (pid,) in pids}
 
 
-def _consume(bench, kafka: Kafka, topic: str, size: int, options: dict) -> float:
-    """Reads the topic with a source; events for each CPU-second of the consumers."""
+def _workers_cpu_s(bench) -> float:
+    """The CPU-seconds of all that rakam does by itself in this server, also of workers that have ended."""
+    living = [pid for pid, title in bench.cluster.processes().items() if ": rakam " in title]
+    return reaped_cpu_s(bench.cluster.pid) + sum(map(cpu_s, living))
+
+
+def _consume(bench, kafka: Kafka, topic: str, size: int, options: dict) -> Read:
+    """Reads the topic with a source."""
     db = bench.db
-    before = {pid: cpu_s(pid) for pid in _workers(bench)}
+    wait_until(lambda: not _consumers(bench), "the consumers of the topic before have ended", 60)
+    all_before = _workers_cpu_s(bench)
     given = json.dumps({"topics": [topic]} | options)
-    began = time.perf_counter()
     if options:
         # The source starts at once: what it reads before it knows the schema would be dead letters.
         with db.connect(autocommit=False) as session:
@@ -149,31 +190,40 @@ def _consume(bench, kafka: Kafka, topic: str, size: int, options: dict) -> float
             session.commit()
     else:
         db.admin.execute("SELECT rakam.create_source(%s, %s, 'k', %s)", (PROJECT, topic, given))
-    stored = "SELECT coalesce(sum(next_offset), 0) FROM rakam.offsets WHERE source = %s"
-    wait_until(lambda: db.one(stored, topic) >= EVENTS, f"{topic} is stored", 3600, 0.05)
-    took = time.perf_counter() - began
-    after = {pid: cpu_s(pid) for pid in _workers(bench)}
-    cpu = sum(spent - before.get(pid, 0) for pid, spent in after.items())
-    peak = max(_peak_mib(pid) for pid in after)
+    stored = "SELECT coalesce(sum(next_offset), 0)::int8 FROM rakam.offsets WHERE source = %s"
+    seen: set[int] = set()
+    began, looks = time.perf_counter(), [(0.0, 0)]
+
+    def is_stored() -> bool:
+        seen.update(_consumers(bench))
+        looks.append((time.perf_counter() - began, db.one(stored, topic)))
+        return looks[-1][1] >= EVENTS
+
+    wait_until(is_stored, f"{topic} is stored", 3600, 0.05)
+    consumers = _consumers(bench)
+    assert seen == set(consumers), "a consumer has ended meanwhile: its CPU is not known"
+    cpu = sum(consumers.values())
+    peak = max(map(_peak_mib, consumers))
     assert db.one(f"SELECT count(*) FROM {PROJECT}.{topic}") == EVENTS
-    db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, topic))
-    resident = db.worker_pid()
-    assert resident is not None
-    postmaster = _parent(resident)
-    flush = -cpu_s(resident) - reaped_cpu_s(postmaster)
     db.flush(PROJECT, topic)
-    flush += cpu_s(resident) + reaped_cpu_s(postmaster)
+    beside = _workers_cpu_s(bench) - all_before - sum(_consumers(bench).values())
+    db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, topic))
+    # By the clock from the first batch on: that workers start and find the partitions is not its rate.
+    first = next(look for look in looks if look[1] > 0)
+    last = looks[-1]
+    per_s = (last[1] - first[1]) / (last[0] - first[0]) if last[1] > first[1] else EVENTS / last[0]
     mib = size / 2**20
     bench.table.add(
-        f"source, {topic}: events per CPU-second of the consumer", f"{EVENTS / cpu:,.0f}",
-        f"{EVENTS / took:,.0f}/s elapsed", EVENTS / cpu / 50_000, "≥ 50,000" if topic == "json" else "",
+        f"source, {topic} ({size / EVENTS:,.0f} bytes an event): events per CPU-second of the consumer",
+        f"{EVENTS / cpu:,.0f}", f"{per_s:,.0f}/s by {len(consumers)} consumers", EVENTS / cpu / 50_000,
+        "≥ 50,000" if topic == "json" else "",
     )  # fmt: skip
     bench.table.add(
         f"source, {topic}: MiB per CPU-second of the consumer", f"{mib / cpu:.1f} MiB",
-        f"peak {peak:.0f} MiB; flush {flush / EVENTS * 1e6:.1f} µs an event", mib / cpu / 50,
-        "≥ 50 MiB" if topic == "json" else "",
+        f"peak RSS {peak:.0f} MiB; digest, merges and flush {beside / EVENTS * 1e6:.1f} µs of CPU an event",
+        mib / cpu / 50, "≥ 50 MiB" if topic == "json" else "",
     )  # fmt: skip
-    return EVENTS / cpu
+    return Read(EVENTS / cpu, per_s)
 
 
 def _peak_mib(pid: int) -> float:
@@ -181,24 +231,19 @@ def _peak_mib(pid: int) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
-
-def _in_child(work, *arguments) -> float:
-    """CPU-seconds of work in a process of its own."""
+def _asked(work, *arguments):
+    """What work answers in a process of its own."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_measured, args=(theirs, work, arguments))
+    child = multiprocessing.get_context("spawn").Process(target=_answer, args=(theirs, work, arguments))
     child.start()
-    spent = ours.recv()
+    theirs.close()
+    answer = ours.recv()
     child.join()
-    return spent
+    return answer
 
 
-def _measured(pipe, work, arguments) -> None:
-    before = time.process_time()
-    work(*arguments)
-    pipe.send(time.process_time() - before)
+def _answer(pipe, work, arguments) -> None:
+    pipe.send(work(*arguments))
 
 
 def _messages(client: dict, topic: str):
@@ -221,23 +266,17 @@ def _messages(client: dict, topic: str):
     consumer.close()
 
 
-def _count(client: dict, topic: str) -> None:
-    assert sum(map(len, _messages(client, topic))) == EVENTS
-
-
 def _load_by_copy(bench, kafka: Kafka) -> float:
     """CPU-seconds of what one would write: a consumer in Python that loads typed rows by COPY, client and server."""
     types = {"double": "double precision", "boolean": "boolean", "string": "text"}
     columns = ", ".join(f'"{name}" {"timestamptz" if name.startswith("at_") else types[kind]}' for name, kind in FIELDS)
     bench.db.admin.execute(f"CREATE TABLE loaded_by_copy ({columns})")
-    postmaster = _parent(bench.db.worker_pid())
-    server = reaped_cpu_s(postmaster)
-    client = _in_child(_copy, kafka.client, "json", bench.db.admin.info.dsn)
-    # Its session has ended, and what it took is the postmaster's.
-    return client + reaped_cpu_s(postmaster) - server
+    return _asked(_copy, kafka.client, "json", bench.db.admin.info.dsn)
 
 
-def _copy(client: dict, topic: str, dsn: str) -> None:
+def _copy(client: dict, topic: str, dsn: str) -> float:
+    """CPU-seconds that it takes, those of its session in the server included."""
+    before = time.process_time()
     names = [name for name, _ in FIELDS]
     columns = ", ".join(f'"{name}"' for name in names)
     with psycopg.connect(dsn) as session:
@@ -247,74 +286,101 @@ def _copy(client: dict, topic: str, dsn: str) -> None:
                     event = json.loads(value)
                     copy.write_row([event.get(name) for name in names])
             session.commit()
+        return time.process_time() - before + cpu_s(session.info.backend_pid)
 
 
 def _freshness(bench, kafka: Kafka, rate: float) -> None:
     """From the call that sends an event to the first look that sees it stored. Events and offsets commit together, so the
-    offsets say what is visible."""
+    offsets say what is visible. The clock begins once the source reads: what is sent before it does waits for its start."""
     topic = "fresh"
     kafka.create_topic(topic, PARTITIONS)
     bench.db.admin.execute(
         "SELECT rakam.create_source(%s, %s, 'k', %s)", (PROJECT, topic, json.dumps({"topics": [topic]}))
     )
-    producer = kafka.producer(linger_ms="5")
-    values = [as_json(event) for event in events(10_000, False)]
-    sent: dict[tuple[int, int], float] = {}
+    warm = [Record(as_json(event), partition=n % PARTITIONS) for n, event in enumerate(events(4_000, False))]
+    kafka.send(topic, warm)
+    wait_until(lambda: sum(_offsets(bench.db.admin, topic).values()) == len(warm), "the first events are stored", 120)
+    shares = (
+        "SELECT count(*) FILTER (WHERE target !~ '^0 ') = current_setting('rakam.max_consumers')::int"
+        " FROM rakam.stat_worker WHERE kind = 'consumer'"
+    )
+    wait_until(lambda: bench.db.one(shares), "each consumer has a share of the partitions", 120)
+    begins = _offsets(bench.db.admin, topic)
     looks: list[tuple[float, dict[int, int]]] = []
     done = threading.Event()
-
-    def noted(at: float):
-        def delivered(error, message) -> None:
-            assert error is None, error
-            sent[message.partition(), message.offset()] = at
-
-        return delivered
 
     def look() -> None:
         with bench.db.connect() as session:
             while not done.is_set():
-                rows = session.execute(
-                    "SELECT split, next_offset::int8 FROM rakam.offsets WHERE source = 'fresh'"
-                ).fetchall()
-                looks.append((time.perf_counter(), {int(s.rsplit("/")[-1]): n or 0 for s, n in rows}))
-                time.sleep(0.005)
+                looks.append((time.perf_counter(), _offsets(session, topic)))
+                time.sleep(0.01)
 
     watcher = threading.Thread(target=look)
+    before, machine_before = _consumers(bench), _machine_s()
     watcher.start()
     try:
-        began = time.perf_counter()
-        total = 0
-        while (now := time.perf_counter()) - began < FRESH_S:
-            while total < (now - began) * rate:
-                producer.produce(
-                    topic,
-                    values[total % len(values)],
-                    partition=total % PARTITIONS,
-                    on_delivery=noted(time.perf_counter()),
-                )
-                total += 1
-                if total % 500 == 0:
-                    producer.poll(0)
-            producer.poll(0.002)
-        producer.flush(60)
-        ends = {p: 1 + max(o for q, o in sent if q == p) for p in range(PARTITIONS)}
-        wait_until(
-            lambda: looks and all(looks[-1][1].get(p, 0) >= end for p, end in ends.items()), "all is visible", 120
-        )
+        # In a process of its own: this one is to look, and nothing else.
+        sent = _asked(_produce, kafka.client, topic, rate)
+        busy, idle = (after - at_first for after, at_first in zip(_machine_s(), machine_before, strict=True))
+        cpu = sum(spent - before.get(pid, 0) for pid, spent in _consumers(bench).items())
+        ends = {partition: begins[partition] + len(times) for partition, times in enumerate(sent)}
+        wait_until(lambda: looks and looks[-1][1] == ends, f"all is visible: {ends}", 300)
     finally:
         done.set()
         watcher.join()
     taken = []
-    for partition in range(PARTITIONS):
+    for partition, times in enumerate(sent):
         at = 0
-        for offset, when in sorted((o, t) for (p, o), t in sent.items() if p == partition):
+        for offset, when in enumerate(times, begins[partition]):
             while looks[at][1].get(partition, 0) <= offset:
                 at += 1
             taken.append(looks[at][0] - when)
     taken.sort()
-    p99 = taken[int(len(taken) * 0.99)]
+    p50, p99 = (taken[int(len(taken) * share)] for share in (0.5, 0.99))
     bench.table.add(
-        f"source, produce → visible at {total / FRESH_S:,.0f} events/s", f"p99 {p99 * 1000:.0f} ms",
-        f"p50 {statistics.median(taken) * 1000:.0f} ms", p99, "≤ 1 (s)",
+        f"source, produce → visible at {len(taken) / FRESH_S:,.0f} events/s, half of what json was read at",
+        f"p99 {p99 * 1000:.0f} ms", f"p50 {p50 * 1000:.0f} ms, the longest {taken[-1] * 1000:.0f} ms", p99, "≤ 1 (s)",
+    )  # fmt: skip
+    bench.table.add(
+        "meanwhile: CPU of the consumers, in cores", f"{cpu / FRESH_S:.2f}",
+        f"the machine was {busy / (busy + idle):.0%} busy, broker and producer included", None, "",
     )  # fmt: skip
     bench.db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, topic))
+
+
+def _offsets(session, topic: str) -> dict[int, int]:
+    """What is stored of each partition."""
+    rows = session.execute("SELECT split, next_offset::int8 FROM rakam.offsets WHERE source = %s", (topic,)).fetchall()
+    return {int(split.rsplit("/")[-1]): offset or 0 for split, offset in rows}
+
+
+def _machine_s() -> tuple[float, float]:
+    """CPU-seconds in which all processors were busy, and in which they were not."""
+    user, nice, system, idle, waiting, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / TICKS, (idle + waiting) / TICKS
+
+
+def _produce(client: dict, topic: str, rate: float) -> list[list[float]]:
+    """Sends events at a rate; when each was sent, by partition and in the order in which they are there."""
+    producer = Producer(client | {"enable.idempotence": "true", "linger.ms": "5"})
+    values = [as_json(event) for event in events(10_000, False)]
+    sent: list[list[float]] = [[] for _ in range(PARTITIONS)]
+    failed = []
+
+    def delivered(error, _) -> None:
+        if error is not None:
+            failed.append(error)
+
+    total = 0
+    began = time.perf_counter()
+    while (now := time.perf_counter()) - began < FRESH_S:
+        while total < (now - began) * rate:
+            partition = total % PARTITIONS
+            sent[partition].append(time.perf_counter())
+            producer.produce(topic, values[total % len(values)], partition=partition, on_delivery=delivered)
+            total += 1
+            if total % 500 == 0:
+                producer.poll(0)
+        producer.poll(0.002)
+    assert producer.flush(120) == 0 and not failed, failed
+    return sent

@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -31,10 +32,10 @@ class Record(NamedTuple):
 
 
 class Kafka(Services):
-    """A broker of its own. `scram`: it lets in the user `rakam` with the password `rakam` only."""
+    """A broker of its own. `scram`: it lets in the user `rakam` with the password `rakam` only. `kept` as of `Services`."""
 
-    def __init__(self, scram: bool = False):
-        super().__init__()
+    def __init__(self, scram: bool = False, kept: Path | None = None):
+        super().__init__(kept)
         self._settings = {"KAFKA_AUTH": "scram"} if scram else {}
         found = self.start("kafka", **self._settings)
         self.brokers = found["KAFKA_BOOTSTRAP_SERVERS"]
