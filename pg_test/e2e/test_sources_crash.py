@@ -8,12 +8,14 @@ same numbers and checksums.
 
 RAKAM_SOURCE_RUNS (default 2) and RAKAM_SOURCE_EVENTS (3000) are the runs with Kafka and the events of each, the full run is
 200 of 50000; RAKAM_KINESIS_RUNS (1) and RAKAM_KINESIS_EVENTS (1200) those with Kinesis, the full run is 60 of 10000. RAKAM_LEDGER names
-a file to which each run appends a line: see ledger/kafka_crash.tsv and ledger/kinesis_crash.tsv.
+a file to which each run appends a line: see ledger/README.md. RAKAM_SOURCE_WHOLE (20000) events are in a topic before it is
+read with nothing that breaks; the full run is 2000000, which takes minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -21,6 +23,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -41,6 +44,7 @@ RUNS = int(os.environ.get("RAKAM_SOURCE_RUNS", "2"))
 EVENTS = int(os.environ.get("RAKAM_SOURCE_EVENTS", "3000"))
 KINESIS_RUNS = int(os.environ.get("RAKAM_KINESIS_RUNS", "1"))
 KINESIS_EVENTS = int(os.environ.get("RAKAM_KINESIS_EVENTS", "1200"))
+WHOLE = int(os.environ.get("RAKAM_SOURCE_WHOLE", "20000"))
 LEDGER = os.environ.get("RAKAM_LEDGER")
 PARTITIONS = 4
 # They outlive the postmaster.
@@ -235,35 +239,77 @@ class Trouble:
         return {}
 
 
-def prepare(cluster: Cluster, storage) -> Database:
-    """A database with the project `acme` in the bucket."""
-    with cluster.connect() as session:
-        for name, value in SETTINGS.items():
-            session.execute(f"ALTER SYSTEM SET {name} = '{value}'")
-        session.execute("SELECT pg_reload_conf()")
-    db = Database(cluster, "sources").create()
-    storage.create(db.admin, "lake")
-    db.project("acme", "lake")
-    return db
+class Run:
+    """A database with the project `acme` in the bucket and a source `clicks`, the events that come through it, and what is done
+    to both."""
 
+    def __init__(self, cluster: Cluster, storage, form: str, rng: random.Random):
+        with cluster.connect() as session:
+            for name, value in SETTINGS.items():
+                session.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            session.execute("SELECT pg_reload_conf()")
+        self.cluster = cluster
+        self.rng = rng
+        self.form = form
+        self.db = Database(cluster, "sources").create()
+        storage.create(self.db.admin, "lake")
+        self.db.project("acme", "lake")
+        self.events = Events(form, rng)
+        self.trouble = Trouble(cluster, self.db, rng)
 
-def register(db: Database, form: str, schema_id: int) -> None:
-    if form == "avro":
-        steady(
-            db,
-            "SELECT rakam.register_avro_schema('acme', 'clicks', %s, %s)",
-            schema_id,
-            json.dumps(SCHEMAS[schema_id]),
-        )
+    def begin(self, **what: object) -> None:
+        """Creates the source, of the server `k`."""
+        framing = {"framing": "confluent"} if self.form == "avro" else {}
+        options = {"collection": "clicks", "format": self.form, **framing, **what}
+        self.db.one("SELECT rakam.create_source('acme', 'clicks', 'k', %s)", json.dumps(options))
+        self.register(1)
+        self.db.close()
+
+    def register(self, schema_id: int) -> None:
+        if self.form == "avro":
+            call = "SELECT rakam.register_avro_schema('acme', 'clicks', %s, %s)"
+            steady(self.db, call, schema_id, json.dumps(SCHEMAS[schema_id]))
+
+    def grow(self) -> None:
+        """Later events have a field that is new."""
+        self.register(2)
+        self.events.has_grown = True
+
+    def suffer(self, publisher: Publisher, proxy: FaultProxy, faults: list[dict], steps: list) -> int:
+        """Publishes through all of it; how many faults the proxy has made."""
+        proxy.set(*faults)
+        self.rng.shuffle(steps)
+        steps.insert(self.rng.randrange(len(steps)), self.grow)
+        publisher.during(steps, self.rng)
+        fired = sum(proxy.fired())
+        proxy.clear()
+        self.cluster.wait_ready()
+        return fired
+
+    def published(self, records: Iterable[bytes]) -> Counter:
+        """The events of what the service has."""
+        return Counter(map(self.events.read, records))
+
+    def note(self, seed: int, run: int, *cells: object) -> None:
+        """A line of the ledger."""
+        if LEDGER:
+            with Path(LEDGER).open("a") as ledger:
+                # Lost and doubled: the run would have failed.
+                ledger.write("\t".join(map(str, [seed, run, *cells, 0, 0])) + "\n")
 
 
 def sums(rows) -> dict[int, tuple[int, int, int]]:
     """Count, sum and checksum of each part."""
     found: dict[int, tuple[int, int, int]] = {}
-    for part, number, value in rows:
-        count, total, check = found.get(part, (0, 0, 0))
-        found[part] = (count + 1, total + number, check + value * (number % 1000 + 1))
+    for row in rows:
+        add(found, row)
     return found
+
+
+def add(found: dict[int, tuple[int, int, int]], row: tuple[int, int, int]) -> None:
+    part, number, value = row
+    count, total, check = found.get(part, (0, 0, 0))
+    found[part] = (count + 1, total + number, check + value * (number % 1000 + 1))
 
 
 # JSON's numbers are double precision.
@@ -307,12 +353,6 @@ def check(db: Database, publisher: Publisher, expected: Counter) -> None:
     assert not publisher.aborted & there
 
 
-def note(*cells: object) -> None:
-    if LEDGER:
-        with Path(LEDGER).open("a") as ledger:
-            ledger.write("\t".join(map(str, cells)) + "\n")
-
-
 @pytest.fixture(scope="module")
 def mortal_kafka():
     """A broker that these tests may kill."""
@@ -325,20 +365,14 @@ def test_kafka_exactly_once(private_cluster, s3, mortal_kafka, seed, run):
     rng = random.Random(seed * 1_000 + run)
     broker, topic = mortal_kafka, f"clicks-{seed}-{run}"
     form = ["json", "avro"][run % 2]
-    cluster: Cluster = private_cluster("source-crash")
     with FaultProxy(s3.endpoint, rng.randrange(2**31)) as proxy:
-        db = prepare(cluster, s3.storage(f"kafka/{seed}-{run}", proxy.url))
+        it = Run(private_cluster("source-crash"), s3.storage(f"kafka/{seed}-{run}", proxy.url), form, rng)
         broker.create_topic(topic, PARTITIONS)
-        broker.create_server(db.admin, "k")
-        framing = {"framing": "confluent"} if form == "avro" else {}
-        options = {"topics": [topic], "collection": "clicks", "format": form, **framing}
-        db.one("SELECT rakam.create_source('acme', 'clicks', 'k', %s)", json.dumps(options))
-        register(db, form, 1)
-        db.close()
-        events = Events(form, rng)
-        publisher = KafkaPublisher(broker, topic, events, EVENTS)
-        trouble = Trouble(cluster, db, rng)
-        proxy.set(*bucket_faults(rng))
+        broker.create_server(it.db.admin, "k")
+        it.begin(topics=[topic])
+        publisher = KafkaPublisher(broker, topic, it.events, EVENTS)
+        trouble = it.trouble
+        faults = bucket_faults(rng)
 
         def kill_broker() -> None:
             broker.crash()
@@ -355,37 +389,68 @@ def test_kafka_exactly_once(private_cluster, s3, mortal_kafka, seed, run):
             publisher.partitions += 1
             trouble.done["partitions"] += 1
 
-        def grow() -> None:
-            register(db, form, 2)
-            events.has_grown = True
-
         steps = [trouble.kill_consumer, trouble.kill_postmaster, trouble.stop_consumer, add_partitions]
         steps += [rng.choice([kill_broker, restart_broker])]
-        rng.shuffle(steps)
-        steps.insert(rng.randrange(len(steps)), grow)
-        publisher.during(steps, rng)
-        fired = sum(proxy.fired())
-        proxy.clear()
-        cluster.wait_ready()
-        expected = Counter(
-            events.read(message.value()) for messages in broker.read(topic).values() for message in messages
-        )
-        check(db, publisher, expected)
+        fired = it.suffer(publisher, proxy, faults, steps)
+        messages = itertools.chain.from_iterable(broker.read(topic).values())
+        expected = it.published(message.value() for message in messages)
+        check(it.db, publisher, expected)
         # Positions are at the ends of the logs, markers of transactions and all.
-        ends = {f"{topic}/{part}": broker.ends(topic, part)[1] for part in range(publisher.partitions)}
-        wait_until(
-            lambda: dict(db.all("SELECT split, next_offset FROM rakam.offsets")) == ends,
-            f"the positions are at {ends}",
-            PATIENCE_S,
-        )
-        done = trouble.done
-        aborted = len(publisher.aborted)
-        note(
-            seed, run, form, done["kills"], done["stops"], done["takeovers"], done["broker"], done["partitions"],
-            fired, expected.total(), aborted, 0, 0,
+        wait_at_ends(it.db, broker, topic)
+        it.note(
+            seed, run, form,
+            *(trouble.done[what] for what in ("kills", "stops", "takeovers", "broker", "partitions")),
+            fired, expected.total(), len(publisher.aborted),
         )  # fmt: skip
-        db.close()
+        it.db.close()
         broker.delete_topic(topic)
+
+
+def wait_at_ends(db: Database, broker: Kafka, topic: str) -> None:
+    ends = {f"{topic}/{part}": broker.ends(topic, part)[1] for part in range(broker.partitions(topic))}
+    wait_until(
+        lambda: dict(db.all("SELECT split, next_offset FROM rakam.offsets")) == ends,
+        f"the positions are at {ends}",
+        PATIENCE_S,
+    )
+
+
+def test_a_topic_is_stored_once_and_whole(private_cluster, kafka, seed):
+    """Many events that are there before, and nothing that breaks: what is produced while it is read the runs above have."""
+    events, topic = Events("json", random.Random(seed)), f"whole-{seed}"
+    kafka.create_topic(topic, PARTITIONS)
+    produced: dict[int, tuple[int, int, int]] = {}
+
+    def records() -> Iterator[Record]:
+        for n in range(WHOLE):
+            part = n % PARTITIONS
+            number, record = events.make(part)
+            # Not kept: two million do not go into memory.
+            add(produced, events.read(record))
+            yield Record(record, partition=part)
+
+    kafka.send(topic, records(), kafka.producer(linger_ms="50"))
+    db = Database(private_cluster("source-whole"), "whole").create()
+    db.project("acme")
+    kafka.create_server(db.admin, "k")
+    options = json.dumps({"topics": [topic], "collection": "clicks"})
+    db.one("SELECT rakam.create_source('acme', 'clicks', 'k', %s)", options)
+    began = time.monotonic()
+    patience_s = PATIENCE_S + WHOLE / 1_000
+    stored = "SELECT coalesce(sum(next_offset), 0) FROM rakam.offsets"
+    wait_until(lambda: db.one(stored) >= WHOLE, lambda: f"{db.one(stored)} of {WHOLE} are stored", patience_s, 0.2)
+    took_s = time.monotonic() - began
+    wait_at_ends(db, kafka, topic)
+    for column in ("part", "n", "value"):
+        db.wait_column("acme.clicks", column)
+    assert {part: tuple(rest) for part, *rest in db.all(SUMS)} == produced
+    db.flush("acme")
+    assert {part: tuple(rest) for part, *rest in db.all(SUMS)} == produced
+    assert db.one("SELECT count(DISTINCT (part, n)) FROM acme.clicks") == WHOLE
+    assert db.one("SELECT count(*) FROM rakam.dead_letter") == 0
+    print(f"{WHOLE:,} events in {PARTITIONS} partitions, once whole, {took_s:.0f} s after the source was created")
+    db.close()
+    kafka.delete_topic(topic)
 
 
 def kinesis_faults(rng: random.Random) -> list[dict]:
@@ -418,20 +483,13 @@ def test_kinesis_exactly_once(private_cluster, s3, seed, run, request):
     service: Kinesis = request.getfixturevalue(["kinesis", "kinesis_fast"][run % 2])
     form = ["json", "avro"][run // 2 % 2]
     stream = f"clicks-{seed}-{run}"
-    cluster: Cluster = private_cluster("source-crash")
     with FaultProxy(service.endpoint, rng.randrange(2**31)) as proxy:
-        db = prepare(cluster, s3.storage(f"kinesis/{seed}-{run}"))
+        it = Run(private_cluster("source-crash"), s3.storage(f"kinesis/{seed}-{run}"), form, rng)
         service.create_stream(stream, 2)
-        service.create_server(db.admin, "k", proxy)
-        framing = {"framing": "confluent"} if form == "avro" else {}
-        options = {"stream": stream, "collection": "clicks", "format": form, **framing}
-        db.one("SELECT rakam.create_source('acme', 'clicks', 'k', %s)", json.dumps(options))
-        register(db, form, 1)
-        db.close()
-        events = Events(form, rng)
-        publisher = KinesisPublisher(service, stream, proxy, events, KINESIS_EVENTS)
-        trouble = Trouble(cluster, db, rng)
-        proxy.set(*kinesis_faults(rng))
+        service.create_server(it.db.admin, "k", proxy)
+        it.begin(stream=stream)
+        publisher = KinesisPublisher(service, stream, proxy, it.events, KINESIS_EVENTS)
+        trouble = it.trouble
 
         def split() -> None:
             service.split(stream, rng.choice(service.open_shards(stream)))
@@ -444,30 +502,22 @@ def test_kinesis_exactly_once(private_cluster, s3, seed, run, request):
             service.merge(stream, shards[at], shards[at + 1])
             trouble.done["merges"] += 1
 
-        def grow() -> None:
-            register(db, form, 2)
-            events.has_grown = True
-
         steps = [trouble.kill_consumer, trouble.kill_postmaster, trouble.stop_consumer, split, split, merge]
-        rng.shuffle(steps)
-        steps.insert(rng.randrange(len(steps)), grow)
-        publisher.during(steps, rng)
-        fired = sum(proxy.fired())
-        proxy.clear()
-        cluster.wait_ready()
-        expected = Counter(
-            events.read(record["Data"]) for records in service.read(stream).values() for record in records
-        )
-        check(db, publisher, expected)
+        fired = it.suffer(publisher, proxy, kinesis_faults(rng), steps)
+        records = itertools.chain.from_iterable(service.read(stream).values())
+        expected = it.published(record["Data"] for record in records)
+        check(it.db, publisher, expected)
         closed = {s["ShardId"] for s in service.shards(stream)} - {s["ShardId"] for s in service.open_shards(stream)}
         wait_until(
-            lambda: {split for (split,) in db.all("SELECT split FROM rakam.offsets WHERE state = 'ended'")} == closed,
+            lambda: (
+                {split for (split,) in it.db.all("SELECT split FROM rakam.offsets WHERE state = 'ended'")} == closed
+            ),
             f"the shards {closed} have ended",
             PATIENCE_S,
         )
-        done = trouble.done
-        note(
-            seed, run, service.engine, form, done["kills"], done["stops"], done["takeovers"], done["splits"],
-            done["merges"], fired, expected.total(), 0, 0,
+        it.note(
+            seed, run, service.engine, form,
+            *(trouble.done[what] for what in ("kills", "stops", "takeovers", "splits", "merges")),
+            fired, expected.total(),
         )  # fmt: skip
-        db.close()
+        it.db.close()
