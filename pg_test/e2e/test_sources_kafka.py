@@ -274,6 +274,8 @@ def test_a_killed_server_goes_on_where_it_was(private_cluster, kafka):
             kafka.send("killed", numbers(start, start + 100), producer)
             if start == turn * 3_000 + 1_500:
                 os.kill(db.one("SELECT pid FROM rakam.stat_worker WHERE kind = 'consumer' LIMIT 1"), signal.SIGKILL)
+                # This connection ends with all others.
+                wait_until(lambda: not answers(db), "the crash")
         wait_until(lambda: answers(db), "the server is there again")
         wait_for(db, "killed", list(range((turn + 1) * 3_000)))
 
