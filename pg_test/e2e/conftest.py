@@ -40,8 +40,9 @@ SETTINGS = {
 AT_ONCE = {"rakam.file_retention": "0"}
 
 
-def pytest_report_header() -> list[str]:
-    cluster = Cluster(CLUSTER)
+def pytest_report_header(config) -> list[str]:
+    # Side by side each process has one of its own.
+    cluster = Cluster(f"{CLUSTER}-gw*" if config.getoption("numprocesses", None) else CLUSTER)
     return [
         f"cluster: {cluster.folder} ({cluster.profile}; log {cluster.log})",
         f"seed: {SEED} (RAKAM_SEED={SEED} repeats it)",

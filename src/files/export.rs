@@ -265,16 +265,16 @@ impl LocalFile {
     fn create(&self) -> Result<File> {
         exit::on_exit(remove_unfinished);
         UNFINISHED.replace(Some(self.temporary.clone()));
-        let failed = |e: io::Error| PgError::from(FilesError::io("create", &self.name, &e));
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&self.temporary)
-            .map_err(failed)?;
-        // As COPY TO does: whatever the server's umask, others may read it.
-        file.set_permissions(fs::Permissions::from_mode(MODE))
-            .map_err(failed)?;
-        Ok(file)
+        let create = || -> io::Result<File> {
+            let file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(&self.temporary)?;
+            // Whatever the server's umask.
+            file.set_permissions(fs::Permissions::from_mode(MODE))?;
+            Ok(file)
+        };
+        create().map_err(|e| FilesError::io("create", &self.name, &e).into())
     }
 
     /// Gives the complete file its name.

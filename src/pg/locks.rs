@@ -6,39 +6,40 @@ use std::time::Duration;
 
 use pgrx::pg_sys;
 
-/// What a lock is on. The discriminant is the tag's field4.
+/// What a lock is on. The discriminant is the tag's field4: the compiler lets no two have the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
 pub enum LockOn {
     /// The one resident worker of this database.
-    Resident,
+    Resident = 100,
     /// Digest, seal and truncate of the inbox.
-    Digest,
+    Digest = 101,
     /// Chunk merge and flush of a collection exclude each other.
-    CollectionJob(i32),
+    CollectionJob(i32) = 102,
     /// Compaction of a collection: taken before [`LockOn::CollectionJob`], which it needs at its end only.
-    Compaction(i32),
+    Compaction(i32) = 108,
     /// The manifest of a collection: held only while a transaction writes it.
-    Manifest(i32),
+    Manifest(i32) = 103,
     /// Creation of columns and tables.
-    Ddl,
+    Ddl = 104,
     /// Deletion of objects in a storage.
-    Gc(i32),
+    Gc(i32) = 105,
     /// Writers of event ids: projects share [`ID_SLOTS`] of them.
-    Ids(i32),
+    Ids(i32) = 120,
     /// Merging the runs of ids of a project.
-    IdMerge(i32),
+    IdMerge(i32) = 121,
     /// The comparison of a storage with the manifest.
-    Check(i32),
+    Check(i32) = 107,
     /// The owner object of a storage: this database's sessions change it one after the other.
-    Owner(i32),
+    Owner(i32) = 112,
     /// The description of a storage: it is written, or read to rebuild a catalogue.
-    Describe(i32),
+    Describe(i32) = 109,
     /// Reading of sources by a called tick, where there are no consumers.
-    Consume,
+    Consume = 111,
     /// The relay of the event stores.
-    Relay,
+    Relay = 110,
     /// A load of files, by a hash of its key: the same call runs once at a time.
-    Load(i32),
+    Load(i32) = 106,
 }
 
 /// How many locks the writers of event ids share: few enough that one transaction may take all of them.
@@ -46,22 +47,20 @@ pub const ID_SLOTS: i32 = 64;
 
 impl LockOn {
     fn tag(self) -> pg_sys::LOCKTAG {
-        let (field4, key) = match self {
-            Self::Resident => (100, 0),
-            Self::Digest => (101, 0),
-            Self::CollectionJob(id) => (102, id),
-            Self::Manifest(id) => (103, id),
-            Self::Ddl => (104, 0),
-            Self::Gc(storage_id) => (105, storage_id),
-            Self::Ids(slot) => (120, slot),
-            Self::IdMerge(project_id) => (121, project_id),
-            Self::Load(key) => (106, key),
-            Self::Relay => (110, 0),
-            Self::Check(storage_id) => (107, storage_id),
-            Self::Compaction(id) => (108, id),
-            Self::Describe(storage_id) => (109, storage_id),
-            Self::Consume => (111, 0),
-            Self::Owner(storage_id) => (112, storage_id),
+        // SAFETY: the enum is `repr(u16)`: a value begins with its discriminant.
+        let field4 = unsafe { *std::ptr::from_ref(&self).cast::<u16>() };
+        let key = match self {
+            Self::CollectionJob(id)
+            | Self::Compaction(id)
+            | Self::Manifest(id)
+            | Self::Gc(id)
+            | Self::Ids(id)
+            | Self::IdMerge(id)
+            | Self::Check(id)
+            | Self::Owner(id)
+            | Self::Describe(id)
+            | Self::Load(id) => id,
+            Self::Resident | Self::Digest | Self::Ddl | Self::Consume | Self::Relay => 0,
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -1,8 +1,8 @@
 //! The fence around a storage: who may delete from it. The rules are in `rakam_lake::owner`.
 //!
 //! The owner object is only ever changed by a conditional put, by one session after the other, and the nonce about to be
-//! written is noted here before, so that an answer that got lost, or a crash in between, leaves no doubt. Whatever is not certain deletes nothing: reads and
-//! uploads go on, `rakam.health` and `rakam.stat_lake` say so, and [`adopt`] ends it.
+//! written is noted here before, so that an answer that got lost, or a crash in between, leaves no doubt. Whatever is not
+//! certain deletes nothing: reads and uploads go on, `rakam.health` and `rakam.stat_lake` say so, and [`adopt`] ends it.
 
 use rakam_lake::owner::{OWNER_PATH, Owner};
 use uuid::Uuid;
@@ -147,15 +147,15 @@ fn settle(remote: &Remote, wish: Wish) -> Outcome<bool> {
         PutIf::Unsupported => return unfenced(id),
         PutIf::Conflict => {
             let now = remote.get_versioned(OWNER_PATH)?;
-            let Some(owner) = now.and_then(|(bytes, _)| Owner::decode(&bytes).ok()) else {
-                return foreign(id, "somebody who was faster: unknown");
-            };
+            let owner = now.and_then(|(bytes, _)| Owner::decode(&bytes).ok());
             let fence = xact::worker(|| storages::fence(id))?;
-            if owner.difference(&identity, &fence.nonces()).is_none() {
+            if let Some(owner) = &owner
+                && owner.difference(&identity, &fence.nonces()).is_none()
+            {
                 // The write of a session that was killed arrived in between.
-                return ours(id, &fence, &owner);
+                return ours(id, &fence, owner);
             }
-            let who = owner.describe();
+            let who = owner.map_or_else(|| "unknown".to_owned(), |owner| owner.describe());
             return foreign(id, &format!("somebody who was faster: {who}"));
         }
     }

@@ -13,6 +13,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 /// No record for so long: there are none.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Those of `crates/sources/src/kafka/config.rs` that a consumer without a group has use for.
 const SETTINGS: [(&str, &str); 9] = [
     ("group.id", "counter"),
     ("enable.auto.commit", "false"),
