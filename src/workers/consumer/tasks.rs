@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use rakam_sources::SourceError;
 use rakam_sources::batch::{Batch, Limits};
 use rakam_sources::position::Position;
-use rakam_sources::source::{Fetch, Lag, Split, Splits, Start};
+use rakam_sources::source::{Ends, Fetch, Lag, Split, Splits, Start};
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::pg::runtime::{Runtime, Sender};
@@ -17,8 +17,9 @@ use crate::sources::service::Reach;
 
 /// Batches on their way: one is stored while the next one comes.
 const AHEAD: usize = 2;
-/// How often it is asked how far behind the splits are.
+/// How often it is asked how far behind the splits are, and how soon an answer is noticed while nothing is read.
 const LAG_INTERVAL: Duration = Duration::from_secs(2);
+const ANSWER_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A message of a source's task. The number is that of the reading it is about.
 pub struct Told {
@@ -118,6 +119,8 @@ async fn read(
         generation: 0,
         is_paused: false,
         limits: Limits::default(),
+        asking: None,
+        asked: Instant::now(),
     };
     let outcome = reading.run(&mut commands, teller).await;
     // The client of a service may wait for its threads.
@@ -133,6 +136,9 @@ struct Reading {
     generation: u64,
     is_paused: bool,
     limits: Limits,
+    /// It is being asked where these splits end.
+    asking: Option<(Vec<String>, JoinHandle<Result<Ends, SourceError>>)>,
+    asked: Instant,
 }
 
 impl Reading {
@@ -141,12 +147,12 @@ impl Reading {
         commands: &mut mpsc::UnboundedReceiver<Command>,
         teller: &Teller,
     ) -> Result<(), SourceError> {
-        let mut asked = Instant::now();
         loop {
             let waits = self.open.is_empty() || self.is_paused || self.ahead >= AHEAD;
-            let patience = match waits {
-                true => LAG_INTERVAL,
-                false => Duration::ZERO,
+            let patience = match (waits, &self.asking) {
+                (true, None) => LAG_INTERVAL,
+                (true, Some(_)) => ANSWER_INTERVAL,
+                (false, _) => Duration::ZERO,
             };
             match timeout(patience, commands.recv()).await {
                 Ok(Some(command)) => {
@@ -168,12 +174,10 @@ impl Reading {
                     return Ok(());
                 }
             }
-            if !self.open.is_empty() && asked.elapsed() >= LAG_INTERVAL {
-                let lags = self.lags().await;
-                asked = Instant::now();
-                if !teller.tell(What::Lag(lags)).await {
-                    return Ok(());
-                }
+            if let Some(lags) = self.lags().await
+                && !teller.tell(What::Lag(lags)).await
+            {
+                return Ok(());
             }
         }
     }
@@ -207,12 +211,30 @@ impl Reading {
         Ok(())
     }
 
-    async fn lags(&mut self) -> Result<Vec<(String, Option<Lag>)>, SourceError> {
-        let mut lags = Vec::with_capacity(self.open.len());
-        for split in &self.open {
-            lags.push((split.clone(), self.fetch.lag(split).await?));
+    /// How far behind the splits are, now and then. A service may take its time to say where they end, in which they are
+    /// read on; what has been told of them by the time of its answer does not count.
+    async fn lags(&mut self) -> Option<Result<Vec<(String, Option<Lag>)>, SourceError>> {
+        if let Some((splits, asking)) = self.asking.take_if(|(_, asking)| asking.is_finished()) {
+            let ends = match asking.await {
+                Ok(Ok(ends)) => ends,
+                Ok(Err(error)) => return Some(Err(error)),
+                Err(error) => return Some(Err(SourceError::Misuse(error.to_string()))),
+            };
+            let (open, fetch) = (&self.open, &mut self.fetch);
+            let lags = (splits.into_iter())
+                .filter(|split| open.contains(split))
+                .map(|split| {
+                    let lag = fetch.lag(&split, &ends);
+                    (split, lag)
+                });
+            return Some(Ok(lags.collect()));
         }
-        Ok(lags)
+        if self.asking.is_none() && !self.open.is_empty() && self.asked.elapsed() >= LAG_INTERVAL {
+            self.asked = Instant::now();
+            let asking = tokio::spawn(self.fetch.ask_ends());
+            self.asking = Some((self.open.clone(), asking));
+        }
+        None
     }
 }
 

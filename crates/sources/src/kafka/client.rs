@@ -3,6 +3,7 @@
 //! Clients have threads of their own, which inherit the signal mask of the thread that makes them: make them in a task of a
 //! runtime whose threads block all signals. Dropping one waits for its threads.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use super::config::KafkaConfig;
 use super::fetch::Fetcher;
 use super::reader::Reader;
 use super::topics::Topics;
-use super::{Broker, Failure, Message, Partition};
+use super::{Ask, Broker, Failure, Message, Partition};
 use crate::decode::COLLECTION_HEADER;
 use crate::error::SourceError;
 use crate::position::Position;
@@ -42,13 +43,13 @@ impl ClientContext for Quiet {
 impl ConsumerContext for Quiet {}
 
 /// A client of a cluster.
-pub(crate) struct Client(BaseConsumer<Quiet>);
+pub(crate) struct Client(Arc<BaseConsumer<Quiet>>);
 
 impl Client {
     fn new(config: &KafkaConfig) -> Result<Self, SourceError> {
         native(config.properties())
             .create_with_context(Quiet)
-            .map(Self)
+            .map(|consumer| Self(Arc::new(consumer)))
             .map_err(unusable)
     }
 
@@ -263,6 +264,10 @@ impl Broker for Client {
         Client::ends(self, partition)
     }
 
+    fn asker(&self) -> Arc<dyn Ask> {
+        Arc::new(Asker(Arc::clone(&self.0)))
+    }
+
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
         match self.0.poll(wait) {
             None => Ok(false),
@@ -281,6 +286,41 @@ impl Broker for Client {
                 Ok(true)
             }
         }
+    }
+}
+
+struct Asker(Arc<BaseConsumer<Quiet>>);
+
+impl Asker {
+    /// The offsets at one of the ends of these partitions: one request for each broker.
+    fn offsets(&self, partitions: &[Partition], end: Offset) -> Result<Vec<i64>, Failure> {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            list.add_partition_offset(&partition.topic, partition.number, end)
+                .map_err(|error| failure(&error))?;
+        }
+        let found = self.0.offsets_for_times(list, ASK);
+        let found = found.map_err(|error| failure(&error))?;
+        let offset_of = |partition: &Partition| {
+            let element = found.find_partition(&partition.topic, partition.number);
+            let Some(element) = element else {
+                return Err(Failure::Transient("no answer".to_owned()));
+            };
+            element.error().map_err(|error| failure(&error))?;
+            match element.offset() {
+                Offset::Offset(offset) => Ok(offset),
+                _ => Err(Failure::Transient("no answer".to_owned())),
+            }
+        };
+        partitions.iter().map(offset_of).collect()
+    }
+}
+
+impl Ask for Asker {
+    fn ends(&self, partitions: &[Partition]) -> Result<Vec<(i64, i64)>, Failure> {
+        let oldest = self.offsets(partitions, Offset::Beginning)?;
+        let next = self.offsets(partitions, Offset::End)?;
+        Ok(oldest.into_iter().zip(next).collect())
     }
 }
 
@@ -327,7 +367,7 @@ pub async fn fetch(config: KafkaConfig) -> Result<Box<dyn Fetch>, SourceError> {
 
 /// The partitions of a source.
 pub struct Partitions {
-    client: std::sync::Arc<Client>,
+    client: Arc<Client>,
     topics: Topics,
 }
 
@@ -336,7 +376,7 @@ impl Partitions {
     pub async fn new(config: KafkaConfig, topics: Topics) -> Result<Self, SourceError> {
         let client = blocking(move || Client::new(&config)).await?;
         Ok(Self {
-            client: std::sync::Arc::new(client),
+            client: Arc::new(client),
             topics,
         })
     }

@@ -20,7 +20,7 @@ use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
 use crate::published::split_mark;
-use crate::source::{Fetch, Lag};
+use crate::source::{Ends, Fetch, Lag};
 
 const READ: &str = "read from Kinesis";
 /// Shards asked at the same time. An answer has up to 10 MB, so this bounds memory.
@@ -298,9 +298,10 @@ impl<S: Stream> Fetch for Reader<S> {
         Ok(())
     }
 
-    async fn lag(&mut self, shard: &str) -> Result<Option<Lag>, SourceError> {
+    fn lag(&mut self, shard: &str, _ends: &Ends) -> Option<Lag> {
+        // Each answer says it.
         let behind = self.cursors.get(shard).and_then(|c| c.more.behind_ms);
-        Ok(behind.map(Lag::Milliseconds))
+        behind.map(Lag::Milliseconds)
     }
 }
 

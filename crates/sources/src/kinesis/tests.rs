@@ -11,7 +11,7 @@ use crate::batch::{Batch, Limits};
 use crate::conformance::{World, conforms};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Split, Splits, Start};
+use crate::source::{Fetch, Lag, Split, Splits, Start, lag_now};
 
 const LIMITS: Limits = Limits {
     bytes: 1 << 20,
@@ -238,7 +238,10 @@ async fn each_position() {
             assert_eq!(batch.records()[0].offset.to_string().len(), 24);
             assert_eq!(moved.to.next_offset().map(|n| n.len()), Some(24));
         }
-        assert_eq!(reader.lag("s").await, Ok(Some(Lag::Milliseconds(0))));
+        assert_eq!(
+            lag_now(&mut reader, "s").await,
+            Ok(Some(Lag::Milliseconds(0)))
+        );
     }
     let mut reader = stream.reader();
     for wrong in [Position::offset(1), Position::After("x".into())] {
