@@ -521,6 +521,7 @@ CREATE TABLE rakam_internal.dead_letter (
   is_row      boolean NOT NULL DEFAULT false,
   is_record   boolean NOT NULL DEFAULT false,            -- as it came of the source: `collection` is what it names beside its value
   written_at  timestamptz,                               -- of the record
+  columns     jsonb,                                     -- of a row of CSV: the names of the columns of its file
   attempts    int NOT NULL DEFAULT 1
 );
 CREATE INDEX dead_letter_project ON rakam_internal.dead_letter (project_id, id);

@@ -19,6 +19,7 @@ CREATE TABLE rakam_internal.event_store (
   -- Batches have dense numbers by origin. A copy of the database (restored, promoted) takes an origin of its own for its next
   -- batch: it and the original go on from the same number with other events.
   origin      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+  former_origins uuid[] NOT NULL DEFAULT '{}',           -- that it had before: its records are in the service
   cluster     text COLLATE "C",                          -- system identifier, timeline and database that took it
   publish_seq bigint NOT NULL DEFAULT 0,                 -- of the newest batch
   published   bigint NOT NULL DEFAULT 0,                 -- events

@@ -576,6 +576,75 @@ def assert_stored_once(db, name: str, committed: dict[str, list[int]]) -> None:
     assert dict(rows) == {user: sorted(numbers) for user, numbers in committed.items()}
 
 
+def usage(db, name: str) -> int:
+    """The bytes that a project has used of the days of its quota."""
+    return db.one(
+        "SELECT coalesce(sum(bytes), 0)::int8 FROM rakam_internal.usage JOIN rakam_internal.project USING (project_id)"
+        " WHERE name = %s",
+        name,
+    )
+
+
+def stamping(db, name: str) -> None:
+    """A mapper for all that a project collects, which leaves a trace each time it is called."""
+    db.admin.execute(
+        f"CREATE FUNCTION {name}.stamp(event jsonb) RETURNS jsonb LANGUAGE sql AS"
+        f" $$SELECT event || jsonb_build_object('by', coalesce(event->>'by', '') || '{name};')$$"
+    )
+    db.admin.execute("SELECT rakam.set_mapper(%s, NULL, %s::regprocedure)", (name, f"{name}.stamp(jsonb)"))
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["free", "bounded"])
+def test_what_comes_back_is_neither_mapped_nor_charged_again(db, kafka, server, bounded):
+    name = "bounded" if bounded else "free"
+    kafka.create_topic(f"{name}.e", 1)
+    project(db, name)
+    stamping(db, name)
+    if bounded:
+        db.admin.execute("SELECT rakam.set_quota(%s, 1000, 10000000, NULL, NULL)", (name,))
+    # Many go straight into the hot tier, few through the inbox.
+    collect_batch(db.admin, name, [("e", {"n": n}) for n in range(600)])
+    wait_published(db, name)
+    used = usage(db, name)
+    assert (used > 0) == bounded
+    options = {"topics": [f"{name}.e"], "format": "avro"}
+    db.admin.execute("SELECT rakam.create_source(%s, 'in', 'k', %s)", (name, json.dumps(options)))
+    wait_until(lambda: db.one(f"SELECT count(*) FROM {name}._all") == 600, "many are back")
+    db.tick()
+    assert usage(db, name) == used
+    db.admin.execute("SELECT rakam.pause_source(%s, 'in')", (name,))
+    collect_batch(db.admin, name, [("e", {"n": n}) for n in range(600, 603)])
+    wait_published(db, name)
+    used = usage(db, name)
+    db.admin.execute("SELECT rakam.resume_source(%s, 'in')", (name,))
+    wait_until(lambda: db.one(f"SELECT count(*) FROM {name}._all") == 603, "few are back")
+    db.tick()
+    assert usage(db, name) == used
+    found = db.all(f"SELECT properties->>'by', count(DISTINCT properties->'n') FROM {name}._all GROUP BY 1")
+    assert found == [(f"{name};", 603)]
+    assert db.one("SELECT count(*) FROM rakam.dead_letter WHERE project = %s", name) == 0
+
+
+def test_what_comes_of_another_project_is_mapped_here(db, kafka, server):
+    kafka.create_topic("there.e", 1)
+    project(db, "there")
+    db.project("here")
+    for name in ("there", "here"):
+        stamping(db, name)
+        # The same versions of the same schema, so that one reads what the other has written.
+        db.admin.execute("SELECT rakam.create_collection(%s, 'e')", (name,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'e', 'n', 'bigint')", (name,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'e', 'by', 'text')", (name,))
+    collect_batch(db.admin, "there", [("e", {"n": n}) for n in range(600)])
+    wait_published(db, "there")
+    db.admin.execute(
+        'SELECT rakam.create_source(\'here\', \'in\', \'k\', \'{"topics": ["there.e"], "format": "avro",'
+        ' "collection": "e"}\')'
+    )
+    wait_until(lambda: db.one("SELECT count(*) FROM here._all") == 600, "they are here")
+    assert db.all("SELECT DISTINCT properties->>'by' FROM here._all") == [("there;here;",)]
+
+
 def test_what_is_read_again_on_purpose_is_stored_again(db, kafka, server):
     """The marks tell copies of a relay, not what `seek_source` asks for."""
     kafka.create_topic("again.e", 1)
@@ -672,5 +741,12 @@ def test_a_dump_carries_what_waits(cluster, db, kafka, server):
         marks = {named["rakam-origin"]: named["rakam-publish-seq"] for _, named, _, event in found if event["n"] == 4}
         assert list(marks.values()) == ["1.0"]
         assert len({named["rakam-origin"] for _, named, *_ in found}) == 2
+        # What the copy has from before it was one is its own as well.
+        origins = "SELECT (former_origins || origin)::text[] FROM rakam_internal.event_store"
+        assert set(
+            restored.one(
+                f"{origins} WHERE server = 'k' AND anchor IS NOT NULL AND options @> '{{\"topic\": \"dumped\"}}'"
+            )
+        ) == {named["rakam-origin"] for _, named, *_ in found}
     finally:
         restored.drop()

@@ -1,5 +1,7 @@
 //! Event stores: where projects send their events, how far they have come, and what is on its way.
 
+use std::collections::HashSet;
+
 use rakam_sources::options::Kind;
 use rakam_sources::publish::StoreOptions;
 use rakam_sources::published::Seen;
@@ -272,6 +274,8 @@ pub fn assign(store: &EventStore, rows: Vec<Head>) -> Result<Assigned> {
         View::Current,
         "UPDATE rakam_internal.event_store SET
            origin = CASE WHEN cluster IS DISTINCT FROM $2 AND publish_seq > 0 THEN pg_catalog.gen_random_uuid() ELSE origin END,
+           former_origins = CASE WHEN cluster IS DISTINCT FROM $2 AND publish_seq > 0 THEN former_origins || origin
+                                 ELSE former_origins END,
            publish_seq = CASE WHEN cluster IS DISTINCT FROM $2 THEN 1 ELSE publish_seq + 1 END,
            cluster = $2
          WHERE store_id = $1 RETURNING origin, publish_seq",
@@ -327,6 +331,17 @@ pub fn note_error(store_id: i32, error: Option<&str>) -> Result<()> {
         &[arg(store_id), arg(error)],
     )?;
     Ok(())
+}
+
+/// The origins under which a project's stores have published: what has one of them was collected in this project.
+pub fn origins(view: View, project_id: i32) -> Result<HashSet<Uuid>> {
+    let origins = spi::query(
+        view,
+        "SELECT pg_catalog.unnest(former_origins || origin) FROM rakam_internal.event_store WHERE project_id = $1",
+        &[arg(project_id)],
+        |row| uuid_of(row, 1),
+    )?;
+    Ok(origins.into_iter().collect())
 }
 
 /// How many partitions of these topics a store spreads keys among, as far as that is noted.

@@ -10,7 +10,7 @@ use crate::catalog::{audit, sources};
 use crate::pg::security::ActAs;
 use crate::pg::spi::View;
 use crate::pg::{ErrorReport, PgError, not_null, xact};
-use crate::sources::functions::{source_name, unknown};
+use crate::sources::functions::unknown;
 use crate::sources::seek::Request;
 
 /// Lets a source go on elsewhere: at `earliest`, `latest`, a timestamp, or for single splits at the offsets of a JSON object. Splits
@@ -31,7 +31,7 @@ fn seek_source(
     Ok(audit::call("seek_source", project, name, || {
         xact::ensure_writable("seek a source")?;
         let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-        let name = source_name(not_null(name, "name")?)?;
+        let name = sources::name_of(not_null(name, "name")?)?;
         let target = not_null(target, "target")?;
         let force = not_null(force, "force")?;
         let source = {

@@ -121,6 +121,7 @@ async fn read(
         limits: Limits::default(),
         asking: None,
         asked: Instant::now(),
+        has_new: false,
     };
     let outcome = reading.run(&mut commands, teller).await;
     // The client of a service may wait for its threads.
@@ -139,6 +140,8 @@ struct Reading {
     /// It is being asked where these splits end.
     asking: Option<(Vec<String>, JoinHandle<Result<Ends, SourceError>>)>,
     asked: Instant,
+    /// A split was opened since it was last asked how far behind they are.
+    has_new: bool,
 }
 
 impl Reading {
@@ -162,9 +165,11 @@ impl Reading {
                 Ok(None) => return Ok(()),
                 Err(_) => {}
             }
+            let mut is_through = false;
             if !waits {
                 let batch = self.fetch.poll(&self.limits).await?;
                 let is_empty = batch.is_empty();
+                is_through = is_empty;
                 self.ahead += usize::from(!is_empty);
                 if (!is_empty || batch.trouble.is_some())
                     && !teller
@@ -174,7 +179,7 @@ impl Reading {
                     return Ok(());
                 }
             }
-            if let Some(lags) = self.lags().await
+            if let Some(lags) = self.lags(is_through).await
                 && !teller.tell(What::Lag(lags)).await
             {
                 return Ok(());
@@ -186,6 +191,7 @@ impl Reading {
         match command {
             Command::Open(split, from) => {
                 self.fetch.open(&split, from).await?;
+                self.has_new = true;
                 if !self.open.contains(&split) {
                     self.open.push(split);
                 }
@@ -213,7 +219,11 @@ impl Reading {
 
     /// How far behind the splits are, now and then. A service may take its time to say where they end, in which they are
     /// read on; what has been told of them by the time of its answer does not count.
-    async fn lags(&mut self) -> Option<Result<Vec<(String, Option<Lag>)>, SourceError>> {
+    /// Where nothing is left (`is_through`) a split that was opened since need not wait to hear so.
+    async fn lags(
+        &mut self,
+        is_through: bool,
+    ) -> Option<Result<Vec<(String, Option<Lag>)>, SourceError>> {
         if let Some((splits, asking)) = self.asking.take_if(|(_, asking)| asking.is_finished()) {
             let ends = match asking.await {
                 Ok(Ok(ends)) => ends,
@@ -229,8 +239,10 @@ impl Reading {
                 });
             return Some(Ok(lags.collect()));
         }
-        if self.asking.is_none() && !self.open.is_empty() && self.asked.elapsed() >= LAG_INTERVAL {
+        let is_due = self.asked.elapsed() >= LAG_INTERVAL || is_through && self.has_new;
+        if self.asking.is_none() && !self.open.is_empty() && is_due {
             self.asked = Instant::now();
+            self.has_new = false;
             let asking = tokio::spawn(self.fetch.ask_ends());
             self.asking = Some((self.open.clone(), asking));
         }

@@ -27,6 +27,8 @@ const READ: &str = "read from Kinesis";
 const AT_ONCE: usize = 4;
 /// Records of one answer, at most: what the service allows.
 const MOST_RECORDS: usize = 10_000;
+/// A record is taken for so large when it is asked how many may come.
+const RECORD_BYTES: usize = 1 << 10;
 
 /// How often a shard is asked.
 #[derive(Debug, Clone, Copy)]
@@ -128,7 +130,9 @@ impl<S: Stream> Reader<S> {
     }
 
     async fn ask(&mut self, turn: &[usize], limits: &Limits, batch: &mut Batch) {
-        let most = limits.records.clamp(1, MOST_RECORDS);
+        // The service takes no limit of bytes.
+        let fitting = limits.records.min(limits.bytes / RECORD_BYTES);
+        let most = fitting.clamp(1, MOST_RECORDS);
         let Self {
             stream, cursors, ..
         } = self;
