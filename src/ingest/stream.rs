@@ -7,8 +7,8 @@
 //! 2. In one transaction: [`Stream::store`], then `catalog::sources::advance`, which compares and sets the epoch and the position of
 //!    each split that the batch moves. If somebody else has a split by now, everything is rolled back.
 //! 3. If the transaction failed for another reason the consumer prepares the batch anew: `store` may leave what it likes in
-//!    `Prepared`. But for 53400 and 53100, which mean that there is no room for the batch now: then it is as it was, and the
-//!    consumer stores it later. No mapper has been called by then.
+//!    `Prepared`. But where there is no room for the batch now (53400, 53100) it is whole: the consumer stores it later, and no
+//!    mapper has been called by then.
 //!
 //! Many events of a collection become columns, and a chunk of their own; they lose the copies of events that are known. Few, and
 //! all of a collection with mappers, go through the inbox, where they are read at once and digested with others. Both roads
@@ -165,9 +165,16 @@ pub struct Prepared {
     tables: Tables,
     lines: Vec<Lines>,
     letters: Vec<Letter>,
+    /// Nothing was taken out of it.
+    is_whole: bool,
 }
 
 impl Prepared {
+    /// Whether it may be stored later, after an attempt that failed. A full disk, too, answers 53100, but in the midst of it.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
     fn record(&self, origin: Origin) -> Option<&Record> {
         match origin {
             Origin::Record(at) => self.batch.records().get(at),
@@ -261,6 +268,7 @@ impl Stream {
             .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
         keep(&project, &prepared.tables)?;
         charge(&project, prepared)?;
+        prepared.is_whole = false;
         let mut storing = Storing {
             stream: self,
             project: &project,

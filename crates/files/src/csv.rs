@@ -347,8 +347,11 @@ pub fn record_again(bytes: &[u8], names: &[String], options: &CsvOptions) -> Res
     if found == 0 {
         return Err(NOT_CLOSED.to_owned());
     }
-    if found != names.len() || length != Some(text.len()) {
+    if found != names.len() {
         return Err(wrong_width(names.len(), found));
+    }
+    if length != Some(text.len()) {
+        return Err("it is more than one record".to_owned());
     }
     let null = options.null.as_bytes();
     let columns = record.iter(bytes).map(|(cell, quoted)| {

@@ -111,6 +111,7 @@ pub fn prepare(stream: &Stream, batch: Arc<Batch>) -> Done<Prepared> {
             tables: BTreeMap::new(),
             lines: Vec::new(),
             letters: Vec::new(),
+            is_whole: true,
             batch,
         },
         row,

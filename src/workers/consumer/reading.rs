@@ -500,6 +500,7 @@ impl Reading {
             });
             if let Err(Failure::Error(error)) = &outcome
                 && has_no_room(error)
+                && prepared.is_whole()
             {
                 *waits = Some((prepared, since));
             }
