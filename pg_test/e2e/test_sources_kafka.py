@@ -134,6 +134,25 @@ def test_an_unreachable_broker_is_told_and_restarts_nothing(db, server):
     db.admin.execute("DROP SERVER away")
 
 
+def test_nothing_of_a_dropped_source_is_stored(db, kafka, server):
+    kafka.create_topic("dropped", 2)
+    kafka.send("dropped", numbers(0, 20_000))
+    create(db, "dropped", topics=["dropped"])
+    wait_until(lambda: stored(db, "dropped"), "it is being read")
+    drop(db, "dropped")
+    then = len(stored(db, "dropped"))
+    # Somebody else's records come after whatever was on its way.
+    kafka.create_topic("others", 1)
+    kafka.send("others", numbers(0, 3))
+    create(db, "others", topics=["others"])
+    wait_for(db, "others", [0, 1, 2])
+    assert len(stored(db, "dropped")) == then
+    # Another one of the name begins anew.
+    create(db, "dropped", topics=["dropped"], collection="again")
+    wait_for(db, "again", list(range(20_000)))
+    drop(db, "dropped", "others")
+
+
 # -- seeking --------------------------------------------------------------------------------------------------------
 
 

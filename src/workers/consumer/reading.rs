@@ -160,6 +160,11 @@ impl Reading {
             None => self.queue.is_empty(),
             Some(_) => true,
         };
+        // What fails once may go well a moment later.
+        let quiet = match self.trouble.fetching {
+            Some(_) => quiet * 3,
+            None => quiet,
+        };
         (is_stored || self.is_full) && self.heard.elapsed() >= quiet && is_through
     }
 
