@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rakam_event::batch::EventStamp;
-use rakam_event::entry;
 use rakam_event::error::EventError;
 use rakam_event::names;
 use rakam_event::schema::{SYSTEM_FIELDS, Schema};
@@ -18,7 +17,7 @@ use rakam_sources::decode::{DeadLetter, DecodeError, Decoded, Framed};
 use rakam_sources::published::Copies;
 use uuid::Uuid;
 
-use super::{Letter, Lines, Origin, Part, Prepared, Stream, Table, schemas};
+use super::{Letter, Lines, Origin, Part, Prepared, Stream, Table};
 use crate::catalog::event_store;
 use crate::catalog::mapper::Stage;
 use crate::catalog::projects::{self, Project};
