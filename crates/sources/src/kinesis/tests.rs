@@ -365,6 +365,22 @@ async fn a_stream_made_anew_stops() {
 }
 
 #[tokio::test]
+async fn few_bytes_are_few_records() {
+    let stream = FakeStream::default();
+    for _ in 0..9 {
+        stream.write("s", &[b'x'; 1_500]);
+    }
+    let mut reader = stream.reader();
+    open(&mut reader, "s", Position::Beginning).await;
+    let limits = Limits {
+        bytes: 3 << 10,
+        ..LIMITS
+    };
+    let batch = reader.poll(&limits).await.unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(batch.records().len(), 3);
+}
+
+#[tokio::test]
 async fn an_aggregate_is_never_split() {
     let stream = FakeStream::default();
     let records: Vec<_> = (0..9).map(|_| ("k", Some(7), &b"x"[..])).collect();
