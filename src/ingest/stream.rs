@@ -259,31 +259,33 @@ impl Stream {
     /// meanwhile.
     pub fn store(&mut self, prepared: &mut Prepared) -> Result<Stored> {
         failpoint::hit("stream.before_store");
-        let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
-        let dedupe = (prepared.tables.values().flat_map(|t| &t.parts))
-            .any(has_ids)
-            .then(|| Deduper::open([self.project_id]));
         let project = projects::by_name(&prepared.project)?
             .filter(|project| project.id == self.project_id)
             .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
-        keep(&project, &prepared.tables)?;
         charge(&project, prepared)?;
         prepared.is_whole = false;
         let mut storing = Storing {
             stream: self,
             project: &project,
-            dedupe,
+            dedupe: None,
             done: Stored {
                 lacks_id: vec![false; prepared.batch.moves.len()],
                 ..Stored::default()
             },
             letters: std::mem::take(&mut prepared.letters),
         };
-        for table in std::mem::take(&mut prepared.tables).into_values() {
-            storing.table(prepared, table)?;
-        }
+        // Mappers take what time they like: what others wait for is locked behind them.
         for lines in std::mem::take(&mut prepared.lines) {
             storing.lines(prepared, &lines)?;
+        }
+        let tables = std::mem::take(&mut prepared.tables);
+        let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
+        if tables.values().flat_map(|t| &t.parts).any(has_ids) {
+            storing.dedupe = Some(Deduper::open([project.id]));
+        }
+        keep(&project, &tables)?;
+        for table in tables.into_values() {
+            storing.table(prepared, table)?;
         }
         let done = storing.finish(prepared)?;
         failpoint::hit("stream.after_store");
