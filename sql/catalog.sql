@@ -182,17 +182,18 @@ END $$;
 -- Rows of the inbox that came with a dump: their transaction ids mean nothing here. A worker puts them into the inbox again.
 CREATE TABLE rakam_internal.inbox_restored (LIKE rakam_internal.inbox_0 INCLUDING STORAGE, PRIMARY KEY (id));
 
--- Collect writes the inbox below the executor (src/pg/heap.rs), where no trigger fires: this one sees restores only.
+-- Puts a row into the table that the trigger names. Collect writes inbox and outbox below the executor (src/pg/heap.rs), where no
+-- trigger fires: this one sees restores only.
 CREATE FUNCTION rakam_internal.set_apart() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  INSERT INTO rakam_internal.inbox_restored SELECT NEW.*;
+  EXECUTE pg_catalog.format('INSERT INTO rakam_internal.%I SELECT ($1).*', TG_ARGV[0]) USING NEW;
   RETURN NULL;
 END $$;
 DO $$
 BEGIN
   FOR k IN 0..2 LOOP
     EXECUTE pg_catalog.format('CREATE TRIGGER set_apart BEFORE INSERT ON rakam_internal.inbox_%s
-      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart()', k);
+      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart(%L)', k, 'inbox_restored');
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.inbox_%s ENABLE ALWAYS TRIGGER set_apart', k);
   END LOOP;
 END $$;

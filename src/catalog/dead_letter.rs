@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::inbox::TailRow;
 use super::mapper::Stage;
 use crate::pg::security::ActAs;
 use crate::pg::spi::{self, View, arg, timestamptz};
@@ -40,6 +41,21 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
         ],
     )?;
     Ok(())
+}
+
+/// Keeps an event of a row of the inbox or the outbox, with the reason, where it cannot go on. `is_row`: it may be of an INSERT.
+pub fn keep(row: &TailRow, event: &[u8], error: &str, is_row: bool) -> Result<()> {
+    insert(&NewLetter {
+        project_id: row.project_id,
+        collection: &row.collection,
+        payload: event,
+        error,
+        received_at_us: row.received_at_us,
+        shift_us: row.shift_us,
+        // It has been mapped and checked before it was stored.
+        stage: Stage::Stored,
+        is_row,
+    })
 }
 
 /// What of a source is no event, or an event of it that failed later.

@@ -25,6 +25,7 @@ pub use super::making::limits;
 use super::quota;
 use super::waiting::{FIRST_SLICE_BYTES, Waiting, fitting};
 use crate::catalog::backlog::{self, Backlog, Lag, Whose};
+use crate::catalog::dead_letter;
 use crate::catalog::inbox::{self, TailRow, Tick};
 use crate::catalog::registry::ProjectRow;
 use crate::catalog::restored;
@@ -458,7 +459,7 @@ fn refuse(project: &ProjectRow, row: &TailRow) -> Result<()> {
         None => "collection could not be registered".to_owned(),
     };
     for event in row.payload.split(|&b| b == b'\n').filter(|e| !e.is_empty()) {
-        inbox::parked::add_dead_letter(row, event, &why)?;
+        dead_letter::keep(row, event, &why, true)?;
     }
     Ok(())
 }

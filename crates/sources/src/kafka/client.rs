@@ -3,7 +3,7 @@
 //! Clients have threads of their own, which inherit the signal mask of the thread that makes them: make them in a task of a
 //! runtime whose threads block all signals. Dropping one waits for its threads.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,26 +31,60 @@ const ASK: Duration = Duration::from_secs(5);
 /// A partition that no broker knows for so long is gone.
 const GONE_AFTER: Duration = Duration::from_secs(10);
 
-/// Says nothing: what a user has to know comes as an error of a call, and a log would repeat it for every reconnection.
-struct Quiet;
+/// Logs nothing: what a user has to know comes as an error of a call, and a log would repeat it for every reconnection.
+///
+/// A call of somebody who is not let in fails as if nobody were there: the reason comes beside it, and is kept here until a call
+/// succeeds.
+#[derive(Default)]
+struct Listener(Mutex<Option<Failure>>);
 
-impl ClientContext for Quiet {
-    fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
-
-    fn error(&self, _error: KafkaError, _reason: &str) {}
+impl Listener {
+    fn refusal(&self) -> std::sync::MutexGuard<'_, Option<Failure>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-impl ConsumerContext for Quiet {}
+impl ClientContext for Listener {
+    fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
+
+    fn error(&self, error: KafkaError, _reason: &str) {
+        if let refused @ Failure::Refused(_) = failure(&error) {
+            *self.refusal() = Some(refused);
+        }
+    }
+}
+
+impl ConsumerContext for Listener {}
 
 /// A client of a cluster.
-pub(crate) struct Client(Arc<BaseConsumer<Quiet>>);
+pub(crate) struct Client(Arc<BaseConsumer<Listener>>);
 
 impl Client {
     fn new(config: &KafkaConfig) -> Result<Self, SourceError> {
         native(config.properties())
-            .create_with_context(Quiet)
+            .create_with_context(Listener::default())
             .map(|consumer| Self(Arc::new(consumer)))
             .map_err(unusable)
+    }
+
+    /// The outcome of a call; of one that reached nobody with the reason, as far as it is known.
+    fn explained<T>(&self, outcome: Result<T, Failure>) -> Result<T, Failure> {
+        let mut refusal = self.0.context().refusal();
+        match outcome {
+            Ok(value) => {
+                *refusal = None;
+                Ok(value)
+            }
+            Err(Failure::Transient(reason)) => {
+                Err(refusal.clone().unwrap_or(Failure::Transient(reason)))
+            }
+            failed => failed,
+        }
+    }
+
+    /// Takes in what librdkafka has to say, for a client that reads nothing.
+    fn listen(&self) {
+        while self.0.poll(Duration::ZERO).is_some() {}
     }
 
     /// The topics of the cluster that are asked for, each with its partitions.
@@ -66,7 +100,8 @@ impl Client {
     }
 
     fn metadata(&self, topic: Option<&str>) -> Result<Vec<(String, Vec<i32>)>, Failure> {
-        let metadata = self.0.fetch_metadata(topic, ASK).map_err(|e| failure(&e))?;
+        let metadata = self.0.fetch_metadata(topic, ASK);
+        let metadata = self.explained(metadata.map_err(|e| failure(&e)))?;
         let mut found = Vec::new();
         for topic in metadata.topics() {
             match topic.error().map(|e| explain(e.into())) {
@@ -118,9 +153,8 @@ impl Client {
 
     fn ends(&self, partition: &Partition) -> Result<(i64, i64), Failure> {
         let ask = || {
-            self.0
-                .fetch_watermarks(&partition.topic, partition.number, ASK)
-                .map_err(|error| failure(&error))
+            let ends = (self.0).fetch_watermarks(&partition.topic, partition.number, ASK);
+            self.explained(ends.map_err(|e| failure(&e)))
         };
         match ask() {
             // As far as librdkafka remembers: partitions that were added since it only learns of when it is asked for them.
@@ -204,10 +238,13 @@ pub(super) fn explain(code: RDKafkaErrorCode) -> Failure {
         Code::TopicAuthorizationFailed
         | Code::GroupAuthorizationFailed
         | Code::ClusterAuthorizationFailed
-        | Code::SaslAuthenticationFailed
-        | Code::Authentication
-        | Code::SSL
-        | Code::UnsupportedSASLMechanism => Failure::Refused(reason),
+        | Code::SSL => Failure::Refused(reason),
+        Code::SaslAuthenticationFailed | Code::Authentication | Code::UnsupportedSASLMechanism => {
+            Failure::Refused(
+                "the broker does not accept the credentials, or not by this SASL mechanism"
+                    .to_owned(),
+            )
+        }
         _ => Failure::Transient(reason),
     }
 }
@@ -271,7 +308,7 @@ impl Broker for Client {
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
         match self.0.poll(wait) {
             None => Ok(false),
-            Some(Err(error)) => Err(failure(&error)),
+            Some(Err(error)) => self.explained(Err(failure(&error))),
             Some(Ok(message)) => {
                 let named = Named::of(&message);
                 take(Message {
@@ -393,6 +430,8 @@ impl Splits for Partitions {
         let (client, topics) = (self.client.clone(), self.topics.clone());
         blocking(move || {
             let found = client.topics(&topics);
+            client.listen();
+            let found = client.explained(found);
             let found = found.map_err(|failure| failure.into_error("list the topics of Kafka"))?;
             Ok(topics.splits(&found))
         })

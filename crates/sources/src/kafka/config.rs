@@ -40,15 +40,18 @@ const DEFAULTS: [(&str, &str); 8] = [
 ];
 
 /// As [`FIXED`], for clients that write: nothing is given up but by us, and nothing overtakes what came before it.
-const WRITING: [(&str, &str); 5] = [
+const WRITING: [(&str, &str); 6] = [
     ("enable.idempotence", "true"),
+    // A broker that has nothing of a producer yet takes whatever comes first: what is behind a batch that it refuses, too.
+    ("max.in.flight.requests.per.connection", "1"),
     ("enable.gapless.guarantee", "true"),
     ("acks", "all"),
     // Without end: an outage is waited out.
     ("message.timeout.ms", "0"),
     ("queuing.strategy", "fifo"),
 ];
-const WRITING_ALIASES: [(&str, &str); 2] = [
+const WRITING_ALIASES: [(&str, &str); 3] = [
+    ("max.in.flight", "max.in.flight.requests.per.connection"),
     ("request.required.acks", "acks"),
     ("delivery.timeout.ms", "message.timeout.ms"),
 ];
@@ -374,6 +377,7 @@ mod tests {
         let get = |name: &str| properties.get(name).map(String::as_str);
         assert_eq!(get("enable.idempotence"), Some("true"));
         assert_eq!(get("message.timeout.ms"), Some("0"));
+        assert_eq!(get("max.in.flight.requests.per.connection"), Some("1"));
         assert_eq!(get("bootstrap.servers"), Some("a"));
         assert_eq!(
             (get("compression.type"), get("compression.codec")),
@@ -385,6 +389,7 @@ mod tests {
             ("request.required.acks", "1"),
             ("enable.idempotence", "false"),
             ("delivery.timeout.ms", "5000"),
+            ("max.in.flight", "5"),
             ("transactional.id", "x"),
         ] {
             assert!(

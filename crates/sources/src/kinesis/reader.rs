@@ -215,6 +215,8 @@ impl<S: Stream> Reader<S> {
                 split: cursor.split.clone(),
                 reason,
             });
+            // A stream that was made anew has other ranges.
+            self.ranges.clear();
             return;
         }
         let factor = 1u32 << known.failures.min(16);
@@ -222,6 +224,7 @@ impl<S: Stream> Reader<S> {
         known.due = now + pace.backoff.saturating_mul(factor).min(pace.backoff_most);
         // Being throttled is how a shard says that it is asked enough: no trouble unless it lasts.
         if !matches!(failure, Failure::Throttled(_)) || known.failures > 3 {
+            known.behind_ms = None;
             batch.trouble = Some(failure.into_error(READ));
         }
     }

@@ -339,8 +339,11 @@ async fn failures_pass() {
         assert!(batch.trouble.is_some() && batch.is_empty());
         assert_eq!(values(&poll(&mut reader).await), ["d"]);
     }
+    assert_eq!(reader.lag("s").await, Ok(Some(Lag::Milliseconds(0))));
     stream.state().faults = vec![Failure::Throttled("t".into()); 5];
     assert!(next(&mut reader).await.trouble.is_some());
+    // How far behind it is nobody knows any more.
+    assert_eq!(reader.lag("s").await, Ok(None));
 }
 
 #[tokio::test]
@@ -362,6 +365,17 @@ async fn a_stream_made_anew_stops() {
     let unknown = StopReason::UnknownRecord("123".into());
     assert_eq!(reasons, [("gone", &StopReason::Gone), ("s", &unknown)]);
     assert!(poll(&mut reader).await.is_empty());
+    // Made anew it has other ranges of keys, by which aggregates are told that are not its own.
+    stream.write("gone", &pack(&[("k", Some(7), b"b")]));
+    stream.change("gone", |data| data.hashes = Some((0, 10)));
+    open(&mut reader, "gone", Position::Beginning).await;
+    assert_eq!(values(&next(&mut reader).await), ["b"]);
+    stream.state().shards.remove("gone");
+    while poll(&mut reader).await.stops.is_empty() {}
+    stream.write("gone", &pack(&[("k", Some(20), b"c")]));
+    stream.change("gone", |data| data.hashes = Some((11, 30)));
+    open(&mut reader, "gone", Position::Beginning).await;
+    assert_eq!(values(&next(&mut reader).await), ["c"]);
 }
 
 #[tokio::test]
