@@ -326,7 +326,7 @@ impl Broker for Client {
     }
 }
 
-struct Asker(Arc<BaseConsumer<Quiet>>);
+struct Asker(Arc<BaseConsumer<Listener>>);
 
 impl Asker {
     /// The offsets at one of the ends of these partitions: one request for each broker.
