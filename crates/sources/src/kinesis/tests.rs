@@ -124,7 +124,8 @@ impl Stream for FakeStream {
             return Err(Failure::Expired);
         }
         let (shard, at) = state.iterators[number].clone();
-        let data = &state.shards[&shard];
+        let data = state.shards.get(&shard);
+        let data = data.ok_or_else(|| Failure::Missing("shard".to_owned()))?;
         let records: Vec<Raw> = data.records.iter().skip(at).take(most).cloned().collect();
         let end = at + records.len();
         let left = data.records.len() - end;
