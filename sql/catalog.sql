@@ -291,6 +291,8 @@ CREATE TABLE rakam_internal.data_file (
   flush_id       uuid NOT NULL
 );
 CREATE INDEX data_file_collection ON rakam_internal.data_file (collection_id, max_time, min_time);
+-- By its name alone, wherever storages overlap (src/catalog/storages.rs).
+CREATE INDEX data_file_name ON rakam_internal.data_file (pg_catalog.right(path, 44));
 -- How a query finds the files of a range of time: three equal periods, each with a short range of first days.
 CREATE INDEX data_file_period ON rakam_internal.data_file (collection_id, period, first_day);
 
@@ -666,7 +668,7 @@ DO $$
 DECLARE t text;
 BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
-    'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred',
+    'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred', 'file_pin',
     'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
     'mapper', 'mapper_dropped', 'attached_table'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');

@@ -73,6 +73,7 @@ extension_sql_file!(
     requires = [
         "catalog",
         fdw::options::fdw_validator,
+        projects::objects::ensure_server_apart,
         sources::validator::source_validator
     ]
 );

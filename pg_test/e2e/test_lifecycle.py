@@ -8,7 +8,7 @@ import time
 
 import psycopg
 import pytest
-from harness.database import Database, collect, notices_of, refused, wait_until
+from harness.database import Database, collect, in_background, notices_of, refused, wait_until
 
 
 def test_worker_starts_after_create_extension(db):
@@ -46,6 +46,32 @@ def test_drop_extension_stops_the_worker_and_create_starts_it_again(cluster):
             drop_leftovers(db)
             db.admin.execute("CREATE EXTENSION rakam")
     finally:
+        db.drop()
+
+
+def test_an_extension_created_again_at_once_has_a_worker_of_its_own(cluster):
+    """In one transaction: the worker, which slept meanwhile, remembers chunks and ids that are no more."""
+    db = Database(cluster, "created_again")
+    db.drop()
+    db.create()
+    try:
+        db.project("acme")
+        for n in range(3):
+            db.admin.execute("CREATE TABLE IF NOT EXISTS thousand AS SELECT n FROM generate_series(1, 2000) n")
+            collect(db.admin, "acme", "c", {"n": n})
+            db.tick()
+            db.admin.execute("INSERT INTO acme.c (n) SELECT n FROM thousand")
+        db.configure(flush_max_age="1s", flush_interval="1s")
+        pid = wait_until(db.worker_pid, "the resident worker")
+        wait_until(lambda: db.tiers("acme", "c") == {"inbox": 0, "hot": 0, "cold": 6003}, "the first worker's flush")
+        db.admin.execute("BEGIN; DROP EXTENSION rakam CASCADE; CREATE EXTENSION rakam; COMMIT")
+        drop_leftovers(db)
+        db.project("acme")
+        collect(db.admin, "acme", "c", {"n": 1})
+        wait_until(lambda: db.tiers("acme", "c") == {"inbox": 0, "hot": 0, "cold": 1}, "the flush by a new worker")
+        assert db.worker_pid() != pid
+    finally:
+        db.configure(flush_max_age=None, flush_interval=None)
         db.drop()
 
 
@@ -258,3 +284,60 @@ def test_everything_that_users_see_is_described(db):
         " AND obj_description(oid, 'pg_class') IS NULL"
     )
     assert undescribed == []
+
+
+def test_a_project_dropped_during_a_merge_leaves_no_events(db):
+    db.admin.execute("SET rakam.allow_project_drop = on")
+    project_id = "SELECT project_id FROM rakam_internal.project WHERE name = 'merged'"
+    db.project("merged")
+    db.admin.execute("SELECT rakam.create_collection('merged', 'page')")
+    db.admin.execute("SELECT rakam.add_field('merged', 'page', 'n', 'bigint')")
+    db.wait_column("merged.page", "n")
+    number = db.one(project_id)
+    db.configure(failpoint="merge.before_commit=sleep(60000)")
+    for _ in range(12):
+        db.admin.execute("INSERT INTO merged.page (n) SELECT generate_series(1, 1000)")
+    at_it = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query = 'rakam merge' AND backend_xid IS NOT NULL"
+        " AND datname = current_database()"
+    )
+    wait_until(lambda: db.one(at_it) == 1, "the merge")
+    _, thread, outcome = in_background(db, drop_merged)
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%drop_project%%'"
+    wait_until(lambda: outcome or db.one(blocked) == 1, "the drop waits for the merge")
+    db.configure(failpoint=None)
+    thread.join()
+    assert outcome == [None]
+    assert db.one("SELECT count(*) FROM rakam_internal.hot_chunk WHERE project_id = %s", number) == 0
+
+
+def drop_merged(session) -> None:
+    session.execute("SET rakam.allow_project_drop = on")
+    session.execute("SELECT rakam.drop_project('merged')")
+
+
+def test_a_collection_that_took_the_name_is_not_dropped(db):
+    """While a call waits for the locks of the collection that it found, the name becomes another's."""
+    db.project("renames")
+    for name in ("one", "two"):
+        collect(db.admin, "renames", name, {"n": 1})
+    db.tick()
+    db.configure(failpoint="flush.after_intent=sleep(60000)")
+    _, flush, flushed = in_background(db, lambda session: session.execute("SELECT rakam.flush('renames', 'one')"))
+    job = (
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 102 AND granted = %s"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    wait_until(lambda: flushed or db.one(job, True) == 1, "the flush")
+    call = "SELECT rakam.drop_collection('renames', 'one')"
+    _, drop, dropped = in_background(db, lambda session: session.execute(call))
+    wait_until(lambda: dropped or db.one(job, False) == 1, "the call waits")
+    # What two calls of rename_collection do that were there before.
+    for old, new in (("one", "first"), ("two", "one")):
+        db.admin.execute("UPDATE rakam_internal.collection SET name = %s WHERE name = %s", (new, old))
+    db.configure(failpoint=None)
+    flush.join()
+    drop.join()
+    assert [getattr(error, "sqlstate", None) for error in dropped] == ["40001"]
+    left = db.all("SELECT collection FROM rakam.collections WHERE project = 'renames' ORDER BY 1")
+    assert left == [("first",), ("one",)]

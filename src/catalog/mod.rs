@@ -22,6 +22,7 @@ pub mod manifest;
 pub mod mapper;
 pub mod monitor;
 pub mod outbox;
+pub mod places;
 pub mod progress;
 pub mod projects;
 pub mod rebuild;

@@ -551,6 +551,8 @@ pub fn delete(project_id: i32) -> Result<()> {
         "DELETE FROM rakam_internal.dead_letter WHERE project_id = $1",
         "DELETE FROM rakam_internal.mapper_dropped WHERE project_id = $1",
         "DELETE FROM rakam_internal.session_span WHERE project_id = $1",
+        "DELETE FROM rakam_internal.job USING rakam_internal.collection c
+         WHERE c.project_id = $1 AND job_key LIKE '%/' || c.collection_id::text",
         "DELETE FROM rakam_internal.project WHERE project_id = $1",
     ] {
         spi::execute(statement, &id)?;

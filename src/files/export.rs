@@ -11,14 +11,16 @@ use rakam_files::FilesError;
 use rakam_files::format::Format;
 use rakam_files::locate;
 use rakam_files::sink::{self, Cell, ColumnType, Destination, Gathered, RowForm, Sink};
+use rakam_lake::owner;
 use rakam_lake::storage::PART_BYTES;
+use rakam_lake::storage::place::Place as At;
 use uuid::Uuid;
 
 use super::place::{self, Access, Place, Root};
 use super::upload::Upload;
 use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
-use crate::catalog::storages;
+use crate::catalog::{places, store};
 use crate::pg::cursor::{self, Column, Cursor, Integers};
 use crate::pg::security::ActAs;
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait, xact};
@@ -63,6 +65,16 @@ fn export(
     let form = sink::row_form(format)?;
     let place = place::resolve(&project, url, Access::Write)?;
     let target = Target::new(&place)?;
+    let (at, keeping) = {
+        let _owner = ActAs::owner();
+        let at = target.place();
+        let held = places::holding(&at)?;
+        (at, held.iter().any(|(_, path)| !owner::is_table(path)))
+    };
+    if keeping {
+        // Else it would pass for an orphan there: that it is none is noted below.
+        xact::ensure_writable("write a file of this kind into a storage")?;
+    }
     let lines;
     let query = match form {
         RowForm::Line => {
@@ -74,11 +86,10 @@ fn export(
         RowForm::Cells | RowForm::Values => query,
     };
     let rows = write(query, &project.name, &target, format)?;
-    let url = target.publish()?;
-    // In a storage it must not pass for an orphan. (Elsewhere, and where nothing can be written, there is nothing to note.)
-    if xact::ensure_writable("note a file").is_ok() {
+    target.publish()?;
+    if keeping {
         let _owner = ActAs::owner();
-        storages::keep(&url, "copy_to")?;
+        places::keep(&at, "copy_to")?;
     }
     Ok(rows)
 }
@@ -143,7 +154,7 @@ enum Target {
         upload: Upload,
         gathered: Gathered,
         name: String,
-        url: String,
+        at: At,
     },
 }
 
@@ -159,7 +170,7 @@ impl Target {
                 Ok(Self::Object {
                     upload: Upload::begin(bucket.open()?, bucket.path(&name), &name)?,
                     gathered: Gathered::default(),
-                    url: bucket.url(&name),
+                    at: store::place(&bucket.server)?.below(&bucket.path(&name)),
                     name,
                 })
             }
@@ -194,23 +205,22 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the complete file its name; its URL.
-    fn publish(self) -> Result<String> {
+    /// Where it will be.
+    fn place(&self) -> At {
+        match self {
+            Self::Local(file) => At::of_file(&file.path),
+            Self::Object { at, .. } => at.clone(),
+        }
+    }
+
+    /// Gives the complete file its name.
+    fn publish(self) -> Result<()> {
         self.advance()?;
         match self {
-            Self::Local(file) => {
-                file.publish()?;
-                Ok(format!("file://{}", file.path.display()))
-            }
+            Self::Local(file) => file.publish(),
             Self::Object {
-                upload,
-                gathered,
-                url,
-                ..
-            } => {
-                upload.complete(gathered.take_rest())?;
-                Ok(url)
-            }
+                upload, gathered, ..
+            } => upload.complete(gathered.take_rest()),
         }
     }
 }

@@ -33,6 +33,10 @@ pub enum LockOn {
     Owner(i32),
     /// The description of a storage: it is written, or read to rebuild a catalogue.
     Describe(i32),
+    /// Which places are storages: changed by one transaction at a time.
+    Storages,
+    /// Orphans of a storage: they are deleted, or files among them attached.
+    Orphans(i32),
     /// Reading of sources by a called tick, where there are no consumers.
     Consume,
     /// The relay of the event stores.
@@ -62,6 +66,8 @@ impl LockOn {
             Self::Describe(storage_id) => (109, storage_id),
             Self::Consume => (111, 0),
             Self::Owner(storage_id) => (112, storage_id),
+            Self::Storages => (113, 0),
+            Self::Orphans(storage_id) => (114, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.
@@ -152,11 +158,9 @@ pub fn try_relation(relation: pg_sys::Oid, mode: Mode) -> bool {
 }
 
 /// Locks the extension's own catalog row in share mode, so that DROP EXTENSION and this transaction exclude
-/// each other. False: the extension is not there (any more).
-pub fn extension() -> bool {
-    let Some(oid) = super::security::extension_oid() else {
-        return false;
-    };
+/// each other. Its oid; None: the extension is not there (any more).
+pub fn extension() -> Option<pg_sys::Oid> {
+    let oid = super::security::extension_oid()?;
     // SAFETY: lock by oid; waits for a DROP EXTENSION in progress.
     unsafe {
         pg_sys::LockDatabaseObject(
@@ -166,5 +170,5 @@ pub fn extension() -> bool {
             pg_sys::AccessShareLock as i32,
         );
     }
-    super::security::extension_oid() == Some(oid)
+    (super::security::extension_oid() == Some(oid)).then_some(oid)
 }

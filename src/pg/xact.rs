@@ -1,5 +1,6 @@
 //! Transactions of background workers, and facts about the current one.
 
+use std::cell::Cell;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys;
@@ -12,7 +13,7 @@ use super::locks;
 /// Why a worker's transaction did not commit.
 #[derive(Debug)]
 pub enum Failure {
-    /// The extension is not installed (any more): the worker has nothing to do here.
+    /// The extension is not installed (any more), or is another one by now: the worker has nothing to do here.
     ExtensionGone,
     /// It was rolled back.
     Error(PgError),
@@ -35,7 +36,7 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
             pg_sys::SetCurrentStatementStartTimestamp();
             pg_sys::StartTransactionCommand();
         }
-        if !locks::extension() {
+        if !locks::extension().is_some_and(is_served) {
             // SAFETY: ends the transaction started above.
             unsafe { pg_sys::AbortCurrentTransaction() };
             return Err(Failure::ExtensionGone);
@@ -65,6 +66,19 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
     });
     report_statistics();
     outcome
+}
+
+thread_local! {
+    /// The extension that this process works for, since its first transaction.
+    static SERVED: Cell<pg_sys::Oid> = const { Cell::new(pg_sys::InvalidOid) };
+}
+
+/// Whether what this process remembers is of this extension: not if it was dropped and created again meanwhile.
+fn is_served(extension: pg_sys::Oid) -> bool {
+    if SERVED.get() == pg_sys::InvalidOid {
+        SERVED.set(extension);
+    }
+    SERVED.get() == extension
 }
 
 /// As [`worker`], for code of users: the transaction is read-only, and rolled back also when the work succeeds, so that

@@ -1,12 +1,16 @@
 //! What a project is in Postgres: its schema, roles, users table and `_all`, and the storage it uses.
 //! Everything here runs as the extension's owner.
 
+use pgrx::pg_extern;
 use rakam_lake::storage::StorageUrl;
 
 use crate::catalog::projects::{self as catalog, Lacking, Project};
-use crate::catalog::{rebuild, registry, storages};
+use crate::catalog::{places, rebuild, registry, storages};
+use crate::pg::locks::{self, LockOn};
+use crate::pg::security::ActAs;
+use crate::pg::snapshot::Registered;
 use crate::pg::spi::{self, View, quote_ident, quote_literal};
-use crate::pg::{Oid, PgError, Result, guc, relation, roles, security, server};
+use crate::pg::{ErrorReport, Oid, PgError, Result, guc, relation, roles, security, server};
 
 /// `rakam_local`: the default storage, inside Postgres.
 pub const DEFAULT_STORAGE_ID: i32 = 1;
@@ -215,7 +219,14 @@ pub fn ensure_usable(name: &str, user: Oid) -> Result<()> {
 }
 
 /// The id of a storage by its server's name, taking the server into use if it is new.
+/// 22023: its place is, holds or lies in that of another storage in use.
 pub fn storage(name: &str, caller: Oid) -> Result<i32> {
+    if let Some(id) = usable(name, caller)?.id {
+        return Ok(id);
+    }
+    // It may be in use under another name, or taken into use by somebody else meanwhile.
+    locks::transaction(LockOn::Storages);
+    storages::follow_renamed_servers()?;
     let storage = usable(name, caller)?;
     if let Some(id) = storage.id {
         return Ok(id);
@@ -227,6 +238,7 @@ pub fn storage(name: &str, caller: Oid) -> Result<i32> {
         );
     };
     let url = StorageUrl::parse(&url)?;
+    places::ensure_apart(View::Under(Registered::latest().get()), name)?;
     if matches!(url, StorageUrl::File(_)) {
         PgError::new(
             "00000",
@@ -236,6 +248,23 @@ pub fn storage(name: &str, caller: Oid) -> Result<i32> {
         .notice();
     }
     catalog::insert_storage(name, url.kind())
+}
+
+/// After a server was made or changed: one that is a storage in use has a place of its own. Called by an event trigger.
+#[pg_extern(schema = "rakam_internal", volatile, parallel_unsafe)]
+fn ensure_server_apart(server: Oid) -> std::result::Result<(), ErrorReport> {
+    Ok(server_apart(server)?)
+}
+
+fn server_apart(server: Oid) -> Result<()> {
+    let _owner = ActAs::owner();
+    locks::transaction(LockOn::Storages);
+    storages::follow_renamed_servers()?;
+    let latest = Registered::latest();
+    match places::storage_of_server(View::Under(latest.get()), server)? {
+        Some(name) => places::ensure_apart(View::Under(latest.get()), &name),
+        None => Ok(()),
+    }
 }
 
 fn usable(name: &str, user: Oid) -> Result<catalog::Storage> {

@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytes::Bytes;
 use rakam_lake::footer;
-use rakam_lake::owner::{SYSTEM_PREFIX, Writer, writer_of};
+use rakam_lake::owner::{OWNER_PATH, Writer, is_system, is_table, writer_of};
 use rakam_lake::storage::ObjectInfo;
 
 use super::object::Remote;
@@ -52,6 +52,8 @@ struct Check<'a> {
     writers: Vec<Writer>,
     /// Sizes of what was listed, by a hash of the path.
     listed: HashMap<u64, u64>,
+    /// Whether a folder with something that nobody knows is another storage.
+    is_storage: HashMap<String, bool>,
 }
 
 /// Compares a storage with the manifest; notes problems and queues orphans for deletion.
@@ -79,6 +81,7 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         is_owner,
         writers,
         listed: HashMap::new(),
+        is_storage: HashMap::new(),
     };
     match remote {
         Some(remote) => {
@@ -115,7 +118,7 @@ impl Check<'_> {
     fn page(&mut self, objects: &[ObjectInfo]) -> Outcome<()> {
         wait::check_interrupts();
         let objects: Vec<(&str, u64)> = (objects.iter())
-            .filter(|o| !o.path.starts_with(SYSTEM_PREFIX))
+            .filter(|o| !is_system(&o.path))
             .map(|o| (o.path.as_str(), o.bytes))
             .collect();
         for (path, bytes) in &objects {
@@ -162,7 +165,7 @@ impl Check<'_> {
     }
 
     /// Finds and queues those that nobody knows.
-    fn orphans(&self, objects: &[(&str, u64)]) -> Outcome<()> {
+    fn orphans(&mut self, objects: &[(&str, u64)]) -> Outcome<()> {
         let is_ours = |path: &str| match writer_of(path) {
             // What another database wrote is that one's, whatever this one knows of it.
             Some(writer) => self.writers.contains(&writer),
@@ -175,13 +178,7 @@ impl Check<'_> {
         let paths: Vec<String> = candidates.keys().map(|path| (*path).to_owned()).collect();
         let unknown = xact::worker(|| {
             let mut unknown = Vec::new();
-            let found = storages::unknown(self.storage_id, &paths)?;
-            let attached = storages::attached(self.storage_id, &found)?;
-            for path in found {
-                // Somebody's table; what has a name of ours is ours all the same.
-                if writer_of(&path).is_none() && attached.contains(&path) {
-                    continue;
-                }
+            for path in storages::orphans(self.storage_id, &paths)? {
                 // What is left of an interrupted write goes by the intent of its object while there is one.
                 let whole = path
                     .split_once(".parquet.")
@@ -197,11 +194,12 @@ impl Check<'_> {
         })?;
         // Between the list and the look at the tables it may have been deleted, or got its final name.
         let present = self.sizes_now(&unknown)?;
-        let orphans: Vec<String> = unknown
+        let mut orphans: Vec<String> = unknown
             .into_iter()
             .zip(present)
             .filter_map(|(path, size)| size.map(|_| path))
             .collect();
+        self.leave_other_storages(&mut orphans)?;
         if orphans.is_empty() {
             return Ok(());
         }
@@ -218,6 +216,31 @@ impl Check<'_> {
             }
             storages::note_problems(self.storage_id, self.began_us, &problems)
         })
+    }
+
+    /// Takes out what lies in another storage, whose address is below this one's: of whichever database.
+    fn leave_other_storages(&mut self, paths: &mut Vec<String>) -> Outcome<()> {
+        let Some(remote) = self.remote else {
+            return Ok(());
+        };
+        let above = |path: &str| -> Vec<String> {
+            (path.match_indices('/'))
+                .map(|(end, _)| path[..end].to_owned())
+                .collect()
+        };
+        let mut unseen: Vec<String> = (paths.iter().flat_map(|path| above(path)))
+            .filter(|folder| !self.is_storage.contains_key(folder))
+            .collect();
+        unseen.sort_unstable();
+        unseen.dedup();
+        let owners: Vec<String> = (unseen.iter())
+            .map(|folder| format!("{folder}/{OWNER_PATH}"))
+            .collect();
+        for (folder, size) in unseen.into_iter().zip(remote.sizes(&owners)?) {
+            self.is_storage.insert(folder, size.is_some());
+        }
+        paths.retain(|path| !above(path).iter().any(|folder| self.is_storage[folder]));
+        Ok(())
     }
 
     /// Files that are not there, or not of the size they were written with.
@@ -311,17 +334,6 @@ impl Check<'_> {
             }),
         }
     }
-}
-
-/// Whether a file is of a kind that people load or attach, and rakam never stores events in.
-fn is_table(path: &str) -> bool {
-    let path = path
-        .strip_suffix(".gz")
-        .or(path.strip_suffix(".zst"))
-        .unwrap_or(path);
-    [".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".avro"]
-        .iter()
-        .any(|suffix| path.ends_with(suffix))
 }
 
 fn hash(path: &str) -> u64 {

@@ -303,8 +303,11 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
         .split_beyond
         .is_some_and(|most| plan.files().len() > most)
     {
-        split(&collection, &schema, chunk_ids, &batches)?;
-        return Ok(Prepared::Split);
+        return Ok(if split(&collection, &schema, chunk_ids, &batches)? {
+            Prepared::Split
+        } else {
+            Prepared::Nothing
+        });
     }
     let home = Home {
         storage_id: project.storage_id,
@@ -352,13 +355,18 @@ fn read(
     Ok(batches)
 }
 
-/// Rewrites chunks of many months as chunks of one month each.
+/// Rewrites chunks of many months as chunks of one month each. False: the collection was dropped meanwhile.
 fn split(
     collection: &Collection,
     schema: &Schema,
     chunk_ids: &[i64],
     batches: &[RecordBatch],
-) -> Result<()> {
+) -> Result<bool> {
+    // A project is dropped under this lock: nothing is stored for it behind that.
+    locks::transaction(LockOn::Manifest(collection.id));
+    if registry::collection_by_id(View::Current, collection.id)?.is_none() {
+        return Ok(false);
+    }
     let target = Target {
         project_id: collection.project_id,
         collection_id: collection.id,
@@ -372,7 +380,7 @@ fn split(
     })?;
     delete_chunks(collection, chunk_ids)?;
     failpoint::hit("flush.after_split");
-    Ok(())
+    Ok(true)
 }
 
 fn write_files(
@@ -414,9 +422,13 @@ fn write_files(
 /// Last transaction: the same rows leave the chunks and enter the manifest.
 fn commit(step: &Step) -> Result<Flushed> {
     let collection = &step.home.collection;
-    locks::transaction(LockOn::Manifest(collection.id));
-    delete_chunks(collection, &step.chunk_ids)?;
     let mut flushed = Flushed::default();
+    locks::transaction(LockOn::Manifest(collection.id));
+    if registry::collection_by_id(View::Current, collection.id)?.is_none() {
+        // Dropped meanwhile; the objects go by their intents.
+        return Ok(flushed);
+    }
+    delete_chunks(collection, &step.chunk_ids)?;
     for output in &step.outputs {
         wait::check_interrupts();
         step.home.enter(output, step.schema.version)?;

@@ -85,7 +85,7 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
     };
     let remote = match Remote::open(storage_id) {
         Ok(Some(remote)) => remote,
-        Ok(None) => return deferred(storage_id, None),
+        Ok(None) => return out_of_use(storage_id, None, asked),
         Err(failure) => {
             // Its server is gone, or has no address that can be used.
             if let Failure::Error(error) = &failure {
@@ -107,7 +107,7 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
     let abandoned = abandoned(storage_id, &remote)?;
     // Before files go: that they do not count any more.
     describe::storage(storage_id)?;
-    Ok(abandoned + deferred(storage_id, Some(&remote))?)
+    Ok(abandoned + out_of_use(storage_id, Some(&remote), asked)?)
 }
 
 /// Deletes what was announced and never entered the manifest.
@@ -142,23 +142,54 @@ fn abandoned(storage_id: i32, remote: &Remote) -> std::result::Result<u64, Failu
     Ok(deleted)
 }
 
-/// Deletes what is out of use before the horizon and for longer than the retention.
-fn deferred(storage_id: i32, remote: Option<&Remote>) -> std::result::Result<u64, Failure> {
+/// Deletes what is out of use, and what a comparison found that nobody knows.
+fn out_of_use(
+    storage_id: i32,
+    remote: Option<&Remote>,
+    asked: Asked,
+) -> std::result::Result<u64, Failure> {
+    let deleted = deferred(storage_id, remote, false)?;
+    // While files are being attached nobody knows yet which of them are somebody's.
+    let lock = LockOn::Orphans(storage_id);
+    let _still = match asked {
+        Asked::ByCall => SessionLock::take(lock),
+        Asked::ByTime => match SessionLock::try_take(lock) {
+            Some(lock) => lock,
+            None => return Ok(deleted),
+        },
+    };
+    Ok(deleted + deferred(storage_id, remote, true)?)
+}
+
+/// Deletes what is out of use before the horizon and for longer than the retention, or the orphans that still are some.
+fn deferred(
+    storage_id: i32,
+    remote: Option<&Remote>,
+    orphans: bool,
+) -> std::result::Result<u64, Failure> {
     let mut deleted = 0;
     loop {
         wait::check_interrupts();
         let paths = xact::worker(|| {
             let retention_s = guc::file_retention().as_secs_f64();
-            let due =
-                manifest::deferred_due(View::Current, storage_id, horizon(), retention_s, BATCH)?;
-            if !due.is_empty() {
-                // What took them out of use must not come back by a crash, whatever synchronous_commit is.
-                xact::settle();
+            let since = (horizon(), retention_s);
+            let queued = manifest::deferred_due(View::Current, storage_id, orphans, since, BATCH)?;
+            if queued.is_empty() {
+                return Ok(None);
             }
-            Ok(due)
+            // What took them out of use must not come back by a crash, whatever synchronous_commit is.
+            xact::settle();
+            if orphans {
+                storages::unqueue(storage_id, &queued).map(Some)
+            } else {
+                Ok(Some(queued))
+            }
         })?;
-        if paths.is_empty() {
+        let Some(paths) = paths else {
             return Ok(deleted);
+        };
+        if paths.is_empty() {
+            continue;
         }
         if let Some(remote) = remote {
             if !owner::may_delete(remote)? {

@@ -91,6 +91,8 @@ fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Res
 /// Writes one chunk anew, under the collection's job lock; false: there is none to be written.
 fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
     let view = View::Current;
+    // A project is dropped under this lock: nothing is stored for it behind that.
+    locks::transaction(LockOn::Manifest(collection_id));
     let due = deletion::next_reduced_chunk(view, collection_id, worth.share, worth.age_s)?;
     let Some(chunk_id) = due else {
         return Ok(false);
@@ -217,6 +219,10 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
 fn commit(step: &Step) -> Result<()> {
     let (old, home) = (&step.old, &step.home);
     locks::transaction(LockOn::Manifest(home.collection.id));
+    if registry::collection_by_id(View::Current, home.collection.id)?.is_none() {
+        // Dropped meanwhile; the object goes by its intent.
+        return Ok(());
+    }
     if !manifest::remove_file(old.file_id, "rewritten without deleted events")? {
         return Err(PgError::new(
             "40001",

@@ -18,6 +18,7 @@ pub fn run() -> Result<(), Failure> {
         usage::sum_up()?;
         projects::follow_renamed_roles()?;
         storages::follow_renamed_servers()?;
+        storages::forget_gone()?;
         if !KEPT.get() {
             for (table, storage) in storages::without_dependency(None)? {
                 server::keep_for(table, &storage);

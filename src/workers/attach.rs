@@ -20,15 +20,15 @@ use super::task::{self, Task};
 use crate::catalog::attached::{self, New};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, ProjectRow};
-use crate::catalog::{audit, progress};
+use crate::catalog::{audit, manifest, places, progress, storages};
 use crate::files::place::{self, Access, Keep, Place, Root};
 use crate::files::reading::Readers;
 use crate::ingest::digest;
-use crate::pg::locks::{self, LockOn};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{
-    ErrorReport, INVALID_OID, PgError, Result, guc, not_null, relation, runtime, wait,
+    ErrorReport, INVALID_OID, PgError, Result, failpoint, guc, not_null, relation, runtime, wait,
 };
 use crate::tiers::ddl;
 
@@ -127,7 +127,14 @@ fn detach(project: Option<&str>, name: Option<&str>) -> std::result::Result<(), 
 pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     // What was collected under the name before the call has a collection then.
     digest::catch_up(Some(&[request.project_id]))?;
-    xact::worker(|| ensure_free(request).map(drop))?;
+    let storages = xact::worker(|| {
+        ensure_free(request)?;
+        storages_of(request)
+    })?;
+    // What is queued there as orphans may be these files: nothing of it is deleted until they are known.
+    let _still: Vec<SessionLock> = (storages.iter())
+        .map(|storage_id| SessionLock::take(LockOn::Orphans(*storage_id)))
+        .collect();
     let error = |e: FilesError| Failure::Error(e.into());
     let format = match &request.format {
         Some(name) => Some(Format::parse(name).map_err(error)?),
@@ -178,6 +185,7 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     if columns.is_empty() {
         return Err(error(FilesError::NoColumns));
     }
+    failpoint::hit("attach.before_commit");
     xact::worker(|| {
         locks::transaction(LockOn::Digest);
         locks::transaction(LockOn::Ddl);
@@ -190,9 +198,34 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
             format: request.format.as_deref(),
             n: found.rows as i64,
         })?;
+        for storage_id in &storages {
+            storages::unqueue_known(*storage_id)?;
+        }
         ddl::create_attached(&project, &request.name, &columns)
     })?;
     Ok(left_out.into_iter().map(|(name, _)| name).collect())
+}
+
+/// The storages in which the files may lie, by their ids.
+fn storages_of(request: &Request) -> Result<Vec<i32>> {
+    let gone = || PgError::new("42704", "the project was dropped");
+    let view = View::Current;
+    let project = registry::project_by_id(view, request.project_id)?.ok_or_else(gone)?;
+    let own = manifest::storage(view, project.storage_id)?.ok_or_else(gone)?;
+    let files = places::AttachedUrl {
+        url: &request.url,
+        server: request.storage.as_deref(),
+        project: &project.name,
+        own: &own.name,
+    };
+    let Some(files) = files.place() else {
+        return Ok(Vec::new());
+    };
+    let storages = places::storages(view)?;
+    Ok((storages.into_iter())
+        .filter(|storage| files.position(&storage.place).is_some())
+        .map(|storage| storage.storage_id)
+        .collect())
 }
 
 /// The project, in which nothing has the name yet.

@@ -139,7 +139,7 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
             locks::transaction(LockOn::Digest);
             locks::transaction(LockOn::Manifest(found.id));
             locks::transaction(LockOn::Ddl);
-            apply(change)
+            apply(change, found.id)
         });
         match outcome {
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
@@ -182,9 +182,19 @@ fn in_use(change: &Change) -> PgError {
     .hint("A query or an open transaction uses it: try again later, or raise lock_timeout.")
 }
 
-fn apply(change: &Change) -> Result<()> {
-    // Again, under the locks.
+fn apply(change: &Change, locked_id: i32) -> Result<()> {
+    // Again, under the locks. They are those of the collection that had the name before.
     let collection = find(change)?;
+    if collection.id != locked_id {
+        return Err(PgError::new(
+            "40001",
+            format!(
+                "another collection was named \"{}\" at the same moment",
+                change.collection
+            ),
+        )
+        .hint("Look at the view rakam.collections, and call it again if it is still to be done."));
+    }
     match &change.what {
         What::Drop => {
             ddl::drop_table(&collection)?;
