@@ -291,7 +291,7 @@ CREATE TABLE rakam_internal.data_file (
   flush_id       uuid NOT NULL
 );
 CREATE INDEX data_file_collection ON rakam_internal.data_file (collection_id, max_time, min_time);
--- By its name alone, wherever storages overlap (src/catalog/storages.rs).
+-- By its name alone, wherever storages overlap (src/catalog/orphans.rs).
 CREATE INDEX data_file_name ON rakam_internal.data_file (pg_catalog.right(path, 44));
 -- How a query finds the files of a range of time: three equal periods, each with a short range of first days.
 CREATE INDEX data_file_period ON rakam_internal.data_file (collection_id, period, first_day);

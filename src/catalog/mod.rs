@@ -21,6 +21,7 @@ pub mod logs;
 pub mod manifest;
 pub mod mapper;
 pub mod monitor;
+pub mod orphans;
 pub mod outbox;
 pub mod places;
 pub mod progress;

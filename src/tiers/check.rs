@@ -15,8 +15,8 @@ use rakam_lake::storage::ObjectInfo;
 
 use super::object::Remote;
 use super::owner;
-use crate::catalog::manifest;
 use crate::catalog::storages::{self, File, Problem};
+use crate::catalog::{manifest, orphans};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -156,7 +156,7 @@ impl Check<'_> {
                 Some(writer) => self.writers.contains(&writer),
                 None => age.as_secs() > UPLOAD_S,
             };
-            if abandoned && !xact::worker(|| storages::is_announced(self.storage_id, &upload.path))?
+            if abandoned && !xact::worker(|| orphans::is_announced(self.storage_id, &upload.path))?
             {
                 remote.abort_upload(&upload)?;
             }
@@ -178,13 +178,13 @@ impl Check<'_> {
         let paths: Vec<String> = candidates.keys().map(|path| (*path).to_owned()).collect();
         let unknown = xact::worker(|| {
             let mut unknown = Vec::new();
-            for path in storages::orphans(self.storage_id, &paths)? {
+            for path in orphans::among(self.storage_id, &paths)? {
                 // What is left of an interrupted write goes by the intent of its object while there is one.
                 let whole = path
                     .split_once(".parquet.")
                     .map(|(stem, _)| format!("{stem}.parquet"));
                 if let Some(whole) = whole
-                    && storages::is_announced(self.storage_id, &whole)?
+                    && orphans::is_announced(self.storage_id, &whole)?
                 {
                     continue;
                 }
@@ -212,7 +212,7 @@ impl Check<'_> {
             .collect();
         xact::worker(|| {
             if self.is_owner {
-                storages::queue_orphans(self.storage_id, &orphans)?;
+                orphans::queue(self.storage_id, &orphans)?;
             }
             storages::note_problems(self.storage_id, self.began_us, &problems)
         })

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::catalog::{load, manifest, mapper, session, storages};
+use crate::catalog::{load, manifest, mapper, orphans, session, storages};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -180,7 +180,7 @@ fn deferred(
             // What took them out of use must not come back by a crash, whatever synchronous_commit is.
             xact::settle();
             if orphans {
-                storages::unqueue(storage_id, &queued).map(Some)
+                orphans::unqueue(storage_id, &queued).map(Some)
             } else {
                 Ok(Some(queued))
             }

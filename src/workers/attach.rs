@@ -20,7 +20,7 @@ use super::task::{self, Task};
 use crate::catalog::attached::{self, New};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, ProjectRow};
-use crate::catalog::{audit, manifest, places, progress, storages};
+use crate::catalog::{audit, manifest, orphans, places, progress};
 use crate::files::place::{self, Access, Keep, Place, Root};
 use crate::files::reading::Readers;
 use crate::ingest::digest;
@@ -199,7 +199,7 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
             n: found.rows as i64,
         })?;
         for storage_id in &storages {
-            storages::unqueue_known(*storage_id)?;
+            orphans::unqueue_known(*storage_id)?;
         }
         ddl::create_attached(&project, &request.name, &columns)
     })?;
