@@ -31,12 +31,14 @@ pub enum LockOn {
     Check(i32),
     /// The owner object of a storage: this database's sessions change it one after the other.
     Owner(i32),
-    /// The description of a storage: it is written, or read to rebuild a catalogue.
+    /// The description of a storage: it is written.
     Describe(i32),
     /// Which places are storages: changed by one transaction at a time.
     Storages,
     /// Orphans of a storage: they are deleted, or files among them attached.
     Orphans(i32),
+    /// Making the catalogue of a storage anew.
+    Rebuild(i32),
     /// Reading of sources by a called tick, where there are no consumers.
     Consume,
     /// The relay of the event stores.
@@ -68,6 +70,7 @@ impl LockOn {
             Self::Owner(storage_id) => (112, storage_id),
             Self::Storages => (113, 0),
             Self::Orphans(storage_id) => (114, storage_id),
+            Self::Rebuild(storage_id) => (115, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

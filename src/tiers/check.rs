@@ -11,12 +11,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use bytes::Bytes;
 use rakam_lake::footer;
 use rakam_lake::owner::{OWNER_PATH, Writer, is_system, is_table, writer_of};
+use rakam_lake::period;
 use rakam_lake::storage::ObjectInfo;
 
 use super::object::Remote;
 use super::owner;
 use crate::catalog::storages::{self, File, Problem};
-use crate::catalog::{manifest, orphans};
+use crate::catalog::{manifest, orphans, rebuild};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -63,23 +64,13 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         Some(remote) => owner::look(remote)?,
         None => true,
     };
-    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
-    let mut writers = vec![own];
-    if is_owner {
-        writers.extend(
-            fence
-                .writers
-                .iter()
-                .filter_map(|w| w.parse::<Writer>().ok()),
-        );
-    }
     let mut check = Check {
         storage_id,
         remote,
         began_us: xact::now_us(),
         depth,
         is_owner,
-        writers,
+        writers: writers(storage_id, is_owner)?,
         listed: HashMap::new(),
         is_storage: HashMap::new(),
     };
@@ -111,6 +102,42 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         }
     }
     xact::worker(|| storages::checked(storage_id, check.began_us))
+}
+
+/// Whose objects are this database's: its own and, if the storage is certainly its, those that came with the storage.
+fn writers(storage_id: i32, is_owner: bool) -> Outcome<Vec<Writer>> {
+    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
+    let mut writers = vec![own];
+    if is_owner {
+        let parsed = fence
+            .writers
+            .iter()
+            .filter_map(|w| w.parse::<Writer>().ok());
+        writers.extend(parsed);
+    }
+    Ok(writers)
+}
+
+/// Hands the data files of this database's that nobody knows to `each`, some at a time. Listed first and looked for then, as
+/// by [`storage`].
+pub fn unknown(remote: &Remote, mut each: impl FnMut(Vec<String>) -> Outcome<()>) -> Outcome<()> {
+    let storage_id = remote.storage_id;
+    let is_owner = xact::worker(|| storages::fence(storage_id))?.is_ours;
+    let writers = writers(storage_id, is_owner)?;
+    remote.list("", |page| {
+        wait::check_interrupts();
+        let is_ours = |path: &str| {
+            period::object_id(path).is_some()
+                && writer_of(path).is_some_and(|writer| writers.contains(&writer))
+        };
+        let paths: Vec<String> = (page.into_iter().map(|object| object.path))
+            .filter(|path| is_ours(path))
+            .collect();
+        match xact::worker(|| storages::unknown(storage_id, &paths))? {
+            unknown if unknown.is_empty() => Ok(()),
+            unknown => each(unknown),
+        }
+    })
 }
 
 impl Check<'_> {
@@ -178,6 +205,10 @@ impl Check<'_> {
         let paths: Vec<String> = candidates.keys().map(|path| (*path).to_owned()).collect();
         let unknown = xact::worker(|| {
             let mut unknown = Vec::new();
+            if rebuild::is_rebuilding(self.storage_id)? {
+                // Its files are entered one after the other: what nobody knows yet is no orphan.
+                return Ok(unknown);
+            }
             for path in orphans::among(self.storage_id, &paths)? {
                 // What is left of an interrupted write goes by the intent of its object while there is one.
                 let whole = path
@@ -211,7 +242,7 @@ impl Check<'_> {
             })
             .collect();
         xact::worker(|| {
-            if self.is_owner {
+            if self.is_owner && !rebuild::is_rebuilding(self.storage_id)? {
                 orphans::queue(self.storage_id, &orphans)?;
             }
             storages::note_problems(self.storage_id, self.began_us, &problems)
