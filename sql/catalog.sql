@@ -238,8 +238,9 @@ INSERT INTO rakam_internal.inbox_tick (shard, tick_id, snapshot) VALUES (0, 1, p
 
 -- Projects of which more waits than the digest takes at once: theirs is digested slice by slice, up to a snapshot of
 -- their own, while the tick goes on for everybody else. Written together with a tick.
+-- No foreign key: a project that is being dropped lags, and the digest must not wait for the end of that.
 CREATE TABLE rakam_internal.inbox_lag (
-  project_id int PRIMARY KEY REFERENCES rakam_internal.project ON DELETE CASCADE,
+  project_id int PRIMARY KEY,
   snapshot   pg_snapshot NOT NULL,
   since      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );

@@ -582,6 +582,28 @@ def test_detach_and_attach_again(db, lake):
     )
 
 
+def test_a_session_from_before_knows_the_name_is_taken(db, lake, folder):
+    """What it remembers of the project is from before the table was attached, or detached."""
+    early = db.connect()
+    collect(early, PROJECT, "hits", {"n": 1})
+    db.tick()
+    # Nothing is registered after this, which would have it look again.
+    collect(early, PROJECT, "hits", {"n": 1})
+    (folder / "since.csv").write_text("n\n1\n")
+    attach(db.admin, "since", folder / "since.csv")
+    with refused("42710", hint="rakam.detach"):
+        collect(early, PROJECT, "since", {"n": 1})
+    stored, _, _, errors = collect_batch(early, PROJECT, [(name, {"n": 2}) for name in ("since", "hits")])
+    assert (stored, [error["sqlstate"] for error in errors]) == (1, ["42710"])
+    with refused("42710", hint="rakam.detach"):
+        early.execute("SELECT rakam.create_collection('acme', 'since')")
+    assert db.one("SELECT count(*) FROM acme._all WHERE _collection = 'since'") == 0
+    early.execute("SELECT rakam.detach('acme', 'since')")
+    collect(early, PROJECT, "since", {"n": 3})
+    db.tick()
+    assert db.one("SELECT n FROM acme.since") == 3
+
+
 def test_a_dropped_project_takes_its_tables_along(db, lake, folder):
     db.project("brief", "attached_lake")
     (folder / "brief.csv").write_text("n\n1\n")

@@ -216,6 +216,102 @@ def test_projects_come_and_go(db):
     assert db.one("SELECT sum(n) FROM shortlived.c") == 2
 
 
+def finding(db, check):
+    return db.all('SELECT status, detail, hint FROM rakam.health() WHERE "check" = %s', check)
+
+
+def test_an_open_drop_of_a_project_holds_up_nobody_else(db):
+    """In a transaction that stays open, rolled back, prepared and committed."""
+    for project in ("going", "staying"):
+        db.project(project)
+        for n in range(40):
+            collect(db.admin, project, "c", {"n": n, "_id": str(n)})
+        db.tick()
+        # More than there is to merge, and something for each step of the upkeep.
+        db.admin.execute("SELECT rakam.create_collection(%s, 'empty')", (project,))
+        db.admin.execute("SELECT rakam.rename_collection(%s, 'empty', 'still_empty')", (project,))
+    staying = 40
+
+    def goes_on(events: int) -> int:
+        for n in range(events, events + 3):
+            collect(db.admin, "staying", "c", {"n": n, "_id": str(n), f"f{n}": n})
+        db.wait_column("staying.c", f"f{events + 2}")
+        wait_until(lambda: db.tiers("staying", "c")["inbox"] == 0, "a digest of the other project")
+        session = db.connect(options="-c statement_timeout=60s")
+        session.execute("SELECT rakam.tick()")
+        assert db.one("SELECT count(*) FROM staying.c") == events + 3
+        return events + 3
+
+    session = db.connect(autocommit=False)
+    session.execute("SET rakam.allow_project_drop = on")
+    session.commit()
+    session.execute("SELECT rakam.drop_project('going')")
+    # Its events come in all the same, and wait.
+    collect(db.admin, "going", "c", {"n": 40, "late": True})
+    staying = goes_on(staying)
+    [(status, detail, hint)] = finding(db, "projects being dropped")
+    assert status == "warning", detail
+    assert "going" in detail and f"process {session.info.backend_pid}" in detail, detail
+    assert "roll" in hint
+    session.rollback()
+    wait_until(lambda: db.tiers("going", "c")["inbox"] == 0, "a digest after the rollback")
+    assert db.one("SELECT count(*) FROM going.c") == 41
+    assert not finding(db, "projects being dropped")
+
+    session.execute("SELECT rakam.drop_project('going')")
+    session.execute("PREPARE TRANSACTION 'drops going'")
+    collect(db.admin, "going", "c", {"n": 41})
+    collect(db.admin, "going", "unknown", {"n": 41})
+    staying = goes_on(staying)
+    [(_, detail, _)] = finding(db, "projects being dropped")
+    assert 'prepared transaction "drops going"' in detail, detail
+    db.admin.execute("COMMIT PREPARED 'drops going'")
+    staying = goes_on(staying)
+    assert not finding(db, "projects being dropped")
+    assert finding(db, "inbox")[0][0] != "warning"
+    for table in ("collection", "hot_chunk", "id_run", "inbox_lag", "manifest_log"):
+        left = f"SELECT count(*) FROM rakam_internal.{table} t LEFT JOIN rakam_internal.project p USING (project_id)"
+        wait_until(lambda left=left: db.one(left + " WHERE p.name IS NULL") == 0, f"nothing of it in {table}")
+
+
+def test_lost_privileges_are_given_back(db):
+    db.project("robbed")
+    collect(db.admin, "robbed", "c", {"n": 1})
+    db.tick()
+    reader, writer = db.login("robbed", "read"), db.login("robbed", "write")
+    assert finding(db, "roles")[0][0] == "ok"
+    db.admin.execute("DROP OWNED BY rakam_robbed_read, rakam_robbed_write")
+    with refused("42501"):
+        reader.execute("SELECT * FROM robbed.c")
+    [(status, detail, hint)] = finding(db, "roles")
+    assert (status, "robbed" in detail, "repair_roles" in hint) == ("error", True, True), detail
+    repaired = db.all("SELECT project, role FROM rakam.repair_roles() ORDER BY role")
+    assert repaired == [("robbed", "rakam_robbed_read"), ("robbed", "rakam_robbed_write")]
+    assert reader.execute("SELECT n FROM robbed.c").fetchall() == [(1,)]
+    assert reader.execute("SELECT count(*) FROM robbed._all").fetchone() == (1,)
+    writer.execute("INSERT INTO robbed.c (n) VALUES (2)")
+    assert finding(db, "roles")[0][0] == "ok"
+    assert db.all("SELECT * FROM rakam.repair_roles()") == []
+
+
+def test_who_runs_projects_need_not_be_a_superuser(db):
+    """A member of rakam_admin creates and drops projects, and nobody else does."""
+    db.make_login("runs_projects")
+    db.admin.execute("GRANT rakam_admin TO runs_projects")
+    session = db.connect("runs_projects")
+    session.execute("SELECT * FROM rakam.create_project('theirs')")
+    with refused("55000", hint="rakam.allow_project_drop"):
+        session.execute("SELECT rakam.drop_project('theirs')")
+    session.execute("SET rakam.allow_project_drop = on")
+    db.make_login("runs_nothing")
+    other = db.connect("runs_nothing")
+    other.execute("SET rakam.allow_project_drop = on")
+    with refused("42501"):
+        other.execute("SELECT rakam.drop_project('theirs')")
+    session.execute("SELECT rakam.drop_project('theirs')")
+    assert db.one("SELECT count(*) FROM rakam.projects WHERE project = 'theirs'") == 0
+
+
 def test_a_foreign_role_of_that_name_is_refused(db):
     db.admin.execute("CREATE ROLE rakam_taken_read NOLOGIN")
     with pytest.raises(psycopg.Error) as caught:

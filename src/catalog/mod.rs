@@ -10,6 +10,7 @@ pub mod compaction;
 pub mod dead_letter;
 pub mod deletion;
 pub mod description;
+pub mod dropping;
 pub mod event_store;
 pub mod former;
 pub mod ids;

@@ -129,6 +129,20 @@ pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>>
     )
 }
 
+/// What has the name of a collection's table that is still to be made: a relation or a type. Workers only.
+pub fn obstacle(view: View, collection: &Collection) -> Result<Option<String>> {
+    let found = spi::first(
+        view,
+        "SELECT CASE
+           WHEN EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.relnamespace = n.oid AND r.relname = $2) THEN 'relation'
+           WHEN EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace = n.oid AND t.typname = $2) THEN 'type' END
+         FROM rakam_internal.project p JOIN pg_catalog.pg_namespace n ON n.nspname = p.name WHERE p.project_id = $1",
+        &[arg(collection.project_id), arg(collection.name.as_str())],
+        |row| Ok(row.get(1)),
+    )?;
+    Ok(found.flatten())
+}
+
 /// The first few collections without a table whose name something else has, or whose schema is gone; as the view's user
 /// may see them.
 pub fn obstructed(view: View) -> Result<Vec<String>> {
@@ -140,6 +154,19 @@ pub fn obstructed(view: View) -> Result<Vec<String>> {
          WHERE c.ft IS NULL AND (n.oid IS NULL
            OR EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.relnamespace = n.oid AND r.relname = c.name)
            OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace = n.oid AND t.typname = c.name))
+         ORDER BY 1 LIMIT 10",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// The first few collections whose table somebody has dropped by hand; as the view's user may see them.
+pub fn without_table(view: View) -> Result<Vec<String>> {
+    spi::query(
+        view,
+        "SELECT p.name || '.' || c.name
+         FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
+         WHERE c.ft IS NOT NULL AND NOT EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.oid = c.ft)
          ORDER BY 1 LIMIT 10",
         &[],
         |row| row.must(1),

@@ -20,6 +20,7 @@ use crate::catalog::event_store::{self, Assigned, EventStore};
 use crate::catalog::inbox::TailRow;
 use crate::catalog::outbox;
 use crate::ingest::learn::{Learner, register};
+use crate::pg::locks::{self, LockOn};
 use crate::pg::runtime::{self, Port, Sender, Task};
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::View;
@@ -186,6 +187,8 @@ impl Relay {
                 _ if !is_due || is_under_way => continue,
                 _ if has_work => self.note_published(id),
                 _ if all_under_way >= STORES_AT_A_TIME => continue,
+                // Its rows are locked until a transaction ends that is dropping the project: no other store waits for that.
+                Ok(store) if !locks::is_free(LockOn::Project(store.project_id)) => continue,
                 Ok(store) => self.begin_store(&store),
                 Err(error) => Err(Failure::Error(error)),
             };

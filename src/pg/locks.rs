@@ -6,71 +6,84 @@ use std::time::Duration;
 
 use pgrx::pg_sys;
 
-/// What a lock is on. The discriminant is the tag's field4.
+use super::error::Result;
+use super::spi::{self, View, arg};
+
+/// What a lock is on. The discriminant is the tag's field4: no two can have the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
 pub enum LockOn {
     /// The one resident worker of this database.
-    Resident,
+    Resident = 100,
+    /// A project that a transaction is dropping. Taken before everything else and kept to its end; who works on projects in the
+    /// background asks whether it [`is_free`] and passes the project over while it is not, so that nobody waits for that end.
+    Project(i32) = PROJECT_TAG,
     /// Digest, seal and truncate of the inbox.
-    Digest,
+    Digest = 101,
     /// Chunk merge and flush of a collection exclude each other.
-    CollectionJob(i32),
+    CollectionJob(i32) = 102,
     /// Compaction of a collection: taken before [`LockOn::CollectionJob`], which it needs at its end only.
-    Compaction(i32),
+    Compaction(i32) = 108,
     /// The manifest of a collection: held only while a transaction writes it.
-    Manifest(i32),
+    Manifest(i32) = 103,
     /// Creation of columns and tables.
-    Ddl,
+    Ddl = 104,
     /// Deletion of objects in a storage.
-    Gc(i32),
+    Gc(i32) = 105,
     /// Writers of event ids: projects share [`ID_SLOTS`] of them.
-    Ids(i32),
+    Ids(i32) = 120,
     /// Merging the runs of ids of a project.
-    IdMerge(i32),
+    IdMerge(i32) = 121,
     /// The comparison of a storage with the manifest.
-    Check(i32),
+    Check(i32) = 107,
     /// The owner object of a storage: this database's sessions change it one after the other.
-    Owner(i32),
+    Owner(i32) = 112,
     /// The description of a storage: it is written.
-    Describe(i32),
+    Describe(i32) = 109,
     /// Which places are storages: changed by one transaction at a time.
-    Storages,
+    Storages = 116,
     /// Orphans of a storage: they are deleted, or files among them attached.
-    Orphans(i32),
+    Orphans(i32) = 114,
     /// Making the catalogue of a storage anew.
-    Rebuild(i32),
+    Rebuild(i32) = 115,
     /// Reading of sources by a called tick, where there are no consumers.
-    Consume,
+    Consume = 111,
     /// The relay of the event stores.
-    Relay,
+    Relay = 110,
     /// A load of files, by a hash of its key: the same call runs once at a time.
-    Load(i32),
+    Load(i32) = 106,
 }
 
 /// How many locks the writers of event ids share: few enough that one transaction may take all of them.
 pub const ID_SLOTS: i32 = 64;
 
+/// The fourth field of [`LockOn::Project`]: `pg_locks` shows it as `objsubid`, and the project's id as `classid`.
+pub const PROJECT_TAG: u16 = 113;
+
 impl LockOn {
     fn tag(self) -> pg_sys::LOCKTAG {
-        let (field4, key) = match self {
-            Self::Resident => (100, 0),
-            Self::Digest => (101, 0),
-            Self::CollectionJob(id) => (102, id),
-            Self::Manifest(id) => (103, id),
-            Self::Ddl => (104, 0),
-            Self::Gc(storage_id) => (105, storage_id),
-            Self::Ids(slot) => (120, slot),
-            Self::IdMerge(project_id) => (121, project_id),
-            Self::Load(key) => (106, key),
-            Self::Relay => (110, 0),
-            Self::Check(storage_id) => (107, storage_id),
-            Self::Compaction(id) => (108, id),
-            Self::Describe(storage_id) => (109, storage_id),
-            Self::Consume => (111, 0),
-            Self::Owner(storage_id) => (112, storage_id),
-            Self::Storages => (113, 0),
-            Self::Orphans(storage_id) => (114, storage_id),
-            Self::Rebuild(storage_id) => (115, storage_id),
+        // SAFETY: the enum is `repr(u16)`: a value begins with its discriminant.
+        let field4 = unsafe { *std::ptr::from_ref(&self).cast::<u16>() };
+        let key = match self {
+            Self::Project(id)
+            | Self::CollectionJob(id)
+            | Self::Manifest(id)
+            | Self::Gc(id)
+            | Self::Ids(id)
+            | Self::IdMerge(id)
+            | Self::Load(id)
+            | Self::Check(id)
+            | Self::Compaction(id)
+            | Self::Describe(id)
+            | Self::Owner(id)
+            | Self::Orphans(id)
+            | Self::Rebuild(id) => id,
+            Self::Resident
+            | Self::Digest
+            | Self::Ddl
+            | Self::Relay
+            | Self::Consume
+            | Self::Storages => 0,
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.
@@ -130,6 +143,18 @@ impl Drop for SessionLock {
     }
 }
 
+/// Whether nobody has it at this moment (nor waits for it).
+pub fn is_free(on: LockOn) -> bool {
+    let tag = on.tag();
+    // SAFETY: the tag is a plain value; what was taken is given back at once. Shared, so that those who ask do not meet.
+    unsafe {
+        let mode = pg_sys::ShareLock as i32;
+        let taken = pg_sys::LockAcquire(&tag, mode, true, true);
+        taken != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+            && pg_sys::LockRelease(&tag, mode, true)
+    }
+}
+
 fn acquire(on: LockOn, session: bool, no_wait: bool) -> bool {
     let tag = on.tag();
     // SAFETY: the tag is a plain value that LockAcquire copies.
@@ -158,6 +183,19 @@ pub fn relation(relation: pg_sys::Oid, mode: Mode) {
 pub fn try_relation(relation: pg_sys::Oid, mode: Mode) -> bool {
     // SAFETY: lock by oid; false when it would have to wait.
     unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
+}
+
+/// Whether this session has some lock on a relation.
+pub fn held_here(relation: pg_sys::Oid) -> Result<bool> {
+    let held = spi::first(
+        View::Current,
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = $1
+           AND l.pid = pg_catalog.pg_backend_pid() AND l.database =
+             (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))",
+        &[arg(relation)],
+        |row| row.must(1),
+    )?;
+    Ok(held.unwrap_or(false))
 }
 
 /// Locks the extension's own catalog row in share mode, so that DROP EXTENSION and this transaction exclude

@@ -8,7 +8,7 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder};
 
 use super::error::PgError;
-use super::locks;
+use super::{locks, spi};
 
 /// Why a worker's transaction did not commit.
 #[derive(Debug)]
@@ -79,6 +79,21 @@ fn is_served(extension: pg_sys::Oid) -> bool {
         SERVED.set(extension);
     }
     SERVED.get() == extension
+}
+
+/// How long work in passing waits for a lock.
+const PASSING_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
+
+/// As [`worker`], for work that can as well be done later: None, and nothing is done, if somebody's lock is in its way.
+pub fn in_passing<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<Option<T>, Failure> {
+    let outcome = worker(|| {
+        spi::execute_text(PASSING_LOCK_TIMEOUT)?;
+        work()
+    });
+    match outcome {
+        Err(Failure::Error(error)) if error.sqlstate == "55P03" => Ok(None),
+        outcome => outcome.map(Some),
+    }
 }
 
 /// As [`worker`], for code of users: the transaction is read-only, and rolled back also when the work succeeds, so that
@@ -196,6 +211,18 @@ pub fn top_xid() -> u64 {
 pub fn is_in_extension_script() -> bool {
     // SAFETY: reads a backend variable.
     unsafe { pg_sys::creating_extension }
+}
+
+/// Whether every statement of the current transaction has the snapshot of the first one (REPEATABLE READ, SERIALIZABLE).
+pub fn keeps_snapshot() -> bool {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
+}
+
+/// Whether a COMMIT or ROLLBACK of the user's is still to come.
+pub fn in_block() -> bool {
+    // SAFETY: reads backend state.
+    unsafe { pg_sys::IsTransactionBlock() }
 }
 
 /// Whether this server is a standby.

@@ -45,12 +45,12 @@ pub fn restore(project_id: i32, name: &str, installation: Option<&str>) -> Resul
     make(project_id, name, [&roles[0], &roles[1], &roles[2]])
 }
 
-/// Makes the roles that a project lacks, and gives all three their rights again; the names of those that it lacked. A role of
+/// Makes the roles that a project lacks, and gives all three their rights again; the names of those that lacked something. A role of
 /// that name is taken over as in [`restore`], whichever installation made it: this one may be a restored dump.
 pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
     let project =
         catalog::by_name(&lacking.name)?.ok_or_else(|| PgError::no_project(&lacking.name))?;
-    let mut missing = Vec::new();
+    let mut lost = lacking.robbed.clone();
     let present = [project.read_role, project.write_role, project.admin_role];
     let mut names = lacking.roles.clone();
     for (name, role) in names.iter_mut().zip(present) {
@@ -58,7 +58,7 @@ pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
             Some(present) => *name = present,
             None => {
                 take_over(name, |_| true)?;
-                missing.push(name.clone());
+                lost.push(name.clone());
             }
         }
     }
@@ -86,7 +86,7 @@ pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
         spi::execute_text(&statement)?;
     }
     catalog::set_roles(project.id, &names[0], &names[1], &names[2])?;
-    Ok(missing)
+    Ok(lost)
 }
 
 /// Makes a role, or takes over one of a project that no other database uses, if its maker (an installation) is `accepted`.

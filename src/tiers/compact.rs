@@ -27,6 +27,7 @@ use uuid::Uuid;
 
 use crate::catalog::compaction::{self as candidates, Candidate};
 use crate::catalog::deletion::{self, Object};
+use crate::catalog::dropping;
 use crate::catalog::progress::{self, Progress};
 use crate::catalog::{manifest, rebuild, registry, retention};
 use crate::pg::locks::{self, LockOn, SessionLock};
@@ -76,6 +77,9 @@ pub fn collection(collection_id: i32) -> Outcome<Compacted> {
 
 /// Merges what the bound of small files over a day needs, unless another compaction has the collection.
 pub fn try_collection(collection_id: i32) -> Outcome<Compacted> {
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(Compacted::default());
+    }
     let Some(_compaction) = SessionLock::try_take(LockOn::Compaction(collection_id)) else {
         return Ok(Compacted::default());
     };

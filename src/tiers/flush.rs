@@ -19,6 +19,7 @@ use rakam_lake::sort::{SortedRows, count_days, since};
 use rakam_lake::write::FileWriter;
 use uuid::Uuid;
 
+use crate::catalog::dropping;
 use crate::catalog::load;
 use crate::catalog::manifest;
 use crate::catalog::progress::{self, Progress};
@@ -62,10 +63,10 @@ pub fn collection_since(
     flush_locked(collection_id, false, from_us, job)
 }
 
-/// As [`collection`], unless another job has the collection or its storage is away. While history is loaded into it, only the months of which
+/// As [`collection`], unless another job has the collection, its storage is away or its project is being dropped. While history is loaded into it, only the months of which
 /// there is most: the others wait for more.
 pub fn try_collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
-    if !reach::is_open(collection_id)? {
+    if !reach::is_open(collection_id)? || xact::worker(|| dropping::concerns(collection_id))? {
         return Ok(Flushed::default());
     }
     let Some(job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {

@@ -23,14 +23,15 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(15);
 /// And compared with the manifest so often.
 const CHECK_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Rows that were appended so that nobody waits are added up or forgotten.
+/// Rows that were appended so that nobody waits are added up or forgotten; later, if somebody is dropping some of them.
 pub fn tables() -> std::result::Result<(), Failure> {
-    xact::worker(|| {
+    xact::in_passing(|| {
         mapper::fold_dropped()?;
         load::tidy()?;
         manifest::forget_log()?;
         session::tidy((2 * guc::session_gap() + LATE_VISITS).as_secs_f64())
     })
+    .map(drop)
 }
 
 /// Whether [`storages`] would find something to do.

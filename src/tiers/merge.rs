@@ -10,7 +10,7 @@ use rakam_lake::period::{Period, day_of};
 use rakam_lake::row_chunk::{MAX_ROWS, Rows};
 
 use crate::catalog::manifest::{self, ChunkRow};
-use crate::catalog::registry;
+use crate::catalog::{dropping, registry};
 use crate::ingest::append::{Target, append, append_rows};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::{self, View};
@@ -34,8 +34,12 @@ pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
     let Some(_job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
         return Ok(0);
     };
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(0);
+    }
     let mut merges = 0;
-    while xact::worker(|| one(collection_id))? {
+    // In the resident worker: nobody's transaction may hold it up.
+    while xact::in_passing(|| one(collection_id))? == Some(true) {
         merges += 1;
     }
     Ok(merges)

@@ -15,6 +15,7 @@ use rakam_lake::write::{FileWriter, Replaces};
 use uuid::Uuid;
 
 use crate::catalog::deletion::{self, Reduced};
+use crate::catalog::dropping;
 use crate::catalog::manifest;
 use crate::catalog::{rebuild, registry};
 use crate::ingest::append::{Target, append};
@@ -50,6 +51,9 @@ pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
         share: SHARE,
         age_s: AGE_S,
     };
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(0);
+    }
     match SessionLock::try_take(LockOn::CollectionJob(collection_id)) {
         Some(job) => {
             let mut chunks = 0;

@@ -12,9 +12,10 @@ thread_local! {
     static KEPT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Cleans up. The caller holds a lock that lets only one do so.
+/// Cleans up; later, if somebody is dropping some of it. The caller holds a lock that lets only one do so.
 pub fn run() -> Result<(), Failure> {
-    xact::worker(|| {
+    let done = xact::in_passing(|| {
+        backlog::forget_dropped()?;
         usage::sum_up()?;
         projects::follow_renamed_roles()?;
         storages::follow_renamed_servers()?;
@@ -32,8 +33,10 @@ pub fn run() -> Result<(), Failure> {
         }
         former::forget(digested_below)
     })?;
-    KEPT.set(true);
-    while xact::worker(logs::run)? {
+    if done.is_some() {
+        KEPT.set(true);
+    }
+    while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();
     }
     Ok(())

@@ -20,7 +20,7 @@ use super::task::{self, Task};
 use crate::catalog::attached::{self, New};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, ProjectRow};
-use crate::catalog::{audit, manifest, orphans, places, progress};
+use crate::catalog::{audit, dropping, manifest, orphans, places, progress};
 use crate::files::place::{self, Access, Keep, Place, Root};
 use crate::files::reading::Readers;
 use crate::ingest::digest;
@@ -73,8 +73,8 @@ fn attach(
     url: Option<&str>,
     format: default!(Option<&str>, "NULL"),
 ) -> std::result::Result<(), ErrorReport> {
-    let left_out = audit::call("attach", project, name, || {
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let left_out = audit::at_once("attach", project, name, |note| {
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let name = CollectionName::parse(not_null(name, "name")?)?.into_string();
         let url = not_null(url, "url")?;
         let format = format.map(Format::parse).transpose()?;
@@ -84,14 +84,15 @@ fn attach(
             (Root::Bucket(bucket), Some(_)) => bucket.url(&place.pattern),
             _ => url.to_owned(),
         };
-        task::run(&Task::Attach(Request {
+        let task = Task::Attach(Request {
             project_id: project.id,
             name,
             url,
             place,
             storage,
             format: format.map(|format| format.name().to_owned()),
-        }))
+        });
+        task::run_noted(task, note)
     })?;
     let left_out: Vec<String> = serde_json::from_value(left_out)
         .map_err(|e| PgError::internal(format!("malformed reply of a task: {e}")))?;
@@ -111,14 +112,15 @@ fn attach(
 /// it, or `lock_timeout` is over.
 #[pg_extern(volatile, parallel_unsafe)]
 fn detach(project: Option<&str>, name: Option<&str>) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("detach", project, name, || {
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    Ok(audit::at_once("detach", project, name, |note| {
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let name = CollectionName::parse(not_null(name, "name")?)?.into_string();
-        task::run(&Task::Detach(Detach {
+        let task = Task::Detach(Detach {
             project_id: project.id,
             name,
             patience: locks::timeout(),
-        }))?;
+        });
+        task::run_noted(task, note)?;
         Ok(())
     })?)
 }
@@ -188,6 +190,7 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     failpoint::hit("attach.before_commit");
     xact::worker(|| {
         locks::transaction(LockOn::Digest);
+        dropping::ensure_stays(request.project_id)?;
         locks::transaction(LockOn::Ddl);
         let project = ensure_free(request)?;
         attached::insert(&New {
@@ -201,7 +204,8 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
         for storage_id in &storages {
             orphans::unqueue_known(*storage_id)?;
         }
-        ddl::create_attached(&project, &request.name, &columns)
+        ddl::create_attached(&project, &request.name, &columns)?;
+        audit::store_expected()
     })?;
     Ok(left_out.into_iter().map(|(name, _)| name).collect())
 }
@@ -261,7 +265,8 @@ pub fn undo(request: &Detach) -> std::result::Result<(), Failure> {
     loop {
         let outcome = xact::worker(|| {
             locks::transaction(LockOn::Ddl);
-            take_away(request)
+            take_away(request)?;
+            audit::store_expected()
         });
         match outcome {
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => {

@@ -8,7 +8,8 @@
 pub mod attach;
 pub mod consumer;
 pub mod cycle;
-pub mod definitions;
+pub mod declare;
+mod definitions;
 pub mod delete;
 mod files;
 pub mod functions;

@@ -69,7 +69,7 @@ fn rebuild_catalog(
     >,
     ErrorReport,
 > {
-    let answer = audit::call("rebuild_catalog", None, storage, || {
+    let answer = audit::at_once("rebuild_catalog", None, storage, |note| {
         if !security::is_server_admin(security::current_user()) {
             return Err(
                 PgError::new("42501", "permission denied to rebuild a catalog")
@@ -78,9 +78,10 @@ fn rebuild_catalog(
         }
         let name = not_null(storage, "storage")?;
         objects::ensure_usable(name, security::current_user())?;
-        task::run(&Task::Rebuild {
+        let task = Task::Rebuild {
             storage: name.to_owned(),
-        })
+        };
+        task::run_noted(task, note)
     })?;
     let rebuilt: Rebuilt = serde_json::from_value(answer)
         .map_err(|e| PgError::internal(format!("malformed reply of a rebuild: {e}")))?;

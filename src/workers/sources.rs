@@ -28,9 +28,9 @@ fn seek_source(
     target: Option<&str>,
     force: default!(Option<bool>, "false"),
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("seek_source", project, name, || {
+    Ok(audit::at_once("seek_source", project, name, |note| {
         xact::ensure_writable("seek a source")?;
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let name = sources::name_of(not_null(name, "name")?)?;
         let target = not_null(target, "target")?;
         let force = not_null(force, "force")?;
@@ -40,12 +40,13 @@ fn seek_source(
         };
         let source = source.ok_or_else(|| unknown(&name))?;
         seek_target(source.kind, target).map_err(PgError::from)?;
-        task::run(&Task::Seek(Request {
+        let task = Task::Seek(Request {
             project_id: project.id,
             name,
             target: target.to_owned(),
             force,
-        }))?;
+        });
+        task::run_noted(task, note)?;
         Ok(())
     })?)
 }

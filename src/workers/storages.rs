@@ -35,9 +35,9 @@ fn check_storage(
     >,
     ErrorReport,
 > {
-    let storage_id = audit::call("check_storage", None, storage, || {
+    let storage_id = audit::at_once("check_storage", None, storage, |note| {
         let storage_id = permitted(storage, "check")?;
-        task::run(&Task::CheckStorage { storage_id })?;
+        task::run_noted(Task::CheckStorage { storage_id }, note)?;
         Ok(storage_id)
     })?;
     let _owner = ActAs::owner();
@@ -52,9 +52,9 @@ fn check_storage(
 /// its catalog is being rebuilt.
 #[pg_extern(volatile, parallel_unsafe)]
 fn adopt_storage(storage: Option<&str>) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("adopt_storage", None, storage, || {
+    Ok(audit::at_once("adopt_storage", None, storage, |note| {
         let storage_id = permitted(storage, "adopt")?;
-        task::run(&Task::AdoptStorage { storage_id })?;
+        task::run_noted(Task::AdoptStorage { storage_id }, note)?;
         Ok(())
     })?)
 }
