@@ -441,7 +441,7 @@ pub fn insert(name: &str, storage_id: i32) -> Result<Option<i32>> {
     )?;
     if let Some(id) = made {
         MADE.with_borrow_mut(|made| made.insert(id));
-        undo::at_end(move |_| MADE.with_borrow_mut(|made| drop(made.remove(&id))));
+        undo::at_end(move |_| MADE.with_borrow_mut(|made| made.retain(|other| *other != id)));
     }
     Ok(made)
 }
