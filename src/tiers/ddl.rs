@@ -323,9 +323,11 @@ pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
     }
     let collection = registry::collection_named(View::Current, project_id, name)?
         .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
-    if collection.ft.and_then(relation::qualified_name).is_none()
-        && let Some(what) = registry::obstacle(View::Current, &collection)?
-    {
+    if collection.ft.and_then(relation::qualified_name).is_some() {
+        // Columns that are still to be made may have to wait for whoever reads it.
+        return Ok(());
+    }
+    if let Some(what) = registry::obstacle(View::Current, &collection)? {
         return Err(
             PgError::new("42710", format!("{what} \"{name}\" already exists")).hint(
                 "A collection's table cannot have its name: choose another name, or rename what has it.",

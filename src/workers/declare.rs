@@ -29,7 +29,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Creates a collection ahead of its first event; nothing happens if it exists.
 /// SQL: `rakam.create_collection(project text, collection text)`.
-/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable, 42710 it is an attached table's.
+/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable, 42710 an attached table, or anything else that
+/// is no collection, has it, 55000 the project is not committed yet.
 #[pg_extern(volatile, parallel_unsafe)]
 fn create_collection(
     project: Option<&str>,
@@ -59,7 +60,8 @@ fn create_collection(
 /// Declares a field ahead of use; nothing happens if it exists with this type.
 /// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
 /// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
-/// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota.
+/// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota, 55P03 the caller uses the table, 55000
+/// the project is not committed yet.
 #[pg_extern(sql = "
 CREATE FUNCTION rakam.add_field(project text, collection text, field text, type text) RETURNS void
 LANGUAGE c VOLATILE PARALLEL UNSAFE
