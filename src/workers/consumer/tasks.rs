@@ -137,11 +137,16 @@ struct Reading {
     generation: u64,
     is_paused: bool,
     limits: Limits,
-    /// It is being asked where these splits end.
-    asking: Option<(Vec<String>, JoinHandle<Result<Ends, SourceError>>)>,
+    asking: Option<Asking>,
     asked: Instant,
     /// A split was opened since it was last asked how far behind they are.
     has_new: bool,
+}
+
+/// It is being asked where these splits end.
+struct Asking {
+    splits: Vec<String>,
+    ends: JoinHandle<Result<Ends, SourceError>>,
 }
 
 impl Reading {
@@ -224,8 +229,10 @@ impl Reading {
         &mut self,
         is_through: bool,
     ) -> Option<Result<Vec<(String, Option<Lag>)>, SourceError>> {
-        if let Some((splits, asking)) = self.asking.take_if(|(_, asking)| asking.is_finished()) {
-            let ends = match asking.await {
+        if let Some(Asking { splits, ends }) =
+            self.asking.take_if(|asking| asking.ends.is_finished())
+        {
+            let ends = match ends.await {
                 Ok(Ok(ends)) => ends,
                 Ok(Err(error)) => return Some(Err(error)),
                 Err(error) => return Some(Err(SourceError::Misuse(error.to_string()))),
@@ -243,8 +250,10 @@ impl Reading {
         if self.asking.is_none() && !self.open.is_empty() && is_due {
             self.asked = Instant::now();
             self.has_new = false;
-            let asking = tokio::spawn(self.fetch.ask_ends());
-            self.asking = Some((self.open.clone(), asking));
+            self.asking = Some(Asking {
+                splits: self.open.clone(),
+                ends: tokio::spawn(self.fetch.ask_ends()),
+            });
         }
         None
     }

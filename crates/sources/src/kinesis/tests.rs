@@ -11,7 +11,7 @@ use crate::batch::{Batch, Limits};
 use crate::conformance::{World, conforms};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Split, Splits, Start, lag_now};
+use crate::source::{Ends, Fetch, Lag, Split, Splits, Start, lag_now};
 
 const LIMITS: Limits = Limits {
     bytes: 1 << 20,
@@ -340,11 +340,14 @@ async fn failures_pass() {
         assert!(batch.trouble.is_some() && batch.is_empty());
         assert_eq!(values(&poll(&mut reader).await), ["d"]);
     }
-    assert_eq!(reader.lag("s").await, Ok(Some(Lag::Milliseconds(0))));
+    assert_eq!(
+        reader.lag("s", &Ends::default()),
+        Some(Lag::Milliseconds(0))
+    );
     stream.state().faults = vec![Failure::Throttled("t".into()); 5];
     assert!(next(&mut reader).await.trouble.is_some());
     // How far behind it is nobody knows any more.
-    assert_eq!(reader.lag("s").await, Ok(None));
+    assert_eq!(reader.lag("s", &Ends::default()), None);
 }
 
 #[tokio::test]
