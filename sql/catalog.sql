@@ -452,6 +452,7 @@ CREATE TABLE rakam_internal.storage_problem (
 -- installation only, never dumped: a restored copy begins with a description of everything.
 CREATE TABLE rakam_internal.description (
   storage_id   int PRIMARY KEY REFERENCES rakam_internal.storage ON DELETE CASCADE,
+  writer       text COLLATE "C" NOT NULL,                -- in whose folder: a promoted or copied database begins anew
   number       bigint NOT NULL,                          -- of the last log
   state        bigint,                                   -- the log up to which the last whole state goes
   state_bytes  bigint NOT NULL,

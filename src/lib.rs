@@ -54,10 +54,16 @@ extension_sql_file!(
     ]
 );
 extension_sql_file!(
+    "../sql/restore.sql",
+    name = "restore",
+    requires = ["access", note_restore]
+);
+extension_sql_file!(
     "../sql/views.sql",
     name = "views",
     requires = [
         "access",
+        "restore",
         key_sets,
         storages,
         data_files,

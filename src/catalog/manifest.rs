@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
 use rakam_lake::period::{Period, day_of};
 
-use super::{deletion, inbox};
+use super::{deletion, inbox, restore};
 use crate::pg::bytea::Bytea;
 use crate::pg::locks::{self, Mode};
 use crate::pg::spi::{self, View, arg, xid8};
@@ -393,6 +393,7 @@ pub struct NewFile<'a> {
 
 /// Adds a file with its statistics and footer, and the log entry. Under the collection's manifest lock.
 pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
+    restore::ensure_over()?;
     let file_id: i64 = spi::first(
         View::Current,
         "INSERT INTO rakam_internal.data_file
@@ -618,6 +619,17 @@ pub struct StorageRow {
     pub id: i32,
     pub name: String,
     pub kind: String,
+}
+
+/// The storage of a collection's project.
+pub fn home_of(collection_id: i32) -> Result<Option<i32>> {
+    spi::first(
+        View::Current,
+        "SELECT p.storage_id FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
+         WHERE c.collection_id = $1",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )
 }
 
 /// The storage of this id. Read as the extension's owner: tenants do not see it.

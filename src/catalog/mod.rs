@@ -26,6 +26,7 @@ pub mod progress;
 pub mod projects;
 pub mod rebuild;
 pub mod registry;
+pub mod restore;
 pub mod restored;
 pub mod retention;
 pub mod session;

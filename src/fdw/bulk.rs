@@ -275,7 +275,7 @@ impl Buffer {
                 level: 0,
                 since_us: None,
             };
-            append::append_encoded(target, chunk);
+            append::append_encoded(target, chunk)?;
         }
         Ok(())
     }

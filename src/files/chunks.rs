@@ -69,7 +69,7 @@ pub fn store(
     while tasks > 0 {
         wait::check_interrupts();
         match port.receive() {
-            Some(Told::Chunk(chunk)) => append::append_encoded(target, chunk),
+            Some(Told::Chunk(chunk)) => append::append_encoded(target, chunk)?,
             Some(Told::Failed(error)) => return Err(error),
             Some(Told::End) => tasks -= 1,
             None => return Err(PgError::internal("the encoding of chunks ended early")),

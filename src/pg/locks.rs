@@ -31,8 +31,10 @@ pub enum LockOn {
     Check(i32),
     /// The owner object of a storage: this database's sessions change it one after the other.
     Owner(i32),
-    /// The description of a storage: it is written, or read to rebuild a catalogue.
+    /// The description of a storage: it is written.
     Describe(i32),
+    /// Making the catalogue of a storage anew.
+    Rebuild(i32),
     /// Reading of sources by a called tick, where there are no consumers.
     Consume,
     /// The relay of the event stores.
@@ -62,6 +64,7 @@ impl LockOn {
             Self::Describe(storage_id) => (109, storage_id),
             Self::Consume => (111, 0),
             Self::Owner(storage_id) => (112, storage_id),
+            Self::Rebuild(storage_id) => (113, storage_id),
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.

@@ -3,7 +3,7 @@
 //! pgrx' own `Spi` turns a read-only query into a writing one (with a new snapshot) as soon as the
 //! transaction has an xid, so it cannot promise one snapshot over several reads; this one can.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 
@@ -340,11 +340,21 @@ fn plan(sql: &'static str, args: &[Arg]) -> pg_sys::SPIPlanPtr {
     saved
 }
 
+thread_local! {
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether a statement of ours is being run.
+pub fn is_inside() -> bool {
+    DEPTH.get() > 0
+}
+
 /// SPI connection as a guard. While an error unwinds, the transaction's own cleanup closes it.
 struct Connection;
 
 impl Connection {
     fn open() -> Self {
+        DEPTH.set(DEPTH.get() + 1);
         // SAFETY: paired with SPI_finish in Drop; errors clean up at (sub)transaction end.
         unsafe { pg_sys::SPI_connect() };
         Self
@@ -353,6 +363,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        DEPTH.set(DEPTH.get().saturating_sub(1));
         if !std::thread::panicking() {
             // SAFETY: the connection opened in `open` is the innermost one.
             unsafe { pg_sys::SPI_finish() };

@@ -178,6 +178,12 @@ pub fn top_xid() -> u64 {
     unsafe { pg_sys::GetTopFullTransactionId().value }
 }
 
+/// Whether the statements of an extension's script are being run.
+pub fn is_in_extension_script() -> bool {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::creating_extension }
+}
+
 /// Whether this server is a standby.
 pub fn in_recovery() -> bool {
     // SAFETY: reads shared state.

@@ -12,8 +12,8 @@ use pgrx::iter::TableIterator;
 use pgrx::{default, name, pg_extern};
 use rakam_event::names::ProjectName;
 
-use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
+use crate::catalog::{audit, rebuild, restore};
 use crate::catalog::{sources, track};
 use crate::pg::security::{self, ActAs};
 use crate::pg::spi::View;
@@ -60,6 +60,7 @@ fn create(name: &str, storage: Option<&str>) -> Result<(String, KeySet)> {
     let name = ProjectName::parse(name)?;
     let caller = security::current_user();
     let _owner = ActAs::owner();
+    restore::ensure_over()?;
     let storage_id = match storage {
         None => objects::DEFAULT_STORAGE_ID,
         Some(storage) => objects::storage(storage, caller)?,
@@ -90,6 +91,8 @@ fn drop_by_name(name: &str) -> Result<()> {
         );
     }
     let _owner = ActAs::owner();
+    restore::ensure_over()?;
+    rebuild::ensure_over(project.storage_id)?;
     // No digest or flush may add rows behind the deletion.
     locks::transaction(locks::LockOn::Digest);
     for collection in catalog::collection_ids(project.id)? {

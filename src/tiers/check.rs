@@ -11,12 +11,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use bytes::Bytes;
 use rakam_lake::footer;
 use rakam_lake::owner::{SYSTEM_PREFIX, Writer, writer_of};
+use rakam_lake::period;
 use rakam_lake::storage::ObjectInfo;
 
 use super::object::Remote;
 use super::owner;
-use crate::catalog::manifest;
 use crate::catalog::storages::{self, File, Problem};
+use crate::catalog::{manifest, rebuild};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -61,23 +62,13 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         Some(remote) => owner::look(remote)?,
         None => true,
     };
-    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
-    let mut writers = vec![own];
-    if is_owner {
-        writers.extend(
-            fence
-                .writers
-                .iter()
-                .filter_map(|w| w.parse::<Writer>().ok()),
-        );
-    }
     let mut check = Check {
         storage_id,
         remote,
         began_us: xact::now_us(),
         depth,
         is_owner,
-        writers,
+        writers: writers(storage_id, is_owner)?,
         listed: HashMap::new(),
     };
     match remote {
@@ -108,6 +99,42 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         }
     }
     xact::worker(|| storages::checked(storage_id, check.began_us))
+}
+
+/// Whose objects are this database's: its own and, if the storage is certainly its, those that came with the storage.
+fn writers(storage_id: i32, is_owner: bool) -> Outcome<Vec<Writer>> {
+    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
+    let mut writers = vec![own];
+    if is_owner {
+        let parsed = fence
+            .writers
+            .iter()
+            .filter_map(|w| w.parse::<Writer>().ok());
+        writers.extend(parsed);
+    }
+    Ok(writers)
+}
+
+/// Hands the data files of this database's that nobody knows to `each`, some at a time. Listed first and looked for then, as
+/// by [`storage`].
+pub fn unknown(remote: &Remote, mut each: impl FnMut(Vec<String>) -> Outcome<()>) -> Outcome<()> {
+    let storage_id = remote.storage_id;
+    let is_owner = xact::worker(|| storages::fence(storage_id))?.is_ours;
+    let writers = writers(storage_id, is_owner)?;
+    remote.list("", |page| {
+        wait::check_interrupts();
+        let is_ours = |path: &str| {
+            period::object_id(path).is_some()
+                && writer_of(path).is_some_and(|writer| writers.contains(&writer))
+        };
+        let paths: Vec<String> = (page.into_iter().map(|object| object.path))
+            .filter(|path| is_ours(path))
+            .collect();
+        match xact::worker(|| storages::unknown(storage_id, &paths))? {
+            unknown if unknown.is_empty() => Ok(()),
+            unknown => each(unknown),
+        }
+    })
 }
 
 impl Check<'_> {
@@ -175,6 +202,10 @@ impl Check<'_> {
         let paths: Vec<String> = candidates.keys().map(|path| (*path).to_owned()).collect();
         let unknown = xact::worker(|| {
             let mut unknown = Vec::new();
+            if rebuild::is_rebuilding(self.storage_id)? {
+                // Its files are entered one after the other: what nobody knows yet is no orphan.
+                return Ok(unknown);
+            }
             let found = storages::unknown(self.storage_id, &paths)?;
             let attached = storages::attached(self.storage_id, &found)?;
             for path in found {
@@ -213,7 +244,7 @@ impl Check<'_> {
             })
             .collect();
         xact::worker(|| {
-            if self.is_owner {
+            if self.is_owner && !rebuild::is_rebuilding(self.storage_id)? {
                 storages::queue_orphans(self.storage_id, &orphans)?;
             }
             storages::note_problems(self.storage_id, self.began_us, &problems)

@@ -47,8 +47,10 @@ pub struct Flushed {
 
 /// Writes all chunks that a collection has when called. Waits for another job on the collection.
 pub fn collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
+    let job = SessionLock::take(LockOn::CollectionJob(collection_id));
+    // Under the lock: it may have been lengthened by who had it.
     let from_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
-    collection_since(collection_id, from_us)
+    flush_locked(collection_id, false, from_us, job)
 }
 
 /// As [`collection`], leaving out events from before a time.

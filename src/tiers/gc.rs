@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::catalog::{load, manifest, mapper, session, storages};
+use crate::catalog::{load, manifest, mapper, rebuild, session, storages};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -98,6 +98,10 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
         return Ok(0);
     }
     owner::look(&remote)?;
+    if xact::worker(|| rebuild::is_rebuilding(storage_id))? {
+        // What counts there is not known before that is through.
+        return Ok(0);
+    }
     if asked == Asked::ByTime {
         let check_s = CHECK_INTERVAL.as_secs_f64();
         if xact::worker(|| storages::check_is_due(storage_id, check_s))? {
@@ -106,7 +110,10 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
     }
     let abandoned = abandoned(storage_id, &remote)?;
     // Before files go: that they do not count any more.
-    describe::storage(storage_id)?;
+    match asked {
+        Asked::ByCall => describe::storage(storage_id)?,
+        Asked::ByTime => describe::try_storage(storage_id)?,
+    }
     Ok(abandoned + deferred(storage_id, Some(&remote))?)
 }
 
@@ -148,6 +155,9 @@ fn deferred(storage_id: i32, remote: Option<&Remote>) -> std::result::Result<u64
     loop {
         wait::check_interrupts();
         let paths = xact::worker(|| {
+            if rebuild::is_rebuilding(storage_id)? {
+                return Ok(Vec::new());
+            }
             let retention_s = guc::file_retention().as_secs_f64();
             let due =
                 manifest::deferred_due(View::Current, storage_id, horizon(), retention_s, BATCH)?;

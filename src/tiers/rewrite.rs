@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::catalog::deletion::{self, Reduced};
 use crate::catalog::manifest;
-use crate::catalog::registry;
+use crate::catalog::{rebuild, registry};
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -80,6 +80,9 @@ pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
 }
 
 fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Result<u64, Failure> {
+    if xact::worker(|| rebuild::is_rebuilding_of(collection_id))? {
+        return Ok(0);
+    }
     let (mut after, mut files) = (0, 0);
     while let Some(last) = one(collection_id, worth, after)? {
         after = last;

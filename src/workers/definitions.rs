@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::task::{self, Task};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, Collection};
-use crate::catalog::{attached, audit, collections};
+use crate::catalog::{attached, audit, collections, rebuild};
 use crate::ingest::digest;
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -187,6 +187,7 @@ fn apply(change: &Change) -> Result<()> {
     let collection = find(change)?;
     match &change.what {
         What::Drop => {
+            rebuild::ensure_over_of(collection.id)?;
             ddl::drop_table(&collection)?;
             collections::delete(&collection)
         }

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::task::{self, Task};
 use crate::catalog::deletion::{self, Object};
 use crate::catalog::projects::{self, Right};
-use crate::catalog::{audit, manifest, registry};
+use crate::catalog::{audit, manifest, rebuild, registry};
 use crate::fdw::identity::{self, OBJECTS_MAX, Objects, PARKED};
 use crate::ingest::digest;
 use crate::pg::condition::Condition;
@@ -190,6 +190,7 @@ impl Work<'_> {
     /// Rows of chunks and data files.
     fn stored(&self) -> std::result::Result<u64, Failure> {
         let _job = SessionLock::take(LockOn::CollectionJob(self.collection.id));
+        xact::worker(|| rebuild::ensure_over_of(self.collection.id))?;
         let hits = xact::read_only(|| self.find())?;
         failpoint::hit("delete.before_hide");
         if hits.is_empty() {

@@ -14,6 +14,7 @@ use super::task::{self, Scope, Task};
 use super::{attach, consumer, definitions, delete, rebuild, relay, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
+use crate::catalog::restore::{self, Waits};
 use crate::catalog::retention::{self, Keep};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
@@ -21,7 +22,7 @@ use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, guc, not_null, security, shared, types, wait};
+use crate::pg::{PgError, Result, failpoint, guc, not_null, security, shared, types, wait};
 use crate::sources::seek;
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
@@ -271,6 +272,9 @@ fn field_type(text: &str) -> Result<FieldType> {
 
 /// In the task worker: does it, and gives the value the caller waits for.
 pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
+    if !xact::worker(|| restore::is_over(Waits::Yes))? {
+        return Err(Failure::Error(restore::under_way()));
+    }
     match task {
         Task::Tick { projects } => perform_tick(projects.as_deref()).map(|()| json!(null)),
         Task::Flush { scope } => perform_flush(scope),
@@ -464,7 +468,7 @@ fn perform_keep(
     keep: Option<Keep>,
 ) -> std::result::Result<(), Failure> {
     digest::catch_up(Some(&[project_id]))?;
-    let (id, hidden_before) = xact::worker(|| {
+    let id = xact::worker(|| {
         let found = registry::collection_named(View::Current, project_id, collection)?.ok_or_else(
             || {
                 PgError::new(
@@ -474,17 +478,25 @@ fn perform_keep(
                 .hint("The view rakam.collections lists a project's collections.")
             },
         )?;
-        let hidden_before = match retention::lengthens(View::Current, found.id, keep)? {
-            true => retention::hidden_before(View::Current, found.id)?,
-            false => None,
-        };
-        Ok((found.id, hidden_before))
+        Ok(found.id)
     })?;
-    if let Some(before_us) = hidden_before {
+    // Who removes events by the time of before does so before this, or finds the new one.
+    let locks = match xact::worker(|| retention::lengthens(View::Current, id, keep))? {
+        true => Some((
+            SessionLock::take(LockOn::Compaction(id)),
+            SessionLock::take(LockOn::CollectionJob(id)),
+        )),
+        false => None,
+    };
+    if locks.is_some()
+        && let Some(before_us) = xact::worker(|| retention::hidden_before(View::Current, id))?
+    {
         flush::collection_since(id, Some(before_us))?;
         compact::remove_before(id, before_us)?;
+        failpoint::hit("keep.before_set");
     }
     xact::worker(|| retention::set(id, keep))?;
+    drop(locks);
     describe::all()
 }
 

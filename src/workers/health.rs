@@ -1,6 +1,8 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, event_store, inbox, mapper, projects, registry, sources, storages};
+use crate::catalog::{
+    deletion, event_store, inbox, mapper, projects, rebuild, registry, restore, sources, storages,
+};
 use crate::ingest::room;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Snapshot;
@@ -251,6 +253,20 @@ pub fn of_server() -> Result<Vec<Finding>> {
                 .hint("It is tried again by itself, later each time."),
         );
     }
+    if let Some(lack) = restore::lack(view)? {
+        findings.push(
+            Finding::error(
+                "restore",
+                format!(
+                    "a restore is under way, or was interrupted: {lack}. Nothing is digested, written or deleted before it is through"
+                ),
+            )
+            .hint(
+                "Wait for it. If it has failed, restore what is missing, or all of it into an empty database; to go on without: \
+                 DELETE FROM rakam_internal.restore.",
+            ),
+        );
+    }
     findings.extend(storage_findings(view)?);
     findings.push(hot_finding()?);
     findings.push(deletion_finding(view)?);
@@ -317,6 +333,18 @@ fn storage_findings(view: View) -> Result<Vec<Finding>> {
                 .hint("rakam.check_storage lists them; restore them from a backup of the storage."),
             );
         }
+    }
+    for name in rebuild::unfinished_storages(view)? {
+        findings.push(
+            Finding::warning(
+                "rebuild",
+                format!("the catalog of {name} is not rebuilt to its end, so nothing of it is compacted or deleted"),
+            )
+            .hint(format!(
+                "Wait for it; if it was interrupted: SELECT * FROM rakam.rebuild_catalog({}).",
+                spi::quote_literal(&name)
+            )),
+        );
     }
     if bucket {
         findings.push(cache_finding());

@@ -18,6 +18,7 @@ pub mod launcher;
 mod rebuild;
 pub mod relay;
 pub mod resident;
+mod restore;
 mod sources;
 pub mod status;
 pub mod stop;
