@@ -1,8 +1,9 @@
 //! The audit log: who called what, when, in which project, and how it ended.
 //!
 //! What a call did is noted in its own transaction, or (what works in a worker) in the worker's that takes effect: the row is
-//! there exactly when the change is. What was refused, or was rolled back later, goes through a queue in shared memory to the resident worker; where there is none, to the
-//! server's log. Nobody waits for either. Rows name things, they never contain values of events.
+//! there exactly when the change is. What was refused, or was rolled back later, goes through a queue in shared memory to the
+//! resident worker; where there is none, to the server's log. Nobody waits for either. Rows name things, they never contain
+//! values of events.
 
 use std::cell::RefCell;
 
