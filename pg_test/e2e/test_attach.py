@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import duckdb
@@ -201,6 +202,49 @@ def test_parquet_is_what_a_heap_table_with_the_same_rows_is(db, lake, folder):
     ).fetchone()
     scan = plan[0]["Plan"]
     assert (scan["Files Read"], scan["Row Groups Read"], scan["Row Groups Skipped by Statistics"]) == (2, 1, 9)
+
+
+def bits(ty: pyarrow.DataType, layout: str, *values: int) -> pyarrow.Array:
+    return pyarrow.Array.from_buffers(ty, len(values), [None, pyarrow.py_buffer(struct.pack(layout, *values))])
+
+
+def test_nan_of_any_sign_is_one(db, lake, folder):
+    """As 0.0 / 0.0 is on x86: its sign bit is set."""
+    here = make(folder, "nan")
+    double = bits(pyarrow.float64(), "<3Q", 0x7FF8 << 48, 0xFFF8 << 48, 0)
+    single = bits(pyarrow.float32(), "<3I", 0x7FC0 << 16, 0xFFC0 << 16, 0)
+    table = pyarrow.table({"k": [1, 2, 3], "f8": double, "f4": single})
+    pyarrow.parquet.write_table(table, here / "a.parquet")
+    attach(db.admin, "nan", here)
+    for column, condition, rows in (
+        (column, condition, rows)
+        for column in ("f8", "f4")
+        for condition, rows in (
+            ("{} > 100", [1, 2]),
+            ("{} < 1", [3]),
+            ("{} = 'NaN'", [1, 2]),
+            ("{} IN ('NaN', 7)", [1, 2]),
+            ("{} <> 'NaN'", [3]),
+        )
+    ):
+        condition = condition.format(column)
+        query = f"SELECT array_agg(k::int ORDER BY k) FROM acme.nan WHERE {condition}"
+        for pushdown in ("on", "off"):
+            db.admin.execute(f"SET rakam.enable_pushdown = {pushdown}")
+            assert db.one(query) == rows, f"{condition} with pushdown {pushdown}"
+    db.admin.execute("RESET rakam.enable_pushdown")
+
+
+def test_days_as_milliseconds(db, lake, folder):
+    here = make(folder, "days")
+    day = datetime.date(2024, 5, 17)
+    table = pyarrow.table({"d": pyarrow.array([day, None], pyarrow.date64())})
+    pyarrow.parquet.write_table(table, here / "a.parquet")
+    attach(db.admin, "days", here)
+    assert types(db, "days") == {"d": "date"}
+    assert db.all("SELECT d FROM acme.days ORDER BY d") == [(day,), (None,)]
+    db.one("SELECT rakam.copy_from('acme', 'days_loaded', %s)", f"file://{here}/a.parquet")
+    assert db.all("SELECT d FROM acme.days_loaded ORDER BY d") == [(day,), (None,)]
 
 
 def test_what_duckdb_and_copy_to_write(db, lake, folder):
@@ -654,4 +698,24 @@ def test_memory_is_bounded(private_cluster):
     with refused("53200", hint="rakam.memory_limit"):
         db.one("SELECT max(length(t)) FROM acme.wide")
     assert db.one("SELECT count(*) FROM acme.wide") == 41
+    # What the file has once may be the value of every row; what it does not have at all may be long.
+    here = cluster.make_folder("once")
+    write = {"compression": "zstd", "use_dictionary": True, "store_schema": False}
+    once = pyarrow.table({f"c{n}": ["x" * 200_000] * 5_000 for n in range(3)})
+    pyarrow.parquet.write_table(once, here / "a.parquet", **write)
+    attach(db.admin, "once", here)
+    query = "SELECT count(*), sum(length(c0)), max(length(c1)), min(length(c2)) FROM acme.once"
+    assert db.all(query) == [(5_000, 10**9, 200_000, 200_000)]
+    here = cluster.make_folder("none")
+    none = pyarrow.table({"c": pyarrow.array([[None] * 5_000_000], pyarrow.list_(pyarrow.float64()))})
+    pyarrow.parquet.write_table(none, here / "a.parquet", **write)
+    attach(db.admin, "none", here)
+    with refused("53200", hint="rakam.memory_limit"):
+        db.one("SELECT array_length(c, 1) FROM acme.none")
+    # A load makes chunks that can be read again.
+    once = pyarrow.table({"t": ["x" * 30_000] * 4_000})
+    pyarrow.parquet.write_table(once, here / "b.parquet", **write)
+    assert db.one("SELECT rakam.copy_from('acme', 'loaded', %s)", f"file://{here}/b.parquet") == 4_000
+    assert db.one("SELECT length(t) FROM acme.loaded LIMIT 1") == 30_000
+    assert db.one("SELECT sum(length(t)) FROM acme.loaded") == 120_000_000
     db.close()

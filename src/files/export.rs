@@ -25,8 +25,10 @@ use crate::pg::cursor::{self, Column, Cursor, Integers};
 use crate::pg::security::ActAs;
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait, xact};
 
-/// Rows fetched at a time.
-const FETCH_ROWS: u32 = 1000;
+/// Rows fetched at a time: the server has all of them in memory. Fewer of long ones, by what those before them had.
+const FETCH_ROWS: u64 = 1000;
+const FIRST_ROWS: u64 = 16;
+const FETCH_BYTES: u64 = 4 << 20;
 /// As COPY TO makes its files: others may read them.
 const MODE: u32 = 0o644;
 
@@ -104,9 +106,11 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
     let form = sink::row_form(format)?;
     let mut sink = Sink::new(target.create()?, target.name(), format, &columns)?;
     let mut total = 0;
+    let mut most = FIRST_ROWS;
     loop {
         wait::check_interrupts();
-        let n = cursor.fetch(FETCH_ROWS, |row| {
+        let before = sink.bytes();
+        let n = cursor.fetch(most as u32, |row| {
             match form {
                 RowForm::Values => {
                     let values = columns
@@ -133,6 +137,9 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
         }
         total += n;
         target.advance()?;
+        let row_bytes = (sink.bytes() - before) / n;
+        // Longer ones may follow short ones: not many more at once.
+        most = (FETCH_BYTES / row_bytes.max(1)).clamp(1, FETCH_ROWS.min(most * 4));
     }
     sink.finish()?;
     Ok(total)
@@ -250,6 +257,7 @@ struct LocalFile {
 impl LocalFile {
     fn new(root: &Path, confined: bool, name: String) -> Result<Self> {
         let path = root.join(&name);
+        let name = locate::called(root, &path);
         let failed = |e: io::Error| PgError::from(FilesError::io("create", &name, &e));
         let parent = path.parent().unwrap_or(root);
         if confined {

@@ -12,6 +12,11 @@ use crate::catalog::manifest::{self, NewChunk};
 use crate::catalog::restore;
 use crate::pg::{PgError, Result, failpoint};
 
+/// A chunk of many rows is written at so many of them, or bytes of values, which take about a third of that in the table: a
+/// query has the whole of a chunk in memory.
+pub const CHUNK_ROWS: usize = 1 << 16;
+pub const CHUNK_BYTES: usize = 16 << 20;
+
 /// Where a batch belongs.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {

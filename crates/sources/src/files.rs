@@ -77,7 +77,8 @@ impl Objects {
             _ => source::Position::default(),
         };
         let spec = self.spec.clone();
-        let open = move || source::open(&found, &spec, from, &Meter::default());
+        let meter = Meter::of(&self.stop);
+        let open = move || source::open(&found, &spec, from, &meter);
         let source = object::blocking(open).await??;
         Ok(Reading {
             split: split.to_owned(),
