@@ -255,7 +255,6 @@ fn text_by_text(
     }
     let mut column = Column::new(&ty.arrow())?;
     let mut notes = Vec::new();
-    let mut refused = Vec::new();
     let mut raw = String::new();
     for (row, text) in texts.iter().enumerate() {
         let Some(text) = text else {
@@ -277,10 +276,6 @@ fn text_by_text(
             }
         };
         if is_json {
-            if has_nul(text) {
-                refused.push((row, EventError::NulCharacter));
-                continue;
-            }
             raw.push_str(text);
         } else if !(untyped && array_literal(text, ty, &mut raw)) {
             raw.clear();
@@ -298,7 +293,7 @@ fn text_by_text(
     Ok(Cast {
         array: column.finish(texts.len()),
         notes,
-        refused,
+        refused: Vec::new(),
     })
 }
 
