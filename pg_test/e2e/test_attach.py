@@ -701,21 +701,24 @@ def test_memory_is_bounded(private_cluster):
     # What the file has once may be the value of every row; what it does not have at all may be long.
     here = cluster.make_folder("once")
     write = {"compression": "zstd", "use_dictionary": True, "store_schema": False}
-    once = pyarrow.table({f"c{n}": ["x" * 200_000] * 5_000 for n in range(3)})
+    once = pyarrow.table({f"c{n}": ["x" * 200_000] * 1_500 for n in range(3)})
     pyarrow.parquet.write_table(once, here / "a.parquet", **write)
     attach(db.admin, "once", here)
     query = "SELECT count(*), sum(length(c0)), max(length(c1)), min(length(c2)) FROM acme.once"
-    assert db.all(query) == [(5_000, 10**9, 200_000, 200_000)]
+    assert db.all(query) == [(1_500, 300_000_000, 200_000, 200_000)]
     here = cluster.make_folder("none")
     none = pyarrow.table({"c": pyarrow.array([[None] * 5_000_000], pyarrow.list_(pyarrow.float64()))})
     pyarrow.parquet.write_table(none, here / "a.parquet", **write)
     attach(db.admin, "none", here)
     with refused("53200", hint="rakam.memory_limit"):
         db.one("SELECT array_length(c, 1) FROM acme.none")
-    # A load makes chunks that can be read again.
-    once = pyarrow.table({"t": ["x" * 30_000] * 4_000})
+    # A load makes chunks that can be read again, also when they have been merged.
+    once = pyarrow.table({"t": ["x" * 30_000] * 8_000})
     pyarrow.parquet.write_table(once, here / "b.parquet", **write)
-    assert db.one("SELECT rakam.copy_from('acme', 'loaded', %s)", f"file://{here}/b.parquet") == 4_000
-    assert db.one("SELECT length(t) FROM acme.loaded LIMIT 1") == 30_000
-    assert db.one("SELECT sum(length(t)) FROM acme.loaded") == 120_000_000
+    assert db.one("SELECT rakam.copy_from('acme', 'loaded', %s)", f"file://{here}/b.parquet") == 8_000
+    db.admin.execute("SET rakam.memory_limit = '160MB'")
+    for _ in range(2):
+        assert db.one("SELECT length(t) FROM acme.loaded LIMIT 1") == 30_000
+        assert db.one("SELECT sum(length(t)) FROM acme.loaded") == 240_000_000
+        db.admin.execute("SELECT rakam.tick()")
     db.close()

@@ -95,7 +95,7 @@ fn declare_field(
             "42602",
             format!("field name \"{field}\" cannot be a column"),
         )
-        .hint("Names of system columns and names over 63 bytes stay in \"_extra\"."));
+        .hint("Names of system columns, \"_xid\" and names over 63 bytes stay in \"_extra\"."));
     }
     let ty = field_type(not_null(type_name, "type")?)?;
     ensure_not_held(project.id, name.as_str(), &field)?;
