@@ -93,7 +93,7 @@ enum Input {
     Nothing,
     Parquet {
         file: Box<ParquetFile>,
-        batches: Batches,
+        batches: Box<Batches>,
         /// For each wanted column its place in a batch.
         places: Vec<Option<usize>>,
         /// The numbers of the rows to come, from 1.
@@ -282,7 +282,7 @@ impl Reader {
         let batches = file.build(builder, kept, mask, bound)?;
         Ok(Input::Parquet {
             file: Box::new(file),
-            batches,
+            batches: Box::new(batches),
             places,
             rows: Box::new(numbers.into_iter().flatten()),
         })
