@@ -4,7 +4,9 @@
 CREATE TABLE rakam_internal.installation (
   id                boolean PRIMARY KEY DEFAULT true CHECK (id),
   installation      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-  system_identifier bigint NOT NULL
+  system_identifier bigint NOT NULL,
+  -- Events received before may have come with a dump or with a storage whose catalogue was rebuilt, their transaction ids too.
+  own_since         timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
 INSERT INTO rakam_internal.installation (system_identifier)
   SELECT system_identifier FROM pg_catalog.pg_control_system();
@@ -27,9 +29,14 @@ CREATE TABLE rakam_internal.project (
   read_role_name  text COLLATE "C",
   write_role_name text COLLATE "C",
   admin_role_name text COLLATE "C",
-  read_role   regrole GENERATED ALWAYS AS (rakam_internal.role_named(read_role_name)) STORED,
-  write_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(write_role_name)) STORED,
-  admin_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(admin_role_name)) STORED,
+  -- Of roles that are gone: a later role of such a name is somebody else's, until the project is given it.
+  lost_roles  text[] COLLATE "C" DEFAULT '{}',
+  read_role   regrole GENERATED ALWAYS AS
+    (CASE WHEN 'read' <> ALL (lost_roles) THEN rakam_internal.role_named(read_role_name) END) STORED,
+  write_role  regrole GENERATED ALWAYS AS
+    (CASE WHEN 'write' <> ALL (lost_roles) THEN rakam_internal.role_named(write_role_name) END) STORED,
+  admin_role  regrole GENERATED ALWAYS AS
+    (CASE WHEN 'admin' <> ALL (lost_roles) THEN rakam_internal.role_named(admin_role_name) END) STORED,
   storage_id  int NOT NULL REFERENCES rakam_internal.storage,
   event_store jsonb,                                     -- as rakam.projects shows it; NULL: Postgres
   event_store_id int,                                    -- where events of collect go (outbox.sql); NULL: into the inbox
@@ -47,15 +54,20 @@ CREATE INDEX project_read_role ON rakam_internal.project (read_role);
 CREATE INDEX project_write_role ON rakam_internal.project (write_role);
 CREATE INDEX project_admin_role ON rakam_internal.project (admin_role);
 
--- A role that was renamed stays the project's: each update takes its present name.
+-- A role that was renamed stays the project's: each update takes its present name. Roles are found by their names only when
+-- the project is given them, with `lost_roles` NULL, and when a dump is restored.
 CREATE FUNCTION rakam_internal.follow_roles() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  IF (NEW.read_role_name, NEW.write_role_name, NEW.admin_role_name)
-     IS NOT DISTINCT FROM (OLD.read_role_name, OLD.write_role_name, OLD.admin_role_name) THEN
-    NEW.read_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.read_role), NEW.read_role_name);
-    NEW.write_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.write_role), NEW.write_role_name);
-    NEW.admin_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.admin_role), NEW.admin_role_name);
+  IF NEW.lost_roles IS NULL THEN
+    NEW.lost_roles := '{}';
+    RETURN NEW;
   END IF;
+  NEW.read_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.read_role), OLD.read_role_name);
+  NEW.write_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.write_role), OLD.write_role_name);
+  NEW.admin_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.admin_role), OLD.admin_role_name);
+  NEW.lost_roles := ARRAY(
+    SELECT r.kind FROM (VALUES ('read', OLD.read_role), ('write', OLD.write_role), ('admin', OLD.admin_role)) r (kind, role)
+    WHERE NOT EXISTS (SELECT FROM pg_roles WHERE oid = r.role));
   RETURN NEW;
 END $$;
 CREATE TRIGGER follow_roles BEFORE UPDATE ON rakam_internal.project

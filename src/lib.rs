@@ -96,6 +96,7 @@ extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     pg::guc::init();
+    pg::analyzed::init();
     if pg::shared::loading_in_postmaster() {
         workers::init();
     }

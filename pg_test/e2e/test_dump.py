@@ -314,3 +314,28 @@ def test_a_restore_that_stays_a_part(whole, cluster):
         assert restored.one("SELECT count(*) FROM rakam.health() WHERE \"check\" = 'restore'") == 0
     finally:
         restored.drop()
+def test_a_field_dropped_after_a_restore_is_read_nowhere(private_cluster):
+    """Transaction ids of the server that a dump came from mean nothing beside those of a younger one."""
+    old = private_cluster("dump_old")
+    db = Database(old, "source").create()
+    db.project("acme")
+    db.admin.execute("SET synchronous_commit = off")
+    # The transactions of the restore itself are some hundreds.
+    db.admin.execute("DO $$ BEGIN FOR i IN 1..20000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
+    collect(db.admin, "acme", "page", {"color": "red", "n": 1})
+    db.tick()
+    dump = old.make_folder("dump_old") / "whole.sql"
+    old.run("pg_dump", "-f", dump, db.name, env=old.environment())
+    db.close()
+    young = private_cluster("dump_young")
+    target = young.make_folder("dump_young") / "whole.sql"
+    target.write_text(dump.read_text())
+    restored = Database(young, "restored").create(extension=False)
+    young.run("psql", "-X", "-q", "-f", target, restored.name, env=young.environment())
+    assert restored.one("SELECT color FROM acme.page") == "red"
+    restored.admin.execute("SELECT rakam.drop_field('acme', 'page', 'color')")
+    assert restored.one("SELECT _extra FROM acme.page") is None
+    collect(restored.admin, "acme", "page", {"color": "blue", "n": 2})
+    restored.tick()
+    assert restored.all("SELECT n, color FROM acme.page ORDER BY n") == [(1, None), (2, "blue")]
+    restored.close()

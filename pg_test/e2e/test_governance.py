@@ -916,3 +916,37 @@ def test_retention_of_logs(db, fresh):
         assert one(db.admin, "SELECT invalid_values FROM rakam.stat_collection WHERE project = %s", fresh) == 1
     finally:
         db.configure(**dict.fromkeys(settings))
+
+
+def test_upkeep_waits_for_nobody(db, fresh):
+    """For no dead letter that is being replayed, and no project that is being changed, while everybody's digest waits for it."""
+    project = one(db.admin, "SELECT project_id FROM rakam_internal.project WHERE name = %s", fresh)
+    db.admin.execute(
+        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error, at)"
+        " SELECT %s, 'hit', '{\"n\": 1}', 'why', now() - interval '2 days' FROM generate_series(1, 2)",
+        (project,),
+    )
+    replaying, changing = db.connect(autocommit=False), db.connect(autocommit=False)
+    ticking = db.connect()
+    ticking.execute("SET statement_timeout = '20s'")
+    try:
+        ids = replaying.execute(
+            "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s ORDER BY id LIMIT 1 FOR UPDATE", (project,)
+        ).fetchall()
+        changing.execute("SELECT rakam.set_time_bounds(%s, '1 year', '1 day')", (fresh,))
+        db.admin.execute(f"ALTER ROLE rakam_{fresh}_read RENAME TO rakam_{fresh}_renamed_read")
+        db.configure(dead_letter_retention="1d")
+        ticking.execute("SELECT rakam.tick()")
+        # What nobody is at is done.
+        left = "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s"
+        wait_until(lambda: db.all(left, project) == ids, "the other letter is dropped")
+        changing.rollback()
+        replaying.rollback()
+        name = "SELECT read_role_name FROM rakam_internal.project WHERE name = %s"
+        wait_until(lambda: one(db.admin, name, fresh) == f"rakam_{fresh}_renamed_read", "the new name", 30)
+        wait_until(lambda: db.all(left, project) == [], "the last letter is dropped", 30)
+    finally:
+        replaying.close()
+        changing.close()
+        ticking.close()
+        db.configure(dead_letter_retention=None)

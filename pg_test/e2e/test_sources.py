@@ -304,6 +304,18 @@ def test_a_paused_source_waits_and_goes_on(db, cluster, folder):
     db.configure(source_refresh=None)
 
 
+def test_files_of_a_mapped_collection_are_stored(db, cluster, folder):
+    db.admin.execute("""CREATE FUNCTION acme.doubled(event jsonb) RETURNS jsonb LANGUAGE sql
+                        AS $$ SELECT jsonb_set(event, '{n}', to_jsonb((event->>'n')::int * 2)) $$""")
+    db.admin.execute("SELECT rakam.set_mapper('acme', 'mapped', 'acme.doubled(jsonb)')")
+    put(cluster, folder, "mapped/a.ndjson", [{"n": n} for n in range(10)])
+    create(db, "mapped", "dropped", prefix="mapped", collection="mapped")
+    wait_until(lambda: count(db, "mapped") == 10, "the object's events")
+    db.wait_column("acme.mapped", "n")
+    assert db.one("SELECT sum(n) FROM acme.mapped") == 90
+    db.admin.execute("SELECT rakam.drop_source('acme', 'mapped')")
+
+
 def test_no_consumer_without_sources(db):
     for (name,) in db.all("SELECT source FROM rakam.sources"):
         db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))

@@ -450,7 +450,7 @@ pub fn insert(name: &str, storage_id: i32) -> Result<Option<i32>> {
 pub fn set_roles(project_id: i32, read: &str, write: &str, admin: &str) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.project
-         SET read_role_name = $2, write_role_name = $3, admin_role_name = $4 WHERE project_id = $1",
+         SET read_role_name = $2, write_role_name = $3, admin_role_name = $4, lost_roles = NULL WHERE project_id = $1",
         &[arg(project_id), arg(read), arg(write), arg(admin)],
     )?;
     Ok(())
@@ -497,7 +497,8 @@ thread_local! {
     static NAMED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed.
+/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed. A project
+/// that somebody else is changing is left for the next time.
 pub fn follow_renamed_roles() -> Result<()> {
     invalidation::watch(relation::oid("rakam_internal", "project"));
     let now = invalidation::generation();
@@ -505,16 +506,27 @@ pub fn follow_renamed_roles() -> Result<()> {
         return Ok(());
     }
     spi::execute(
-        "UPDATE rakam_internal.project SET name = name WHERE project_id IN (
+        "UPDATE rakam_internal.project SET name = name WHERE project_id = ANY (ARRAY(
            SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.read_role WHERE r.rolname <> p.read_role_name
-           UNION SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.write_role WHERE r.rolname <> p.write_role_name
-           UNION SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.admin_role WHERE r.rolname <> p.admin_role_name)",
+           WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
+              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
+              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
+           FOR NO KEY UPDATE SKIP LOCKED))",
         &[],
     )?;
-    NAMED.set(Some(now));
+    let is_left = spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.project p
+         WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
+            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
+            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
+         LIMIT 1",
+        &[],
+        |_| Ok(()),
+    )? > 0;
+    if !is_left {
+        NAMED.set(Some(now));
+    }
     Ok(())
 }
 

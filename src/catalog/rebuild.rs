@@ -110,6 +110,11 @@ pub fn finish_rebuild(storage_id: i32) -> Result<()> {
         "UPDATE rakam_internal.rebuild SET finished_at = pg_catalog.clock_timestamp() WHERE storage_id = $1",
         &[arg(storage_id)],
     )?;
+    // What comes from now on is received here.
+    spi::execute(
+        "UPDATE rakam_internal.installation SET own_since = pg_catalog.clock_timestamp()",
+        &[],
+    )?;
     Ok(())
 }
 

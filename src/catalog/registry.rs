@@ -238,7 +238,8 @@ struct Fields {
 }
 
 impl Fields {
-    /// Adds a row: id, name, type (NULL: dropped), version, whether it is a column, when it was dropped.
+    /// Adds a row: id, name, type (NULL: dropped), version, whether it is a column, when it was dropped, and since when events are
+    /// certainly of this server.
     fn add(&mut self, row: &spi::Row) -> Result<()> {
         let name = row.must(2)?;
         match row.get::<String>(3) {
@@ -254,6 +255,7 @@ impl Fields {
                 name,
                 xid: row.xid8(6).unwrap_or(0) as i64,
                 at_us: row.timestamptz(7).unwrap_or(i64::MIN),
+                own_since_us: row.timestamptz(8).unwrap_or(i64::MIN),
             }),
         }
         Ok(())
@@ -269,9 +271,10 @@ pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
     let mut fields = Fields::default();
     spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz
          FROM rakam_internal.field WHERE collection_id = $1
-         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
+                          (SELECT own_since FROM rakam_internal.installation)
          FROM rakam_internal.dropped_field WHERE collection_id = $1",
         &[arg(collection.id)],
         |row| fields.add(row),
@@ -285,12 +288,14 @@ pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, S
     let mut fields: HashMap<i32, Fields> = HashMap::new();
     spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, collection_id
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz,
+                collection_id
          FROM rakam_internal.field WHERE collection_id = ANY ($1)
-         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at, collection_id
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
+                          (SELECT own_since FROM rakam_internal.installation), collection_id
          FROM rakam_internal.dropped_field WHERE collection_id = ANY ($1)",
         &[arg(ids)],
-        |row| fields.entry(row.must(8)?).or_default().add(row),
+        |row| fields.entry(row.must(9)?).or_default().add(row),
     )?;
     Ok(collections
         .iter()

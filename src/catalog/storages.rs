@@ -85,16 +85,20 @@ pub fn without_dependency(project: Option<&str>) -> Result<Vec<(Oid, String)>> {
 /// Takes over the new names of servers that were renamed.
 pub fn follow_renamed_servers() -> Result<()> {
     spi::execute(
-        "UPDATE rakam_internal.storage s SET name = f.srvname
-         FROM rakam_internal.project p
-         JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
-         JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all'
-         JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
-           AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass
-         JOIN pg_catalog.pg_foreign_server f ON f.oid = d.refobjid AND f.srvname <> 'rakam'
-         WHERE p.storage_id = s.storage_id AND s.kind <> 'local'
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server old WHERE old.srvname = s.name)
-           AND NOT EXISTS (SELECT FROM rakam_internal.storage other WHERE other.name = f.srvname)",
+        // What somebody else is at is left for the next time.
+        "WITH renamed AS MATERIALIZED (
+           SELECT s.storage_id, f.srvname
+           FROM rakam_internal.storage s JOIN rakam_internal.project p USING (storage_id)
+           JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+           JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all'
+           JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
+             AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass
+           JOIN pg_catalog.pg_foreign_server f ON f.oid = d.refobjid AND f.srvname <> 'rakam'
+           WHERE s.kind <> 'local'
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server old WHERE old.srvname = s.name)
+             AND NOT EXISTS (SELECT FROM rakam_internal.storage other WHERE other.name = f.srvname)
+           FOR UPDATE OF s SKIP LOCKED)
+         UPDATE rakam_internal.storage s SET name = r.srvname FROM renamed r WHERE s.storage_id = r.storage_id",
         &[],
     )?;
     Ok(())

@@ -253,7 +253,8 @@ impl Stream {
         prepare::prepare(self, batch)
     }
 
-    /// Stores a batch, in the transaction that moves the positions; nothing else is locked or written in it before.
+    /// Stores a batch, in the transaction that moves the positions; nothing else is locked or written in it before but by the
+    /// mappers of its events.
     ///
     /// Errors: 53400 and 53100 there is no room for it now, and `prepared` is as it was; 40001 what it was prepared for has changed
     /// meanwhile.

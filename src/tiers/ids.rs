@@ -87,7 +87,7 @@ fn locked(
 /// Drops some runs that no event can be a copy of any more; returns how many.
 fn forget() -> Result<u64> {
     let Some(window_us) = guc::dedupe_window_us() else {
-        return ids::forget(i64::MAX, i64::MAX, FORGET_RUNS);
+        return ids::forget(i64::MAX, i64::MAX, &[], 0, FORGET_RUNS);
     };
     let kept_us = xact::now_us() - window_us;
     if !ids::any_older(kept_us)? {
@@ -95,9 +95,9 @@ fn forget() -> Result<u64> {
     }
     // In this order: what commits in between is seen as waiting.
     let in_progress = ids::oldest_in_progress(window_us.max(PREPARE_WITHIN_US))?;
-    let waiting = ids::oldest_waiting()?.unwrap_or(i64::MAX);
-    let received_us = in_progress.min(waiting).saturating_sub(window_us);
-    ids::forget(kept_us, received_us, FORGET_RUNS)
+    let waiting = ids::oldest_waiting()?;
+    let received_us = in_progress.saturating_sub(window_us);
+    ids::forget(kept_us, received_us, &waiting, window_us, FORGET_RUNS)
 }
 
 /// Merges runs of one class. False: there are not enough any more.

@@ -12,13 +12,11 @@ thread_local! {
     static KEPT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Cleans up; later, if somebody is dropping some of it. The caller holds a lock that lets only one do so.
+/// Cleans up; later, if somebody is changing some of it. The caller holds a lock that lets only one do so.
 pub fn run() -> Result<(), Failure> {
     let done = xact::in_passing(|| {
         backlog::forget_dropped()?;
         usage::sum_up()?;
-        projects::follow_renamed_roles()?;
-        storages::follow_renamed_servers()?;
         storages::forget_gone()?;
         if !KEPT.get() {
             for (table, storage) in storages::without_dependency(None)? {
@@ -36,6 +34,16 @@ pub fn run() -> Result<(), Failure> {
     if done.is_some() {
         KEPT.set(true);
     }
+    Ok(())
+}
+
+/// Takes over new names of roles and servers, and drops what is old in the logs. Several may do so at once: each leaves to the
+/// others what they are at.
+pub fn names_and_logs() -> Result<(), Failure> {
+    xact::in_passing(|| {
+        projects::follow_renamed_roles()?;
+        storages::follow_renamed_servers()
+    })?;
     while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();
     }

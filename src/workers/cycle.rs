@@ -381,6 +381,7 @@ impl<'a> Cycle<'a> {
                     rotate::run()?;
                     upkeep::run()?;
                 }
+                upkeep::names_and_logs()?;
                 gc::tables()
             })?;
             self.care |= self.attempt(Step::Gc, 0, gc::is_due)?.unwrap_or(false);

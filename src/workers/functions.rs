@@ -248,6 +248,7 @@ fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
         rotate::run()?;
         upkeep::run()?;
     }
+    upkeep::names_and_logs()?;
     reach::ask_failing()?;
     let mut hot = Hot::default();
     hot.refresh()?;
