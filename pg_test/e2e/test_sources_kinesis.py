@@ -123,8 +123,8 @@ def test_starts(db, service):
 
 
 def test_formats(db, project, kinesis_fast):
-    schema = avro.schema("E", n="long", name="string")
-    event = {"n": 5, "name": "größe"}
+    schema = avro.schema("E", n="long", title="string")
+    event = {"n": 5, "title": "größe"}
     kinesis_fast.create_stream("formats", 2)
     kinesis_fast.create_stream("schemas", 2)
     # A collection of the stream's name, unless the record says otherwise.
@@ -250,52 +250,6 @@ def test_resharding_loses_nothing_and_keeps_the_order_of_keys(db, service):
     drop(db, stream)
 
 
-def test_a_stream_made_anew_stops_its_shards(db, service):
-    stream = f"anew_{service.engine}"
-    alerts = db.connect()
-    alerts.execute("LISTEN rakam_alert")
-    service.create_stream(stream, 1)
-    service.send(stream, keyed(range(10)))
-    create(db, service, stream)
-    wait_for(db, stream, list(range(10)))
-    # While it is not read, so that nothing but its records can tell.
-    db.admin.execute("SELECT rakam.pause_source(%s, %s)", (PROJECT, stream))
-    service.delete_stream(stream)
-    service.create_stream(stream, 2)
-    service.send(stream, keyed(range(100, 120)))
-    db.admin.execute("SELECT rakam.resume_source(%s, %s)", (PROJECT, stream))
-    first, second = service.shards(stream)
-    one, other = first["ShardId"], second["ShardId"]
-    # The second one is new.
-    wait_until(lambda: states(db, stream) == {one: "stopped", other: "open"}, "the shard that was read stops")
-    assert "made anew" in error(db, stream)
-    told = [json.loads(notice.payload) for notice in alerts.notifies(timeout=5, stop_after=1)]
-    assert [(alert["source"], alert["split"]) for alert in told] == [(stream, one)]
-    with refused("55000", hint="force"):
-        db.admin.execute("SELECT rakam.seek_source(%s, %s, 'earliest')", (PROJECT, stream))
-    # Behind what was read nothing counts twice.
-    beginning = {one: first["SequenceNumberRange"]["StartingSequenceNumber"]}
-    db.admin.execute("SELECT rakam.seek_source(%s, %s, %s)", (PROJECT, stream, json.dumps(beginning)))
-    wait_for(db, stream, [*range(10), *range(100, 120)])
-    drop(db, stream)
-
-
-def test_a_stream_that_is_deleted_is_told_and_read_again(db, project, kinesis):
-    kinesis.create_stream("deleted", 1)
-    kinesis.send("deleted", keyed(range(5)))
-    create(db, kinesis, "deleted")
-    wait_for(db, "deleted", list(range(5)))
-    kinesis.delete_stream("deleted")
-    wait_until(lambda: 'stream "deleted" does not exist' in error(db, "deleted"), "the missing stream is told")
-    wait_until(lambda: set(states(db, "deleted").values()) == {"stopped"}, "its shard stops")
-    kinesis.create_stream("deleted", 2)
-    kinesis.send("deleted", keyed(range(10, 20)))
-    db.admin.execute("SELECT rakam.seek_source(%s, 'deleted', 'earliest', force => true)", (PROJECT,))
-    wait_for(db, "deleted", [*range(5), *range(10, 20)])
-    wait_until(lambda: error(db, "deleted") == "", "nothing is told any more")
-    drop(db, "deleted")
-
-
 # -- a service that struggles ---------------------------------------------------------------------------------------
 
 
@@ -325,21 +279,3 @@ def test_expired_iterators_and_throttling(db, project, kinesis_fast, seed):
         wait_for(db, "struggle", list(range(220)))
         wait_until(lambda: error(db, "struggle") == "", "nothing is told any more")
         drop(db, "struggle")
-
-
-def test_how_far_behind(db, project, kinesis):
-    """What the service says of the last record that it gave: here it gives few at a time."""
-    db.project("slow")
-    db.admin.execute("SELECT rakam.set_quota('slow', 10, NULL, NULL, NULL)")
-    kinesis.create_stream("behind", 1)
-    kinesis.send("behind", keyed(range(20)))
-    server = server_of(db, kinesis)
-    options = {"stream": "behind", "collection": "e"}
-    db.admin.execute("SELECT rakam.create_source('slow', 'behind', %s, %s)", (server, json.dumps(options)))
-    lag = "SELECT max(lag_s) FROM rakam.stat_source WHERE source = 'behind'"
-    wait_until(lambda: db.one("SELECT count(*) FROM slow._all") == 20, "the first events")
-    kinesis.send("behind", keyed(range(20, 60)))
-    wait_until(lambda: (db.one(lag) or 0) > 0, "it is behind")
-    wait_until(lambda: db.one("SELECT count(*) FROM slow._all") == 60, "all events")
-    wait_until(lambda: db.one(lag) == 0, "it has caught up")
-    db.admin.execute("SELECT rakam.drop_source('slow', 'behind')")
