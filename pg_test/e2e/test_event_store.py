@@ -485,6 +485,82 @@ def test_an_open_transaction_holds_up_no_other_store(db, kafka, server):
     assert len(records(db, kafka, "held", "held.e")) == 4
 
 
+def test_a_store_that_is_taken_again_goes_on_in_its_order(db, kafka, server):
+    """What was collected before and waits comes first, also when events stayed here in between, or the server was renamed
+    or made anew."""
+    away, there = "'127.0.0.1:1'", f"'{kafka.brokers}'"
+    kafka.create_server(db.admin, "k_old")
+    kafka.create_topic("taken.e", 3)
+    project(db, "taken", "k_old")
+    numbers = itertools.count()
+    users = [f"u{n}" for n in range(5)]
+
+    def send() -> None:
+        n = next(numbers)
+        collect_batch(db.admin, "taken", [("e", {"_user": user, "n": n}) for user in users])
+
+    def choose(server: str | None, **options: str) -> None:
+        db.admin.execute("SELECT rakam.set_event_store('taken', %s, %s)", (server, json.dumps(options)))
+
+    send()
+    wait_published(db, "taken")
+    db.admin.execute(f"ALTER SERVER k_old OPTIONS (SET brokers {away})")
+    send()
+    choose(None)
+    collect(db.admin, "taken", "here", {"n": 1})
+    choose("k_old", topic="{project}.{collection}")
+    send()
+    db.admin.execute("ALTER SERVER k_old RENAME TO k_new")
+    choose("k_new")
+    send()
+    with refused("2BP01"):
+        db.admin.execute("DROP SERVER k_new")
+    db.admin.execute("DROP SERVER k_new CASCADE")
+    send()
+    wait_until(
+        lambda: "was dropped" in (db.one("SELECT last_error FROM rakam.stat_worker WHERE kind = 'relay'") or ""),
+        "the missing server is told",
+    )
+    kafka.create_server(db.admin, "k_new")
+    db.admin.execute(f"ALTER SERVER k_new OPTIONS (SET brokers {away})")
+    choose("k_new")
+    send()
+    db.admin.execute(f"ALTER SERVER k_new OPTIONS (SET brokers {there})")
+    wait_published(db, "taken")
+    found = records(db, kafka, "taken", "taken.e")
+    assert len({named["rakam-origin"] for _, named, *_ in found}) == 1
+    by_user = defaultdict(list)
+    for _, key, event in once(found):
+        by_user[key].append(event["n"])
+    sent = next(numbers)
+    assert dict(by_user) == {user: list(range(sent)) for user in users}
+    assert db.one("SELECT count(*) FROM taken.here") == 1
+
+
+def test_a_refused_record_stops_no_other_and_changes_no_order(db, kafka, server):
+    # So much that it is sent in several pieces, of which the broker would take the last one.
+    kafka.create_topic("pieces.e", 1, max_message_bytes="100000")
+    kafka.create_topic("pieces.rules", 1, cleanup_policy="compact")
+    project(db, "pieces")
+
+    def text() -> str:
+        return "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=60_000))
+
+    events = [{"_user": "u", "n": n, "text": text() if n < 17 else "x"} for n in range(20)]
+    stored = collect_batch(db.admin, "pieces", [("e", event) for event in events])
+    assert stored[:2] == (20, 0)
+    # A compacted topic takes nothing without a key.
+    keyed = [{"_user": f"u{n}", "n": n} | ({"_user": None} if n % 10 == 5 else {}) for n in range(40)]
+    collect_batch(db.admin, "pieces", [("rules", event) for event in keyed])
+    wait_published(db, "pieces")
+    assert [event["n"] for *_, event in records(db, kafka, "pieces", "pieces.e")] == list(range(20))
+    kept = [event["n"] for *_, event in records(db, kafka, "pieces", "pieces.rules")]
+    assert kept == [n for n in range(40) if n % 10 != 5]
+    letters = db.all("SELECT payload, error FROM rakam.dead_letter WHERE project = 'pieces' ORDER BY id")
+    assert [json.loads(payload)["n"] for payload, _ in letters] == [5, 15, 25, 35]
+    assert all("does not take the record" in error for _, error in letters)
+
+
 def test_the_outbox_is_bounded(private_cluster):
     from harness.database import Database
 

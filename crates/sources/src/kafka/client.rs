@@ -391,14 +391,10 @@ impl<'a> Named<'a> {
     }
 }
 
-/// Checks that librdkafka knows the options and takes their values. Error: 22023.
-///
-/// Makes no client: one that is to log in wants its credentials, and a server has them from a user mapping that is made after it.
+/// Checks that librdkafka knows the options and takes their values, of a server without its user mapping as well. Asks no broker.
+/// Error: 22023.
 pub fn check(config: &KafkaConfig) -> Result<(), SourceError> {
-    native(config.properties())
-        .create_native_config()
-        .map(drop)
-        .map_err(unusable)
+    Client::new(&config.with_any_credentials()).map(drop)
 }
 
 /// Opens the partitions of a source for reading. Asks no broker yet.

@@ -201,6 +201,18 @@ impl KafkaConfig {
         self.properties.contains_key("sasl.username") && !uses_sasl(&self.properties)
     }
 
+    /// The same with credentials of nobody where it has none: without any librdkafka makes no client that is to show some.
+    pub(crate) fn with_any_credentials(&self) -> Self {
+        let mut any = self.clone();
+        if uses_sasl(&any.properties) {
+            for name in ["sasl.username", "sasl.password"] {
+                let given = any.properties.entry(name.to_owned());
+                given.or_insert_with(|| "nobody".to_owned());
+            }
+        }
+        any
+    }
+
     /// Names and values for librdkafka, by name.
     pub(crate) fn properties(&self) -> impl Iterator<Item = (&str, &str)> {
         self.properties

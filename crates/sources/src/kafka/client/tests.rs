@@ -338,3 +338,18 @@ async fn read_to(fetch: &mut dyn Fetch, split: &str, offset: i64) -> (u64, Posit
         assert!(Instant::now() < give_up, "{at:?}, {lag:?}");
     }
 }
+
+#[test]
+fn a_server_is_checked_without_the_credentials_of_its_owner() {
+    for mechanism in ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] {
+        let server = [
+            ("brokers", "127.0.0.1:1"),
+            ("security.protocol", "SASL_PLAINTEXT"),
+            ("sasl.mechanism", mechanism),
+        ];
+        let config = KafkaConfig::parse(server, []).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(check(&config), Ok(()), "{mechanism}");
+        // Who reads needs them.
+        assert!(Client::new(&config).is_err(), "{mechanism}");
+    }
+}
