@@ -117,10 +117,16 @@ def test_overlaps_from_before_lose_nothing(lake):
     """Three storages on one place, one of them a folder deeper, as no call makes them any more."""
     db, folder = lake
     subfolder(folder, "sub")
-    for name, url in (("deeper", f"file://{folder}/sub"), ("same", f"file://{folder}")):
-        server(db, name, url)
-        db.admin.execute("INSERT INTO rakam_internal.storage (name, kind) VALUES (%s, 'file')", (name,))
+    for name, url in (("deeper", f"{folder}/sub"), ("same", folder)):
+        make_storage(db, name)
         db.project(f"of_{name}", name)
+        with refused("22023"):
+            db.admin.execute(f"ALTER SERVER {name} OPTIONS (SET url 'file://{url}')")
+        db.admin.execute(
+            "ALTER EVENT TRIGGER rakam_server_changed DISABLE;"
+            f"ALTER SERVER {name} OPTIONS (SET url 'file://{url}');"
+            "ALTER EVENT TRIGGER rakam_server_changed ENABLE"
+        )
     # A project whose folder is the other storage.
     db.project("sub", "lake")
     for project in ("acme", "of_deeper", "of_same", "sub"):
@@ -166,18 +172,18 @@ def test_a_storage_of_another_database_is_left_alone(lake):
 def test_queued_orphans_are_looked_at_again(lake):
     db, folder = in_use(lake)
     theirs = [parquet(db, folder, f"acme/theirs/{n}.parquet") for n in range(3)]
-    stray = parquet(db, folder, "acme/stray.parquet")
-    assert len(check(db)) == 4
+    strays = [parquet(db, folder, f"acme/{name}.parquet") for name in ("stray", "other")]
+    assert len(check(db)) == 5
     db.admin.execute("SELECT rakam.attach('acme', 'theirs', 'theirs/*.parquet')")
-    assert stat(db)["orphans"] == 1
+    assert stat(db)["orphans"] == 2
     # One that became somebody's in a way that nobody has told of.
     db.admin.execute(
-        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, removed_xid, reason)"
-        " SELECT storage_id, 'acme/theirs/0.parquet', 0, '3', 'orphan' FROM rakam_internal.storage WHERE name = 'lake'"
+        "UPDATE rakam_internal.file_deferred SET path = 'acme/theirs/0.parquet' WHERE path = 'acme/other.parquet'"
     )
     db.tick()
-    assert (stray.exists(), [path.exists() for path in theirs]) == (False, [True] * 3)
-    assert (stat(db)["orphans"], check(db)) == (0, [])
+    assert ([path.exists() for path in strays], [path.exists() for path in theirs]) == ([False, True], [True] * 3)
+    db.tick()
+    assert [path for path, _, _ in check(db)] == ["acme/other.parquet"]
     assert db.one("SELECT count(*) FROM acme.theirs") == 3
 
 
