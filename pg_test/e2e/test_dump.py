@@ -314,6 +314,8 @@ def test_a_restore_that_stays_a_part(whole, cluster):
         assert restored.one("SELECT count(*) FROM rakam.health() WHERE \"check\" = 'restore'") == 0
     finally:
         restored.drop()
+
+
 def test_a_field_dropped_after_a_restore_is_read_nowhere(private_cluster):
     """Transaction ids of the server that a dump came from mean nothing beside those of a younger one."""
     old = private_cluster("dump_old")

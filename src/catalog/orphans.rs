@@ -8,34 +8,54 @@ use super::{manifest, places, storages};
 use crate::pg::Result;
 use crate::pg::spi::{self, View, arg};
 
-/// Of these objects, those that nobody knows: no manifest row, intent, pin or deferred deletion names them, and no attached
-/// table reads them. Those that are queued as orphans already are among them.
-///
-/// A file is known by its name alone where another storage has it: two of them may overlap in a way that their addresses do
-/// not show.
-pub fn among(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
-    let names: Vec<Option<&str>> = paths.iter().map(|path| file_name_of(path)).collect();
-    let mut found: Vec<String> = spi::query(
+/// Of these objects, those that no manifest row, intent, pin or deferred deletion of this storage names; and those that are
+/// queued as orphans already.
+pub fn unknown(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
+    spi::query(
         View::Current,
-        "SELECT l.path FROM unnest($2::text[], $3::text[]) l(path, name)
+        "SELECT l.path FROM unnest($2::text[]) l(path)
          WHERE NOT EXISTS (SELECT FROM rakam_internal.data_file f
                            WHERE f.path = l.path COLLATE \"C\" AND f.storage_id = $1)
-           AND NOT EXISTS (SELECT FROM rakam_internal.data_file f
-                           WHERE pg_catalog.right(f.path, 44) = l.name COLLATE \"C\" AND f.storage_id <> $1)
            AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i
-                           WHERE i.storage_id = $1 AND i.path = l.path COLLATE \"C\"
-                              OR i.storage_id <> $1 AND pg_catalog.right(i.path, 44) = l.name COLLATE \"C\")
+                           WHERE i.storage_id = $1 AND i.path = l.path COLLATE \"C\")
            AND NOT EXISTS (SELECT FROM rakam_internal.file_pin p
                            WHERE p.storage_id = $1 AND p.path = l.path COLLATE \"C\"
                              AND p.until > pg_catalog.clock_timestamp())
            AND NOT EXISTS (SELECT FROM rakam_internal.file_deferred d
-                           WHERE d.storage_id = $1 AND d.path = l.path COLLATE \"C\" AND d.reason <> 'orphan')
-           AND NOT EXISTS (SELECT FROM rakam_internal.file_deferred d
-                           WHERE d.storage_id <> $1 AND d.reason <> 'orphan'
-                             AND pg_catalog.right(d.path, 44) = l.name COLLATE \"C\")",
-        &[arg(storage_id), arg(paths.to_vec()), arg(names)],
+                           WHERE d.storage_id = $1 AND d.path = l.path COLLATE \"C\" AND d.reason <> 'orphan')",
+        &[arg(storage_id), arg(paths.to_vec())],
+        |row| row.must(1),
+    )
+}
+
+/// Of these names of files, those that another storage has: two of them may overlap in a way that their addresses do not show.
+fn elsewhere(storage_id: i32, names: Vec<String>) -> Result<HashSet<String>> {
+    if names.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let found = spi::query(
+        View::Current,
+        "SELECT l.name FROM unnest($2::text[]) l(name)
+         WHERE EXISTS (SELECT FROM rakam_internal.data_file f
+                       WHERE pg_catalog.right(f.path, 44) = l.name COLLATE \"C\" AND f.storage_id <> $1)
+            OR EXISTS (SELECT FROM rakam_internal.file_intent i
+                       WHERE pg_catalog.right(i.path, 44) = l.name COLLATE \"C\" AND i.storage_id <> $1)
+            OR EXISTS (SELECT FROM rakam_internal.file_deferred d
+                       WHERE pg_catalog.right(d.path, 44) = l.name COLLATE \"C\" AND d.storage_id <> $1
+                         AND d.reason <> 'orphan')",
+        &[arg(storage_id), arg(names)],
         |row| row.must(1),
     )?;
+    Ok(found.into_iter().collect())
+}
+
+/// Of these objects, those that are nobody's: unknown to this storage and by their names to every other one, and read by no
+/// attached table. Those that are queued already are among them.
+pub fn among(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
+    let mut found = unknown(storage_id, paths)?;
+    let names = found.iter().filter_map(|path| file_name_of(path));
+    let elsewhere = elsewhere(storage_id, names.map(str::to_owned).collect())?;
+    found.retain(|path| file_name_of(path).is_none_or(|name| !elsewhere.contains(name)));
     // Somebody's table; what has a name of ours is ours all the same.
     if found.iter().any(|path| file_name_of(path).is_none())
         && let Some(storage) = (places::storages(View::Current)?.into_iter())

@@ -133,7 +133,7 @@ pub fn unknown(remote: &Remote, mut each: impl FnMut(Vec<String>) -> Outcome<()>
         let paths: Vec<String> = (page.into_iter().map(|object| object.path))
             .filter(|path| is_ours(path))
             .collect();
-        match xact::worker(|| orphans::among(storage_id, &paths))? {
+        match xact::worker(|| orphans::unknown(storage_id, &paths))? {
             unknown if unknown.is_empty() => Ok(()),
             unknown => each(unknown),
         }
