@@ -99,5 +99,7 @@ BEGIN
   END LOOP;
 END $$;
 
+-- What reading needs to know of the installation.
+GRANT SELECT (own_since) ON rakam_internal.installation TO PUBLIC;
 -- Where the inbox is digested up to: transaction ids, nothing of a project.
 GRANT SELECT ON rakam_internal.inbox_tick, rakam_internal.inbox_state TO PUBLIC;

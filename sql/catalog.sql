@@ -4,7 +4,9 @@
 CREATE TABLE rakam_internal.installation (
   id                boolean PRIMARY KEY DEFAULT true CHECK (id),
   installation      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-  system_identifier bigint NOT NULL
+  system_identifier bigint NOT NULL,
+  -- Events received before may have come with a dump or with a storage whose catalogue was rebuilt, their transaction ids too.
+  own_since         timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
 INSERT INTO rakam_internal.installation (system_identifier)
   SELECT system_identifier FROM pg_catalog.pg_control_system();
@@ -27,9 +29,14 @@ CREATE TABLE rakam_internal.project (
   read_role_name  text COLLATE "C",
   write_role_name text COLLATE "C",
   admin_role_name text COLLATE "C",
-  read_role   regrole GENERATED ALWAYS AS (rakam_internal.role_named(read_role_name)) STORED,
-  write_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(write_role_name)) STORED,
-  admin_role  regrole GENERATED ALWAYS AS (rakam_internal.role_named(admin_role_name)) STORED,
+  -- Of roles that are gone: a later role of such a name is somebody else's, until the project is given it.
+  lost_roles  text[] COLLATE "C" DEFAULT '{}',
+  read_role   regrole GENERATED ALWAYS AS
+    (CASE WHEN 'read' <> ALL (lost_roles) THEN rakam_internal.role_named(read_role_name) END) STORED,
+  write_role  regrole GENERATED ALWAYS AS
+    (CASE WHEN 'write' <> ALL (lost_roles) THEN rakam_internal.role_named(write_role_name) END) STORED,
+  admin_role  regrole GENERATED ALWAYS AS
+    (CASE WHEN 'admin' <> ALL (lost_roles) THEN rakam_internal.role_named(admin_role_name) END) STORED,
   storage_id  int NOT NULL REFERENCES rakam_internal.storage,
   event_store jsonb,                                     -- as rakam.projects shows it; NULL: Postgres
   event_store_id int,                                    -- where events of collect go (outbox.sql); NULL: into the inbox
@@ -47,15 +54,20 @@ CREATE INDEX project_read_role ON rakam_internal.project (read_role);
 CREATE INDEX project_write_role ON rakam_internal.project (write_role);
 CREATE INDEX project_admin_role ON rakam_internal.project (admin_role);
 
--- A role that was renamed stays the project's: each update takes its present name.
+-- A role that was renamed stays the project's: each update takes its present name. Roles are found by their names only when
+-- the project is given them, with `lost_roles` NULL, and when a dump is restored.
 CREATE FUNCTION rakam_internal.follow_roles() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  IF (NEW.read_role_name, NEW.write_role_name, NEW.admin_role_name)
-     IS NOT DISTINCT FROM (OLD.read_role_name, OLD.write_role_name, OLD.admin_role_name) THEN
-    NEW.read_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.read_role), NEW.read_role_name);
-    NEW.write_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.write_role), NEW.write_role_name);
-    NEW.admin_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.admin_role), NEW.admin_role_name);
+  IF NEW.lost_roles IS NULL THEN
+    NEW.lost_roles := '{}';
+    RETURN NEW;
   END IF;
+  NEW.read_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.read_role), OLD.read_role_name);
+  NEW.write_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.write_role), OLD.write_role_name);
+  NEW.admin_role_name := coalesce((SELECT rolname FROM pg_roles WHERE oid = OLD.admin_role), OLD.admin_role_name);
+  NEW.lost_roles := ARRAY(
+    SELECT r.kind FROM (VALUES ('read', OLD.read_role), ('write', OLD.write_role), ('admin', OLD.admin_role)) r (kind, role)
+    WHERE NOT EXISTS (SELECT FROM pg_roles WHERE oid = r.role));
   RETURN NEW;
 END $$;
 CREATE TRIGGER follow_roles BEFORE UPDATE ON rakam_internal.project
@@ -182,17 +194,18 @@ END $$;
 -- Rows of the inbox that came with a dump: their transaction ids mean nothing here. A worker puts them into the inbox again.
 CREATE TABLE rakam_internal.inbox_restored (LIKE rakam_internal.inbox_0 INCLUDING STORAGE, PRIMARY KEY (id));
 
--- Collect writes the inbox below the executor (src/pg/heap.rs), where no trigger fires: this one sees restores only.
+-- Puts a row into the table that the trigger names. Collect writes inbox and outbox below the executor (src/pg/heap.rs), where no
+-- trigger fires: this one sees restores only.
 CREATE FUNCTION rakam_internal.set_apart() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  INSERT INTO rakam_internal.inbox_restored SELECT NEW.*;
+  EXECUTE pg_catalog.format('INSERT INTO rakam_internal.%I SELECT ($1).*', TG_ARGV[0]) USING NEW;
   RETURN NULL;
 END $$;
 DO $$
 BEGIN
   FOR k IN 0..2 LOOP
     EXECUTE pg_catalog.format('CREATE TRIGGER set_apart BEFORE INSERT ON rakam_internal.inbox_%s
-      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart()', k);
+      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart(%L)', k, 'inbox_restored');
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.inbox_%s ENABLE ALWAYS TRIGGER set_apart', k);
   END LOOP;
 END $$;
@@ -237,8 +250,9 @@ INSERT INTO rakam_internal.inbox_tick (shard, tick_id, snapshot) VALUES (0, 1, p
 
 -- Projects of which more waits than the digest takes at once: theirs is digested slice by slice, up to a snapshot of
 -- their own, while the tick goes on for everybody else. Written together with a tick.
+-- No foreign key: a project that is being dropped lags, and the digest must not wait for the end of that.
 CREATE TABLE rakam_internal.inbox_lag (
-  project_id int PRIMARY KEY REFERENCES rakam_internal.project ON DELETE CASCADE,
+  project_id int PRIMARY KEY,
   snapshot   pg_snapshot NOT NULL,
   since      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
@@ -290,6 +304,8 @@ CREATE TABLE rakam_internal.data_file (
   flush_id       uuid NOT NULL
 );
 CREATE INDEX data_file_collection ON rakam_internal.data_file (collection_id, max_time, min_time);
+-- By its name alone, wherever storages overlap (src/catalog/orphans.rs).
+CREATE INDEX data_file_name ON rakam_internal.data_file (pg_catalog.right(path, 44));
 -- How a query finds the files of a range of time: three equal periods, each with a short range of first days.
 CREATE INDEX data_file_period ON rakam_internal.data_file (collection_id, period, first_day);
 
@@ -452,6 +468,7 @@ CREATE TABLE rakam_internal.storage_problem (
 -- installation only, never dumped: a restored copy begins with a description of everything.
 CREATE TABLE rakam_internal.description (
   storage_id   int PRIMARY KEY REFERENCES rakam_internal.storage ON DELETE CASCADE,
+  writer       text COLLATE "C" NOT NULL,                -- in whose folder: a promoted or copied database begins anew
   number       bigint NOT NULL,                          -- of the last log
   state        bigint,                                   -- the log up to which the last whole state goes
   state_bytes  bigint NOT NULL,
@@ -521,6 +538,7 @@ CREATE TABLE rakam_internal.dead_letter (
   is_row      boolean NOT NULL DEFAULT false,
   is_record   boolean NOT NULL DEFAULT false,            -- as it came of the source: `collection` is what it names beside its value
   written_at  timestamptz,                               -- of the record
+  columns     jsonb,                                     -- of a row of CSV: the names of the columns of its file
   attempts    int NOT NULL DEFAULT 1
 );
 CREATE INDEX dead_letter_project ON rakam_internal.dead_letter (project_id, id);
@@ -664,7 +682,7 @@ DO $$
 DECLARE t text;
 BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
-    'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred',
+    'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred', 'file_pin',
     'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
     'mapper', 'mapper_dropped', 'attached_table'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');

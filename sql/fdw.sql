@@ -13,6 +13,24 @@ GRANT USAGE ON FOREIGN DATA WRAPPER rakam TO rakam_admin;
 CREATE SERVER rakam FOREIGN DATA WRAPPER rakam;
 GRANT USAGE ON FOREIGN SERVER rakam TO PUBLIC;
 
+-- Storages in use have places of their own, also after one of their servers was changed.
+REVOKE ALL ON FUNCTION rakam_internal.ensure_server_apart(oid) FROM PUBLIC;
+CREATE FUNCTION rakam_internal.server_changed() RETURNS event_trigger LANGUAGE plpgsql
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  server oid;
+BEGIN
+  FOR server IN
+    SELECT c.objid FROM pg_event_trigger_ddl_commands() c JOIN pg_foreign_server s ON s.oid = c.objid
+    JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'rakam'
+    WHERE c.classid = 'pg_foreign_server'::regclass AND NOT c.in_extension LOOP
+    PERFORM rakam_internal.ensure_server_apart(server);
+  END LOOP;
+END $$;
+REVOKE ALL ON FUNCTION rakam_internal.server_changed() FROM PUBLIC;
+CREATE EVENT TRIGGER rakam_server_changed ON ddl_command_end WHEN TAG IN ('CREATE SERVER', 'ALTER SERVER')
+  EXECUTE FUNCTION rakam_internal.server_changed();
+
 -- Servers of sources: nothing is read through them, so there is no handler.
 REVOKE ALL ON FUNCTION rakam_internal.source_validator(text[], oid) FROM PUBLIC;
 CREATE FOREIGN DATA WRAPPER rakam_source VALIDATOR rakam_internal.source_validator;

@@ -3,7 +3,6 @@
 -- Called by triggers only, which need no right to it.
 REVOKE EXECUTE ON FUNCTION rakam_internal.announce_change() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.set_apart() FROM PUBLIC;
-REVOKE EXECUTE ON FUNCTION rakam_internal.set_outgoing_apart() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.follow_roles() FROM PUBLIC;
 -- Who could put it on a table would write into the project that the trigger names.
 REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;

@@ -19,6 +19,7 @@ CREATE TABLE rakam_internal.event_store (
   -- Batches have dense numbers by origin. A copy of the database (restored, promoted) takes an origin of its own for its next
   -- batch: it and the original go on from the same number with other events.
   origin      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+  former_origins uuid[] NOT NULL DEFAULT '{}',           -- that it had before: its records are in the service
   cluster     text COLLATE "C",                          -- system identifier, timeline and database that took it
   publish_seq bigint NOT NULL DEFAULT 0,                 -- of the newest batch
   published   bigint NOT NULL DEFAULT 0,                 -- events
@@ -69,20 +70,14 @@ BEGIN
   END LOOP;
 END $$;
 
--- Rows that came with a dump: a relay puts them back once their store and collection have been restored too. The relay and
--- collect write the outbox below the executor, where no trigger fires: this one sees restores only.
+-- Rows that came with a dump: a relay puts them back once their store and collection have been restored too.
 CREATE TABLE rakam_internal.outbox_restored (LIKE rakam_internal.outbox_0 INCLUDING STORAGE, PRIMARY KEY (store_id, id));
-CREATE FUNCTION rakam_internal.set_outgoing_apart() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-  INSERT INTO rakam_internal.outbox_restored SELECT NEW.*;
-  RETURN NULL;
-END $$;
 DO $$
 BEGIN
   FOR k IN 0..2 LOOP
-    EXECUTE pg_catalog.format('CREATE TRIGGER set_outgoing_apart BEFORE INSERT ON rakam_internal.outbox_%s
-      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_outgoing_apart()', k);
-    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.outbox_%s ENABLE ALWAYS TRIGGER set_outgoing_apart', k);
+    EXECUTE pg_catalog.format('CREATE TRIGGER set_apart BEFORE INSERT ON rakam_internal.outbox_%s
+      FOR EACH ROW EXECUTE FUNCTION rakam_internal.set_apart(%L)', k, 'outbox_restored');
+    EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.outbox_%s ENABLE ALWAYS TRIGGER set_apart', k);
   END LOOP;
 END $$;
 

@@ -47,6 +47,7 @@ CREATE TABLE rakam_internal.source_split (
   -- Means, as of `stored_at`: they fade with the time since.
   records_per_s float8 NOT NULL DEFAULT 0,
   bytes_per_s   float8 NOT NULL DEFAULT 0,
+  tombstones  bigint NOT NULL DEFAULT 0,                 -- records without a value, which are skipped
   lag_records bigint,                                    -- as seen last; NULL: not known
   lag_ms      bigint,
   updated_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),

@@ -91,7 +91,9 @@ FROM rakam_internal.progress r JOIN rakam_internal.project p USING (project_id)
 WHERE rakam_internal.is_running(r.pid);
 
 CREATE VIEW rakam.sources WITH (security_invoker = true) AS
-SELECT p.name AS project, s.name AS source, s.kind, f.srvname::text AS server, s.options, s.is_paused AS paused, s.created_at
+SELECT p.name AS project, s.name AS source, s.kind, f.srvname::text AS server, s.options, s.is_paused AS paused, s.created_at,
+       (SELECT coalesce(pg_catalog.sum(t.tombstones), 0)::int8 FROM rakam_internal.source_split t
+        WHERE t.source_id = s.source_id) AS tombstones
 FROM rakam_internal.source s
 JOIN rakam_internal.project p USING (project_id)
 LEFT JOIN pg_catalog.pg_foreign_table t ON t.ftrelid = s.anchor

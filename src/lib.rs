@@ -54,10 +54,16 @@ extension_sql_file!(
     ]
 );
 extension_sql_file!(
+    "../sql/restore.sql",
+    name = "restore",
+    requires = ["access", note_restore]
+);
+extension_sql_file!(
     "../sql/views.sql",
     name = "views",
     requires = [
         "access",
+        "restore",
         key_sets,
         storages,
         data_files,
@@ -73,6 +79,7 @@ extension_sql_file!(
     requires = [
         "catalog",
         fdw::options::fdw_validator,
+        projects::objects::ensure_server_apart,
         sources::validator::source_validator
     ]
 );
@@ -89,6 +96,7 @@ extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     pg::guc::init();
+    pg::analyzed::init();
     if pg::shared::loading_in_postmaster() {
         workers::init();
     }

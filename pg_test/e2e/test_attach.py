@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import duckdb
@@ -201,6 +202,49 @@ def test_parquet_is_what_a_heap_table_with_the_same_rows_is(db, lake, folder):
     ).fetchone()
     scan = plan[0]["Plan"]
     assert (scan["Files Read"], scan["Row Groups Read"], scan["Row Groups Skipped by Statistics"]) == (2, 1, 9)
+
+
+def bits(ty: pyarrow.DataType, layout: str, *values: int) -> pyarrow.Array:
+    return pyarrow.Array.from_buffers(ty, len(values), [None, pyarrow.py_buffer(struct.pack(layout, *values))])
+
+
+def test_nan_of_any_sign_is_one(db, lake, folder):
+    """As 0.0 / 0.0 is on x86: its sign bit is set."""
+    here = make(folder, "nan")
+    double = bits(pyarrow.float64(), "<3Q", 0x7FF8 << 48, 0xFFF8 << 48, 0)
+    single = bits(pyarrow.float32(), "<3I", 0x7FC0 << 16, 0xFFC0 << 16, 0)
+    table = pyarrow.table({"k": [1, 2, 3], "f8": double, "f4": single})
+    pyarrow.parquet.write_table(table, here / "a.parquet")
+    attach(db.admin, "nan", here)
+    for column, condition, rows in (
+        (column, condition, rows)
+        for column in ("f8", "f4")
+        for condition, rows in (
+            ("{} > 100", [1, 2]),
+            ("{} < 1", [3]),
+            ("{} = 'NaN'", [1, 2]),
+            ("{} IN ('NaN', 7)", [1, 2]),
+            ("{} <> 'NaN'", [3]),
+        )
+    ):
+        condition = condition.format(column)
+        query = f"SELECT array_agg(k::int ORDER BY k) FROM acme.nan WHERE {condition}"
+        for pushdown in ("on", "off"):
+            db.admin.execute(f"SET rakam.enable_pushdown = {pushdown}")
+            assert db.one(query) == rows, f"{condition} with pushdown {pushdown}"
+    db.admin.execute("RESET rakam.enable_pushdown")
+
+
+def test_days_as_milliseconds(db, lake, folder):
+    here = make(folder, "days")
+    day = datetime.date(2024, 5, 17)
+    table = pyarrow.table({"d": pyarrow.array([day, None], pyarrow.date64())})
+    pyarrow.parquet.write_table(table, here / "a.parquet")
+    attach(db.admin, "days", here)
+    assert types(db, "days") == {"d": "date"}
+    assert db.all("SELECT d FROM acme.days ORDER BY d") == [(day,), (None,)]
+    db.one("SELECT rakam.copy_from('acme', 'days_loaded', %s)", f"file://{here}/a.parquet")
+    assert db.all("SELECT d FROM acme.days_loaded ORDER BY d") == [(day,), (None,)]
 
 
 def test_what_duckdb_and_copy_to_write(db, lake, folder):
@@ -582,6 +626,28 @@ def test_detach_and_attach_again(db, lake):
     )
 
 
+def test_a_session_from_before_knows_the_name_is_taken(db, lake, folder):
+    """What it remembers of the project is from before the table was attached, or detached."""
+    early = db.connect()
+    collect(early, PROJECT, "hits", {"n": 1})
+    db.tick()
+    # Nothing is registered after this, which would have it look again.
+    collect(early, PROJECT, "hits", {"n": 1})
+    (folder / "since.csv").write_text("n\n1\n")
+    attach(db.admin, "since", folder / "since.csv")
+    with refused("42710", hint="rakam.detach"):
+        collect(early, PROJECT, "since", {"n": 1})
+    stored, _, _, errors = collect_batch(early, PROJECT, [(name, {"n": 2}) for name in ("since", "hits")])
+    assert (stored, [error["sqlstate"] for error in errors]) == (1, ["42710"])
+    with refused("42710", hint="rakam.detach"):
+        early.execute("SELECT rakam.create_collection('acme', 'since')")
+    assert db.one("SELECT count(*) FROM acme._all WHERE _collection = 'since'") == 0
+    early.execute("SELECT rakam.detach('acme', 'since')")
+    collect(early, PROJECT, "since", {"n": 3})
+    db.tick()
+    assert db.one("SELECT n FROM acme.since") == 3
+
+
 def test_a_dropped_project_takes_its_tables_along(db, lake, folder):
     db.project("brief", "attached_lake")
     (folder / "brief.csv").write_text("n\n1\n")
@@ -632,4 +698,27 @@ def test_memory_is_bounded(private_cluster):
     with refused("53200", hint="rakam.memory_limit"):
         db.one("SELECT max(length(t)) FROM acme.wide")
     assert db.one("SELECT count(*) FROM acme.wide") == 41
+    # What the file has once may be the value of every row; what it does not have at all may be long.
+    here = cluster.make_folder("once")
+    write = {"compression": "zstd", "use_dictionary": True, "store_schema": False}
+    once = pyarrow.table({f"c{n}": ["x" * 200_000] * 1_500 for n in range(3)})
+    pyarrow.parquet.write_table(once, here / "a.parquet", **write)
+    attach(db.admin, "once", here)
+    query = "SELECT count(*), sum(length(c0)), max(length(c1)), min(length(c2)) FROM acme.once"
+    assert db.all(query) == [(1_500, 300_000_000, 200_000, 200_000)]
+    here = cluster.make_folder("none")
+    none = pyarrow.table({"c": pyarrow.array([[None] * 5_000_000], pyarrow.list_(pyarrow.float64()))})
+    pyarrow.parquet.write_table(none, here / "a.parquet", **write)
+    attach(db.admin, "none", here)
+    with refused("53200", hint="rakam.memory_limit"):
+        db.one("SELECT array_length(c, 1) FROM acme.none")
+    # A load makes chunks that can be read again, also when they have been merged.
+    once = pyarrow.table({"t": ["x" * 30_000] * 8_000})
+    pyarrow.parquet.write_table(once, here / "b.parquet", **write)
+    assert db.one("SELECT rakam.copy_from('acme', 'loaded', %s)", f"file://{here}/b.parquet") == 8_000
+    db.admin.execute("SET rakam.memory_limit = '160MB'")
+    for _ in range(2):
+        assert db.one("SELECT length(t) FROM acme.loaded LIMIT 1") == 30_000
+        assert db.one("SELECT sum(length(t)) FROM acme.loaded") == 240_000_000
+        db.admin.execute("SELECT rakam.tick()")
     db.close()

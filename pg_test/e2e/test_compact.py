@@ -435,3 +435,28 @@ def test_random_steps_against_a_heap_table(db, lake, seed):
             "SELECT count(*) FROM twin"
         )
     print(f"seed {seed}: {done}; {sent} events, {db.one('SELECT count(*) FROM twin')} left")
+
+
+def test_a_merge_reads_its_own_files_only(db, lake):
+    """However many files a collection has: a merge that looked at all of them would make compaction quadratic."""
+    days, flushes = 30, 4
+    db.project("days")
+    # A table that is so small would be read from one end to the other each time.
+    db.admin.execute(f"ALTER DATABASE {db.name} SET enable_seqscan = off")
+    with settings(db, min_file_events="1"):
+        for number in range(flushes):
+            batch = [("page", {"n": day, "_time": f"2026-01-{day + 1:02}T{number:02}:00:00Z"}) for day in range(days)]
+            assert collect_batch(db.admin, "days", batch)[1] == 0
+            db.flush("days")
+        assert len(files(db, "days", "page")) == days * flushes
+        read = """SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_all_tables
+                  WHERE relid = 'rakam_internal.data_file'::regclass"""
+        before = db.one(read)
+        assert compact(db, "days", "page")["page"][:2] == [days * flushes, days]
+        # A worker tells what it has read when it ends, which may be a moment after its answer.
+        wait_until(
+            lambda: db.one("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task'") == 0, "its end"
+        )
+        assert db.one(read) - before < 20 * days * flushes
+    db.admin.execute(f"ALTER DATABASE {db.name} RESET enable_seqscan")
+    db.admin.execute("SET rakam.allow_project_drop = on; SELECT rakam.drop_project('days')")

@@ -521,6 +521,60 @@ def test_ids_expire(private_cluster):
     db.close()
 
 
+def test_an_old_receipt_keeps_no_ids(private_cluster):
+    """A digested event of long ago, which lies in its inbox table until that is emptied, has nobody's ids kept."""
+    cluster = private_cluster("old", {"rakam.dedupe_window": "2s", "rakam.rotation_interval": "1h"})
+    db = Database(cluster, "old").create()
+    for project in (PROJECT, "other"):
+        db.project(project)
+        db.admin.execute("SELECT rakam.create_collection(%s, 'short')", (project,))
+    db.tick()
+    db.admin.execute("INSERT INTO other.short (_id, _received_at) VALUES ('old', '2001-01-01')")
+    collect(db.admin, PROJECT, "short", {"_id": "x"})
+    db.tick()
+    wait_until(lambda: db.tick() or db.one(RUNS) == 0, "forgotten ids", 30, 0.2)
+    db.close()
+
+
+def test_a_transaction_that_is_not_tracked_is_waited_for(private_cluster):
+    """With track_activities off nobody knows when a transaction began: its copies are waited for all the same."""
+    cluster = private_cluster("untracked", {"rakam.dedupe_window": "2s", "rakam.rotation_interval": "1s"})
+    db = Database(cluster, "untracked").create()
+    db.project(PROJECT)
+    db.admin.execute("SELECT rakam.create_collection('acme', 'short')")
+    db.tick()
+    late = db.connect()
+    late.execute("SET track_activities = off")
+    late.execute("BEGIN")
+    collect(late, PROJECT, "short", {"_id": "x"})
+    collect(db.admin, PROJECT, "short", {"_id": "x"})
+    db.tick()
+    assert db.one(RUNS) > 0
+    time.sleep(5)
+    for _ in range(5):
+        db.tick()
+    assert db.one(RUNS) > 0
+    late.execute("COMMIT")
+    assert copies(db.admin, "short") == {"x": 1}
+    db.tick()
+    assert copies(db.admin, "short") == {"x": 1}
+    db.close()
+
+
+def test_receipts_spread_over_years(db, project, table):
+    """Each bucket of time has a run of its own; they are stored together and all are known afterwards."""
+    insert = (
+        f"INSERT INTO acme.{table} (_id, _received_at)"
+        " SELECT n::text, now() - n * interval '44 hours' FROM generate_series(1, 3000) n"
+    )
+    db.admin.execute(insert)
+    db.tick()
+    db.admin.execute(insert)
+    db.tick()
+    assert db.one(f"SELECT count(*) FROM acme.{table}") == 3000
+    assert duplicates(db, table) == 3000
+
+
 # -- what is remembered --------------------------------------------------------------------------------------------------
 
 

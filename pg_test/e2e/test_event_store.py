@@ -4,11 +4,13 @@ of a key in their order; whatever is killed or away meanwhile."""
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
 import struct
 import threading
+import time
 from collections import defaultdict
 
 import fastavro
@@ -16,9 +18,10 @@ import psycopg
 import pytest
 from harness.database import collect, collect_batch, refused, wait_until
 
-# The heavy form is for a release: eight clients for a minute, the broker away for a minute of it.
 CLIENTS = 8
+# The heavy forms are for a release: eight clients for a minute, and a broker that is away for a whole minute (60).
 ROUNDS = int(os.environ.get("RAKAM_EVENT_STORE_ROUNDS", "40"))
+OUTAGE_S = float(os.environ.get("RAKAM_EVENT_STORE_OUTAGE_S", "1"))
 
 
 def framed(db, project: str, value: bytes) -> dict:
@@ -257,7 +260,8 @@ def test_other_ways_in_stay_here(db, kafka, server):
 
 
 def clients(db, name: str, rounds: int, seed: int, stop: threading.Event | None = None) -> dict[str, list[int]]:
-    """Eight clients that commit, roll back, and roll back to savepoints; what each user of theirs has committed, in order."""
+    """Eight clients that commit, roll back, and roll back to savepoints; what each user of theirs has committed, in order.
+    `stop`: they go on until it is set, with pauses."""
     committed: dict[str, list[int]] = defaultdict(list)
     errors: list[Exception] = []
 
@@ -271,8 +275,8 @@ def clients(db, name: str, rounds: int, seed: int, stop: threading.Event | None 
             return {"_user": user, "n": counters[user]}
 
         try:
-            for at in range(rounds):
-                if stop is not None and stop.is_set():
+            for at in range(rounds) if stop is None else itertools.count():
+                if stop is not None and stop.wait(dice.uniform(0, 0.1)):
                     return
                 sent: list[tuple[str, int]] = []
                 for _ in range(dice.randrange(1, 4)):
@@ -395,6 +399,8 @@ def test_a_relay_that_dies_sends_again_under_the_same_mark(private_cluster, kafk
     wait_until(lambda: crashed(db), "the relay has died")
     db.close()
     wait_until(lambda: reset_failpoint(db), "the server is there again", 120)
+    # A relay that started before that may die once more.
+    wait_until(lambda: published_after_a_crash(db, name), "what was left is published", 120)
     collect(db.admin, name, "e", {"_user": "u", "n": 200})
     wait_published(db, name)
     found = records(db, kafka, name, name)
@@ -424,45 +430,147 @@ def reset_failpoint(db) -> bool:
         return False
 
 
-def test_a_broker_that_is_away(private_cluster, private_kafka):
-    """Collecting goes on, everything comes through afterwards, in order; meanwhile others are not held up."""
-    from harness.database import Database
+def health(db) -> str:
+    return db.one("SELECT status FROM rakam.health() WHERE \"check\" = 'event stores'")
 
-    cluster = private_cluster("away")
-    db = Database(cluster, "away").create()
-    kafka = private_kafka
-    kafka.create_server(db.admin, "k")
+
+def published_after_a_crash(db, project: str) -> bool:
+    try:
+        return published(db, project)
+    except psycopg.Error:
+        db.close()
+        return False
+
+
+def test_a_broker_that_is_away(db, kafka, server):
+    """Collecting goes on, and everything that was committed comes through afterwards, in order; others are not held up."""
     project(db, "away")
     db.project("others")
-    committed = clients(db, "away", 5, 2)
+    stop = threading.Event()
+    committed: dict[str, list[int]] = {}
+    collecting = threading.Thread(target=lambda: committed.update(clients(db, "away", 0, 2, stop)))
+    collecting.start()
+    try:
+        wait_until(lambda: kafka.partitions("away.e0"), "the first events are there")
+        # It is silent for a while, and then gone.
+        kafka.halt()
+        time.sleep(OUTAGE_S / 2)
+        kafka.crash()
+        gone = time.monotonic()
+        wait_until(lambda: health(db) == "error", "the outage is told")
+        for n in itertools.count(1):
+            # Somebody else's events are digested as ever.
+            collect(db.admin, "others", "e", {"n": n})
+            wait_until(lambda n=n: sum(db.tiers("others", "e").values()) == n, "the event is there")
+            wait_until(lambda: db.tiers("others", "e")["inbox"] == 0, "others are digested", 10)
+            if time.monotonic() - gone >= OUTAGE_S / 2:
+                break
+            time.sleep(0.1)
+    finally:
+        stop.set()
+        collecting.join()
+        kafka.start_again()
+    print(f"{sum(map(len, committed.values()))} events were committed")
     wait_published(db, "away")
-    kafka.halt()
-    for user, numbers in clients(db, "away", 0, 3).items():
-        committed[user] += numbers
-    first = {f"late{n}": list(range(20)) for n in range(10)}
-    for n in range(20):
-        collect_batch(db.admin, "away", [("e0", {"_user": user, "n": n}) for user in first])
-    wait_until(
-        lambda: db.one("SELECT status FROM rakam.health() WHERE \"check\" = 'event stores'") == "error",
-        "the outage is told",
-        120,
-    )
-    # Somebody else's events are digested as ever.
-    collect(db.admin, "others", "e", {"n": 1})
-    wait_until(lambda: db.tiers("others", "e")["hot"] == 1, "others are digested")
-    kafka.crash()
-    collect(db.admin, "away", "e0", {"_user": "late0", "n": 20})
-    first["late0"].append(20)
-    kafka.start_again()
-    wait_published(db, "away")
-    for user, numbers in first.items():
-        committed[user] += numbers
     assert_all_once(db, kafka, "away", [f"away.e{n}" for n in range(3)], committed)
+    wait_until(lambda: health(db) == "ok", "all is well again")
+
+
+def test_an_open_transaction_holds_up_no_other_store(db, kafka, server):
+    """Who is about to change a store of his holds up what is sent to it, at most."""
+    for name in ("held", "free"):
+        kafka.create_topic(f"{name}.e", 1)
+        project(db, name)
+        collect(db.admin, name, "e", {"n": 1})
+    wait_published(db, "held")
+    session = db.connect(autocommit=False)
+    for change in ("NULL, '{}'", "'k', '{}'", "'k', '{\"topic\": \"other\"}'"):
+        before = kafka.ends("free.e", 0)[1]
+        session.execute(f"SELECT rakam.set_event_store('held', {change})")
+        for name in ("held", "free"):
+            collect(db.admin, name, "e", {"n": 2})
+        wait_until(lambda before=before: kafka.ends("free.e", 0)[1] == before + 1, "the other store's event is there")
+        session.rollback()
+    wait_published(db, "held")
+    assert len(records(db, kafka, "held", "held.e")) == 4
+
+
+def test_a_store_that_is_taken_again_goes_on_in_its_order(db, kafka, server):
+    """What was collected before and waits comes first, also when events stayed here in between, or the server was renamed
+    or made anew."""
+    away, there = "'127.0.0.1:1'", f"'{kafka.brokers}'"
+    kafka.create_server(db.admin, "k_old")
+    kafka.create_topic("taken.e", 3)
+    project(db, "taken", "k_old")
+    numbers = itertools.count()
+    users = [f"u{n}" for n in range(5)]
+
+    def send() -> None:
+        n = next(numbers)
+        collect_batch(db.admin, "taken", [("e", {"_user": user, "n": n}) for user in users])
+
+    def choose(server: str | None, **options: str) -> None:
+        db.admin.execute("SELECT rakam.set_event_store('taken', %s, %s)", (server, json.dumps(options)))
+
+    send()
+    wait_published(db, "taken")
+    db.admin.execute(f"ALTER SERVER k_old OPTIONS (SET brokers {away})")
+    send()
+    choose(None)
+    collect(db.admin, "taken", "here", {"n": 1})
+    choose("k_old", topic="{project}.{collection}")
+    send()
+    db.admin.execute("ALTER SERVER k_old RENAME TO k_new")
+    choose("k_new")
+    send()
+    db.admin.execute("ALTER SERVER k_new RENAME TO k_last")
+    db.tick()
+    with refused("2BP01"):
+        db.admin.execute("DROP SERVER k_last")
+    db.admin.execute("DROP SERVER k_last CASCADE")
+    send()
     wait_until(
-        lambda: db.one("SELECT status FROM rakam.health() WHERE \"check\" = 'event stores'") == "ok",
-        "all is well again",
+        lambda: "was dropped" in (db.one("SELECT last_error FROM rakam.stat_worker WHERE kind = 'relay'") or ""),
+        "the missing server is told",
     )
-    db.close()
+    kafka.create_server(db.admin, "k_last")
+    db.admin.execute(f"ALTER SERVER k_last OPTIONS (SET brokers {away})")
+    choose("k_last")
+    send()
+    db.admin.execute(f"ALTER SERVER k_last OPTIONS (SET brokers {there})")
+    wait_published(db, "taken")
+    found = records(db, kafka, "taken", "taken.e")
+    assert len({named["rakam-origin"] for _, named, *_ in found}) == 1
+    by_user = defaultdict(list)
+    for _, key, event in once(found):
+        by_user[key].append(event["n"])
+    sent = next(numbers)
+    assert dict(by_user) == {user: list(range(sent)) for user in users}
+    assert db.one("SELECT count(*) FROM taken.here") == 1
+
+
+def test_a_refused_record_stops_no_other_and_changes_no_order(db, kafka, server):
+    # So much that it is sent in several pieces, of which the broker would take the last one.
+    kafka.create_topic("pieces.e", 1, max_message_bytes="100000")
+    kafka.create_topic("pieces.rules", 1, cleanup_policy="compact")
+    project(db, "pieces")
+
+    def text() -> str:
+        return "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=60_000))
+
+    events = [{"_user": "u", "n": n, "text": text() if n < 17 else "x"} for n in range(20)]
+    stored = collect_batch(db.admin, "pieces", [("e", event) for event in events])
+    assert stored[:2] == (20, 0)
+    # A compacted topic takes nothing without a key.
+    keyed = [{"_user": f"u{n}", "n": n} | ({"_user": None} if n % 10 == 5 else {}) for n in range(40)]
+    collect_batch(db.admin, "pieces", [("rules", event) for event in keyed])
+    wait_published(db, "pieces")
+    assert [event["n"] for *_, event in records(db, kafka, "pieces", "pieces.e")] == list(range(20))
+    kept = [event["n"] for *_, event in records(db, kafka, "pieces", "pieces.rules")]
+    assert kept == [n for n in range(40) if n % 10 != 5]
+    letters = db.all("SELECT payload, error FROM rakam.dead_letter WHERE project = 'pieces' ORDER BY id")
+    assert [json.loads(payload)["n"] for payload, _ in letters] == [5, 15, 25, 35]
+    assert all("does not take the record" in error for _, error in letters)
 
 
 def test_the_outbox_is_bounded(private_cluster):
@@ -576,6 +684,75 @@ def assert_stored_once(db, name: str, committed: dict[str, list[int]]) -> None:
     assert dict(rows) == {user: sorted(numbers) for user, numbers in committed.items()}
 
 
+def usage(db, name: str) -> int:
+    """The bytes that a project has used of the days of its quota."""
+    return db.one(
+        "SELECT coalesce(sum(bytes), 0)::int8 FROM rakam_internal.usage JOIN rakam_internal.project USING (project_id)"
+        " WHERE name = %s",
+        name,
+    )
+
+
+def stamping(db, name: str) -> None:
+    """A mapper for all that a project collects, which leaves a trace each time it is called."""
+    db.admin.execute(
+        f"CREATE FUNCTION {name}.stamp(event jsonb) RETURNS jsonb LANGUAGE sql AS"
+        f" $$SELECT event || jsonb_build_object('by', coalesce(event->>'by', '') || '{name};')$$"
+    )
+    db.admin.execute("SELECT rakam.set_mapper(%s, NULL, %s::regprocedure)", (name, f"{name}.stamp(jsonb)"))
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["unbounded", "bounded"])
+def test_what_comes_back_is_neither_mapped_nor_charged_again(db, kafka, server, bounded):
+    name = "bounded" if bounded else "unbounded"
+    kafka.create_topic(f"{name}.e", 1)
+    project(db, name)
+    stamping(db, name)
+    if bounded:
+        db.admin.execute("SELECT rakam.set_quota(%s, 1000, 10000000, NULL, NULL)", (name,))
+    # Many go straight into the hot tier, few through the inbox.
+    collect_batch(db.admin, name, [("e", {"n": n}) for n in range(600)])
+    wait_published(db, name)
+    used = usage(db, name)
+    assert (used > 0) == bounded
+    options = {"topics": [f"{name}.e"], "format": "avro"}
+    db.admin.execute("SELECT rakam.create_source(%s, 'in', 'k', %s)", (name, json.dumps(options)))
+    wait_until(lambda: db.one(f"SELECT count(*) FROM {name}._all") == 600, "many are back")
+    db.tick()
+    assert usage(db, name) == used
+    db.admin.execute("SELECT rakam.pause_source(%s, 'in')", (name,))
+    collect_batch(db.admin, name, [("e", {"n": n}) for n in range(600, 603)])
+    wait_published(db, name)
+    used = usage(db, name)
+    db.admin.execute("SELECT rakam.resume_source(%s, 'in')", (name,))
+    wait_until(lambda: db.one(f"SELECT count(*) FROM {name}._all") == 603, "few are back")
+    db.tick()
+    assert usage(db, name) == used
+    found = db.all(f"SELECT properties->>'by', count(DISTINCT properties->'n') FROM {name}._all GROUP BY 1")
+    assert found == [(f"{name};", 603)]
+    assert db.one("SELECT count(*) FROM rakam.dead_letter WHERE project = %s", name) == 0
+
+
+def test_what_comes_of_another_project_is_mapped_here(db, kafka, server):
+    kafka.create_topic("there.e", 1)
+    project(db, "there")
+    db.project("here")
+    for name in ("there", "here"):
+        stamping(db, name)
+        # The same versions of the same schema, so that one reads what the other has written.
+        db.admin.execute("SELECT rakam.create_collection(%s, 'e')", (name,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'e', 'n', 'bigint')", (name,))
+        db.admin.execute("SELECT rakam.add_field(%s, 'e', 'by', 'text')", (name,))
+    collect_batch(db.admin, "there", [("e", {"n": n}) for n in range(600)])
+    wait_published(db, "there")
+    db.admin.execute(
+        'SELECT rakam.create_source(\'here\', \'in\', \'k\', \'{"topics": ["there.e"], "format": "avro",'
+        ' "collection": "e"}\')'
+    )
+    wait_until(lambda: db.one("SELECT count(*) FROM here._all") == 600, "they are here")
+    assert db.all("SELECT DISTINCT properties->>'by' FROM here._all") == [("there;here;",)]
+
+
 def test_what_is_read_again_on_purpose_is_stored_again(db, kafka, server):
     """The marks tell copies of a relay, not what `seek_source` asks for."""
     kafka.create_topic("again.e", 1)
@@ -613,7 +790,8 @@ def test_copies_are_stored_once(private_cluster, kafka):
         wait_until(lambda: crashed(db), "the relay has died")
         db.close()
         wait_until(lambda: reset_failpoint(db), "the server is there again", 120)
-        wait_published(db, "copies")
+        # A relay that started before that may die once more.
+        wait_until(lambda: published_after_a_crash(db, "copies"), "everything is published", 120)
     sent = sum(len(messages) for messages in kafka.read("copies").values())
     assert sent > sum(len(numbers) for numbers in committed.values()), "there are copies"
     assert_stored_once(db, "copies", committed)
@@ -672,5 +850,12 @@ def test_a_dump_carries_what_waits(cluster, db, kafka, server):
         marks = {named["rakam-origin"]: named["rakam-publish-seq"] for _, named, _, event in found if event["n"] == 4}
         assert list(marks.values()) == ["1.0"]
         assert len({named["rakam-origin"] for _, named, *_ in found}) == 2
+        # What the copy has from before it was one is its own as well.
+        origins = "SELECT (former_origins || origin)::text[] FROM rakam_internal.event_store"
+        assert set(
+            restored.one(
+                f"{origins} WHERE server = 'k' AND anchor IS NOT NULL AND options @> '{{\"topic\": \"dumped\"}}'"
+            )
+        ) == {named["rakam-origin"] for _, named, *_ in found}
     finally:
         restored.drop()

@@ -414,6 +414,37 @@ def test_lines_of_any_column_names(db, lake, folder):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("name", ["all.csv", "all.parquet", "all.ndjson"])
+def test_a_load_gives_back_what_was_written(db, lake, folder, name):
+    path, collection = folder / name, "back_" + name.replace(".", "_")
+    db.admin.execute("SELECT rakam.create_collection('acme', %s)", (collection,))
+    for field, ty in (("t", "text[]"), ("b", "boolean[]"), ("f", "double precision[]"), ("j", "jsonb"), ("k", "int")):
+        db.admin.execute("SELECT rakam.add_field('acme', %s, %s, %s)", (collection, field, ty))
+    values = """VALUES (1, '{a,NULL,"","NULL","x,\\"y\\" \\\\"}'::text[], '{t,NULL,f}'::bool[], '{1.5,NULL,-2e30}'::float8[],
+                        '{"a": [1]}'::jsonb),
+                       (2, '{}', '{}', '{}', '[1, "2"]'), (3, NULL, NULL, NULL, '"text"'), (4, '{"{}"}', NULL, NULL, '7')"""
+    query = f"SELECT * FROM ({values}) v (k, t, b, f, j)"
+    assert save(db.admin, query, path) == 4
+    assert load(db.admin, collection, path) == 4
+    assert db.all(f"SELECT k, t, b, f, j FROM acme.{collection} ORDER BY k") == db.all(query + " ORDER BY k")
+    assert bad_rows(db, collection) == []
+
+
+def test_rows_that_a_file_cannot_hold(db, lake, folder):
+    with refused("0A000", hint="column"):
+        save(db.admin, "SELECT FROM generate_series(1, 3)", folder / "none.parquet")
+    # One column of CSV, as COPY reads it.
+    path = folder / "end.csv"
+    assert save(db.admin, r"VALUES ('a'), ('\.'), ('b')", path) == 3
+    db.admin.execute("CREATE TEMP TABLE ends (t text)")
+    db.admin.execute(f"COPY ends FROM '{path}' (FORMAT csv, HEADER)")
+    assert db.one("SELECT count(*) FROM ends") == 3
+    # Long rows are fetched, and written, a few at a time.
+    path = folder / "long.parquet"
+    assert save(db.admin, "SELECT repeat('x', 10000000) AS t FROM generate_series(1, 30)", path) == 30
+    assert pyarrow.parquet.ParquetFile(path).metadata.num_rows == 30
+
+
 def test_values_keep_their_type_in_parquet(db, lake, folder):
     path = folder / "values.parquet"
     query = """SELECT 7::int2 AS a, -5::int8 AS b, 1.5::real AS c, 12.345::numeric(10,2) AS d, 'x'::"char"::text AS e,

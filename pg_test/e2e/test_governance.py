@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from harness.database import Database, collect, collect_batch, has_column, one, refused, wait_until
+from harness.database import Database, collect, collect_batch, has_column, notices_of, one, refused, wait_until
 
 PROJECT = "acme"
 
@@ -792,6 +792,40 @@ def test_audit_log(db, fresh):
         project_admin.execute("DELETE FROM rakam_internal.audit_log")
 
 
+def test_what_takes_effect_at_once_survives_a_rollback_and_the_log_says_so(db, fresh):
+    """Calls that work in a worker commit there: also inside a transaction block, where those that take away say it."""
+    for n in range(4):
+        collect(db.admin, fresh, "hit", {"n": n, "odd": bool(n % 2)})
+    db.tick()
+    session = db.connect(autocommit=False)
+    calls = [
+        (f"create_collection('{fresh}', 'made')", "made", False),
+        (f"add_field('{fresh}', 'made', 'f', 'inet')", "made.f", False),
+        (f"rename_collection('{fresh}', 'made', 'renamed')", "made", False),
+        (f"delete_events('{fresh}', 'hit', 'odd')", "hit", True),
+        (f"set_retention('{fresh}', 'hit', '10 years')", "hit", True),
+        (f"drop_field('{fresh}', 'hit', 'odd')", "hit.odd", True),
+        (f"drop_collection('{fresh}', 'renamed')", "renamed", True),
+    ]
+    for call, _, takes_away in calls:
+        told = notices_of(session, f"SELECT rakam.{call}")
+        session.rollback()
+        assert any("ROLLBACK does not undo" in n.message for n in told) == takes_away, (call, told)
+    assert db.all(f"SELECT n FROM {fresh}.hit ORDER BY n") == [(0,), (2,)]
+    assert db.one("SELECT retention FROM rakam.collections WHERE project = %s", fresh) is not None
+    assert db.all("SELECT collection, field FROM rakam.fields WHERE project = %s", fresh) == [("hit", "n")]
+    expected = [("create_project", None, "ok", "postgres")]
+    expected += [(call.split("(")[0], what, "ok", "postgres") for call, what, _ in calls]
+    # What a worker of the background notes comes behind this, if anything does.
+    with refused("42501"):
+        db.login(fresh, "read").execute("SELECT rakam.drop_collection(%s, 'hit')", (fresh,))
+    wait_until(lambda: log_of(db, fresh)[-1][2] == "error 42501", "what was refused is noted")
+    assert log_of(db, fresh)[:-1] == expected
+    # In a transaction of its own there is nothing to be said.
+    assert not notices_of(db.admin, f"SELECT rakam.delete_events('{fresh}', 'hit', 'true')")
+    assert db.one(f"SELECT count(*) FROM {fresh}.hit") == 0
+
+
 def test_audit_of_everything_and_of_nothing(db, fresh):
     session = db.connect()
     session.execute("SET rakam.audit = 'all'")
@@ -882,3 +916,37 @@ def test_retention_of_logs(db, fresh):
         assert one(db.admin, "SELECT invalid_values FROM rakam.stat_collection WHERE project = %s", fresh) == 1
     finally:
         db.configure(**dict.fromkeys(settings))
+
+
+def test_upkeep_waits_for_nobody(db, fresh):
+    """For no dead letter that is being replayed, and no project that is being changed, while everybody's digest waits for it."""
+    project = one(db.admin, "SELECT project_id FROM rakam_internal.project WHERE name = %s", fresh)
+    db.admin.execute(
+        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error, at)"
+        " SELECT %s, 'hit', '{\"n\": 1}', 'why', now() - interval '2 days' FROM generate_series(1, 2)",
+        (project,),
+    )
+    replaying, changing = db.connect(autocommit=False), db.connect(autocommit=False)
+    ticking = db.connect()
+    ticking.execute("SET statement_timeout = '20s'")
+    try:
+        ids = replaying.execute(
+            "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s ORDER BY id LIMIT 1 FOR UPDATE", (project,)
+        ).fetchall()
+        changing.execute("SELECT rakam.set_time_bounds(%s, '1 year', '1 day')", (fresh,))
+        db.admin.execute(f"ALTER ROLE rakam_{fresh}_read RENAME TO rakam_{fresh}_renamed_read")
+        db.configure(dead_letter_retention="1d")
+        ticking.execute("SELECT rakam.tick()")
+        # What nobody is at is done.
+        left = "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s"
+        wait_until(lambda: db.all(left, project) == ids, "the other letter is dropped")
+        changing.rollback()
+        replaying.rollback()
+        name = "SELECT read_role_name FROM rakam_internal.project WHERE name = %s"
+        wait_until(lambda: one(db.admin, name, fresh) == f"rakam_{fresh}_renamed_read", "the new name", 30)
+        wait_until(lambda: db.all(left, project) == [], "the last letter is dropped", 30)
+    finally:
+        replaying.close()
+        changing.close()
+        ticking.close()
+        db.configure(dead_letter_retention=None)

@@ -241,7 +241,7 @@ HOSTILE = [
     # Settings, the server, the extension itself.
     ("mallory", "SET rakam.failpoint = 'flush=error'", "42501"),
     ("mallory", "SET rakam.role_prefix = 'x'", "42501"),
-    ("mallory", "SET rakam.allow_project_drop = on", "42501"),
+    ("mallory", "SET rakam.allow_project_drop = on; SELECT rakam.drop_project('acme')", "42501"),
     ("mallory", "SET rakam.memory_limit = '1TB'", "42501"),
     ("mallory", "ALTER SYSTEM SET rakam.threads = 0", "42501"),
     ("mallory", "SELECT pg_read_file('postgresql.conf')", "42501"),
@@ -408,6 +408,54 @@ def test_plans_and_estimates_do_not_tell(db, world):
             rows = mallory.execute(f"EXPLAIN {options} SELECT * FROM play.{table} WHERE _user = 'x'").fetchall()
             told.append("\n".join(row[0] for row in rows).replace(table, "?").replace("no_such", "acme"))
         assert told[0] == told[1]
+
+
+def test_a_role_of_an_old_name_gets_nothing(db):
+    """A role that is dropped and made anew is somebody else's, whatever is changed of the project afterwards."""
+    db.project("delta")
+    collect(db.admin, "delta", "page", {"n": 1})
+    db.tick()
+    db.admin.execute("DROP OWNED BY rakam_delta_read")
+    db.admin.execute("DROP ROLE rakam_delta_read")
+    db.admin.execute("CREATE ROLE rakam_delta_read LOGIN")
+    session = db.connect("rakam_delta_read")
+    for change in (
+        "rakam.set_time_bounds('delta', '1 year', '1 day')",
+        "rakam.set_quota('delta', NULL, NULL, NULL, NULL)",
+    ):
+        db.admin.execute(f"SELECT {change}")
+        assert one(session, "SELECT count(*) FROM rakam.projects") == 0
+        assert db.one("SELECT read_role FROM rakam_internal.project WHERE name = 'delta'") is None
+    with refused("42710", message='role "rakam_delta_read"'):
+        db.admin.execute("SELECT * FROM rakam.repair_roles()")
+    session.close()
+    db.admin.execute("DROP ROLE rakam_delta_read")
+    assert ("delta", "rakam_delta_read") in db.all("SELECT * FROM rakam.repair_roles()")
+    reader = db.login("delta", "read")
+    assert one(reader, "SELECT sum(n) FROM delta.page") == 1
+    assert one(reader, "SELECT count(*) FROM rakam.projects") == 1
+
+
+def test_analyzed_plans_do_not_tell(db, world):
+    """EXPLAIN ANALYZE counts what policies hide: members may have no query of our tables analyzed."""
+    mallory = db.connect(world["sessions"]["mallory"].info.user)
+    collection = db.one(
+        "SELECT collection_id FROM rakam_internal.collection WHERE name = 'pageview' ORDER BY 1 LIMIT 1"
+    )
+    queries = (
+        f"SELECT FROM rakam_internal.hot_chunk WHERE collection_id = {collection}",
+        "SELECT FROM rakam_internal.project WHERE name = 'acme'",
+        "SELECT count(*) FROM rakam.fields WHERE field = 'amount'",
+    )
+    for query in queries:
+        for explain in ("EXPLAIN ANALYZE", "EXPLAIN (ANALYZE, FORMAT JSON)", "EXPLAIN ANALYZE CREATE TEMP TABLE t AS"):
+            with refused("42501", message="analyze"):
+                mallory.execute(f"{explain} {query}")
+        mallory.execute(f"EXPLAIN {query}")
+        mallory.execute(query)
+        assert db.all(f"EXPLAIN ANALYZE {query}")
+    assert mallory.execute("EXPLAIN ANALYZE SELECT count(*) FROM evil.clicks").fetchall()
+    mallory.close()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import uuid
 
+import psycopg
 import pytest
-from harness.database import Database, wait_until
+from harness.buckets import create_storage
+from harness.database import Database, refused, wait_until
 from harness.lake import check, files, fill, health, stat
 
 
@@ -157,3 +159,54 @@ def test_a_write_of_the_owner_object_that_arrives_late(lake):
 
 def attempts(db: Database) -> list[str]:
     return db.one("SELECT next_nonces FROM rakam_internal.storage_state WHERE storage_id > 1")
+
+
+def test_a_place_is_known_by_any_endpoint(lake):
+    """Addresses of one bucket that are written differently are those of one storage."""
+    db, bucket = lake
+    port = bucket.s3.endpoint.rsplit(":", 1)[1].strip("/")
+    for n, (endpoint, prefix, how) in enumerate(
+        (
+            (f"http://localhost:{port}/", "", "is the same place as"),
+            (f"http://127.0.0.1:{port}//", "/", "is the same place as"),
+            (f"http://LOCALHOST:{port}", "/deeper", "lies within"),
+        )
+    ):
+        options = {**bucket.options, "url": f"s3a://{bucket.s3.bucket}/{bucket.prefix}{prefix}", "endpoint": endpoint}
+        create_storage(db.admin, f"n{n}", options, bucket.credentials)
+        with pytest.raises(psycopg.errors.InvalidParameterValue) as error:
+            db.project("other", f"n{n}")
+        assert error.value.diag.message_detail == f'It {how} the url of server "lake", which is in use.'
+    options = {**bucket.options, "url": f"s3://{bucket.s3.bucket}/{bucket.prefix}x"}
+    create_storage(db.admin, "beside", options, bucket.credentials)
+    db.project("other", "beside")
+    with refused("22023", message="overlaps"):
+        db.admin.execute(f"ALTER SERVER beside OPTIONS (SET url '{bucket.url}/deeper')")
+
+
+def test_a_store_without_conditional_writes_is_nobodys_and_described(lake_cluster, s3, fault_proxy):
+    fault_proxy.set({"match": {"method": "PUT", "path": "_rakam/(probe|owner)"}, "fault": NO_CONDITIONS})
+    db = Database(lake_cluster, "lake_unfenced")
+    db.drop()
+    db.create()
+    try:
+        bucket = s3.storage(f"unfenced-{uuid.uuid4().hex[:8]}", fault_proxy.url)
+        bucket.create(db.admin, "lake")
+        db.project("acme", "lake")
+        for first in (0, 100):
+            fill(db, first=first)
+            db.flush()
+            db.tick()
+            assert db.one("SELECT standing FROM rakam_internal.storage_state") == "unfenced"
+        assert "no conditional writes" in health(db, "storage owner")[0][1]
+        with refused("0A000"):
+            db.admin.execute("SELECT rakam.adopt_storage('lake')")
+        assert db.one("SELECT standing FROM rakam_internal.storage_state") == "unfenced"
+        # What lies there can be told from the bucket alone.
+        assert db.one("SELECT count(*) FROM rakam_internal.description_due") == 0
+        assert db.one("SELECT number > 0 FROM rakam_internal.description")
+    finally:
+        db.drop()
+
+
+NO_CONDITIONS = {"s3_error": "NotImplemented", "status": 501}

@@ -8,7 +8,7 @@ import time
 
 import psycopg
 import pytest
-from harness.database import Database, collect, notices_of, refused, wait_until
+from harness.database import Database, collect, in_background, notices_of, refused, wait_until
 
 
 def test_worker_starts_after_create_extension(db):
@@ -46,6 +46,32 @@ def test_drop_extension_stops_the_worker_and_create_starts_it_again(cluster):
             drop_leftovers(db)
             db.admin.execute("CREATE EXTENSION rakam")
     finally:
+        db.drop()
+
+
+def test_an_extension_created_again_at_once_has_a_worker_of_its_own(cluster):
+    """In one transaction: the worker, which slept meanwhile, remembers chunks and ids that are no more."""
+    db = Database(cluster, "created_again")
+    db.drop()
+    db.create()
+    try:
+        db.project("acme")
+        for n in range(3):
+            db.admin.execute("CREATE TABLE IF NOT EXISTS thousand AS SELECT n FROM generate_series(1, 2000) n")
+            collect(db.admin, "acme", "c", {"n": n})
+            db.tick()
+            db.admin.execute("INSERT INTO acme.c (n) SELECT n FROM thousand")
+        db.configure(flush_max_age="1s", flush_interval="1s")
+        pid = wait_until(db.worker_pid, "the resident worker")
+        wait_until(lambda: db.tiers("acme", "c") == {"inbox": 0, "hot": 0, "cold": 6003}, "the first worker's flush")
+        db.admin.execute("BEGIN; DROP EXTENSION rakam CASCADE; CREATE EXTENSION rakam; COMMIT")
+        drop_leftovers(db)
+        db.project("acme")
+        collect(db.admin, "acme", "c", {"n": 1})
+        wait_until(lambda: db.tiers("acme", "c") == {"inbox": 0, "hot": 0, "cold": 1}, "the flush by a new worker")
+        assert db.worker_pid() != pid
+    finally:
+        db.configure(flush_max_age=None, flush_interval=None)
         db.drop()
 
 
@@ -190,6 +216,102 @@ def test_projects_come_and_go(db):
     assert db.one("SELECT sum(n) FROM shortlived.c") == 2
 
 
+def finding(db, check):
+    return db.all('SELECT status, detail, hint FROM rakam.health() WHERE "check" = %s', check)
+
+
+def test_an_open_drop_of_a_project_holds_up_nobody_else(db):
+    """In a transaction that stays open, rolled back, prepared and committed."""
+    for project in ("going", "staying"):
+        db.project(project)
+        for n in range(40):
+            collect(db.admin, project, "c", {"n": n, "_id": str(n)})
+        db.tick()
+        # More than there is to merge, and something for each step of the upkeep.
+        db.admin.execute("SELECT rakam.create_collection(%s, 'empty')", (project,))
+        db.admin.execute("SELECT rakam.rename_collection(%s, 'empty', 'still_empty')", (project,))
+    staying = 40
+
+    def goes_on(events: int) -> int:
+        for n in range(events, events + 3):
+            collect(db.admin, "staying", "c", {"n": n, "_id": str(n), f"f{n}": n})
+        db.wait_column("staying.c", f"f{events + 2}")
+        wait_until(lambda: db.tiers("staying", "c")["inbox"] == 0, "a digest of the other project")
+        session = db.connect(options="-c statement_timeout=60s")
+        session.execute("SELECT rakam.tick()")
+        assert db.one("SELECT count(*) FROM staying.c") == events + 3
+        return events + 3
+
+    session = db.connect(autocommit=False)
+    session.execute("SET rakam.allow_project_drop = on")
+    session.commit()
+    session.execute("SELECT rakam.drop_project('going')")
+    # Its events come in all the same, and wait.
+    collect(db.admin, "going", "c", {"n": 40, "late": True})
+    staying = goes_on(staying)
+    [(status, detail, hint)] = finding(db, "projects being dropped")
+    assert status == "warning", detail
+    assert "going" in detail and f"process {session.info.backend_pid}" in detail, detail
+    assert "roll" in hint
+    session.rollback()
+    wait_until(lambda: db.tiers("going", "c")["inbox"] == 0, "a digest after the rollback")
+    assert db.one("SELECT count(*) FROM going.c") == 41
+    assert not finding(db, "projects being dropped")
+
+    session.execute("SELECT rakam.drop_project('going')")
+    session.execute("PREPARE TRANSACTION 'drops going'")
+    collect(db.admin, "going", "c", {"n": 41})
+    collect(db.admin, "going", "unknown", {"n": 41})
+    staying = goes_on(staying)
+    [(_, detail, _)] = finding(db, "projects being dropped")
+    assert 'prepared transaction "drops going"' in detail, detail
+    db.admin.execute("COMMIT PREPARED 'drops going'")
+    staying = goes_on(staying)
+    assert not finding(db, "projects being dropped")
+    assert finding(db, "inbox")[0][0] != "warning"
+    for table in ("collection", "hot_chunk", "id_run", "inbox_lag", "manifest_log"):
+        left = f"SELECT count(*) FROM rakam_internal.{table} t LEFT JOIN rakam_internal.project p USING (project_id)"
+        wait_until(lambda left=left: db.one(left + " WHERE p.name IS NULL") == 0, f"nothing of it in {table}")
+
+
+def test_lost_privileges_are_given_back(db):
+    db.project("robbed")
+    collect(db.admin, "robbed", "c", {"n": 1})
+    db.tick()
+    reader, writer = db.login("robbed", "read"), db.login("robbed", "write")
+    assert finding(db, "roles")[0][0] == "ok"
+    db.admin.execute("DROP OWNED BY rakam_robbed_read, rakam_robbed_write")
+    with refused("42501"):
+        reader.execute("SELECT * FROM robbed.c")
+    [(status, detail, hint)] = finding(db, "roles")
+    assert (status, "robbed" in detail, "repair_roles" in hint) == ("error", True, True), detail
+    repaired = db.all("SELECT project, role FROM rakam.repair_roles() ORDER BY role")
+    assert repaired == [("robbed", "rakam_robbed_read"), ("robbed", "rakam_robbed_write")]
+    assert reader.execute("SELECT n FROM robbed.c").fetchall() == [(1,)]
+    assert reader.execute("SELECT count(*) FROM robbed._all").fetchone() == (1,)
+    writer.execute("INSERT INTO robbed.c (n) VALUES (2)")
+    assert finding(db, "roles")[0][0] == "ok"
+    assert db.all("SELECT * FROM rakam.repair_roles()") == []
+
+
+def test_who_runs_projects_need_not_be_a_superuser(db):
+    """A member of rakam_admin creates and drops projects, and nobody else does."""
+    db.make_login("runs_projects")
+    db.admin.execute("GRANT rakam_admin TO runs_projects")
+    session = db.connect("runs_projects")
+    session.execute("SELECT * FROM rakam.create_project('theirs')")
+    with refused("55000", hint="rakam.allow_project_drop"):
+        session.execute("SELECT rakam.drop_project('theirs')")
+    session.execute("SET rakam.allow_project_drop = on")
+    db.make_login("runs_nothing")
+    other = db.connect("runs_nothing")
+    other.execute("SET rakam.allow_project_drop = on")
+    with refused("42501"):
+        other.execute("SELECT rakam.drop_project('theirs')")
+    session.execute("SELECT rakam.drop_project('theirs')")
+    assert db.one("SELECT count(*) FROM rakam.projects WHERE project = 'theirs'") == 0
+
+
 def test_a_foreign_role_of_that_name_is_refused(db):
     db.admin.execute("CREATE ROLE rakam_taken_read NOLOGIN")
     with pytest.raises(psycopg.Error) as caught:
@@ -258,3 +380,78 @@ def test_everything_that_users_see_is_described(db):
         " AND obj_description(oid, 'pg_class') IS NULL"
     )
     assert undescribed == []
+
+
+def test_a_project_dropped_during_a_merge_leaves_no_events(db):
+    db.admin.execute("SET rakam.allow_project_drop = on")
+    project_id = "SELECT project_id FROM rakam_internal.project WHERE name = 'merged'"
+    db.project("merged")
+    db.admin.execute("SELECT rakam.create_collection('merged', 'page')")
+    db.admin.execute("SELECT rakam.add_field('merged', 'page', 'n', 'bigint')")
+    db.wait_column("merged.page", "n")
+    number = db.one(project_id)
+    db.configure(failpoint="merge.before_commit=sleep(60000)")
+    for _ in range(12):
+        db.admin.execute("INSERT INTO merged.page (n) SELECT generate_series(1, 1000)")
+    at_it = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query = 'rakam merge' AND backend_xid IS NOT NULL"
+        " AND datname = current_database()"
+    )
+    wait_until(lambda: db.one(at_it) == 1, "the merge")
+    _, thread, outcome = in_background(db, lambda session: drop_project(session, "merged"))
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%drop_project%%'"
+    wait_until(lambda: outcome or db.one(blocked) == 1, "the drop waits for the merge")
+    db.configure(failpoint=None)
+    thread.join()
+    assert outcome == [None]
+    assert db.one("SELECT count(*) FROM rakam_internal.hot_chunk WHERE project_id = %s", number) == 0
+
+
+def test_a_project_dropped_during_an_insert_leaves_no_events(db):
+    """The insert goes straight into a chunk; the drop waits for its transaction."""
+    db.project("filled")
+    db.admin.execute("SELECT rakam.create_collection('filled', 'page')")
+    db.admin.execute("SELECT rakam.add_field('filled', 'page', 'n', 'bigint')")
+    db.wait_column("filled.page", "n")
+    number = db.one("SELECT project_id FROM rakam_internal.project WHERE name = 'filled'")
+    writer = db.connect(autocommit=False)
+    writer.execute("INSERT INTO filled.page (n) SELECT generate_series(1, 3000)")
+    _, thread, outcome = in_background(db, lambda session: drop_project(session, "filled"))
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%drop_project%%'"
+    wait_until(lambda: outcome or db.one(blocked) == 1, "the drop waits for the insert")
+    writer.commit()
+    thread.join()
+    assert outcome == [None]
+    assert db.one("SELECT count(*) FROM rakam_internal.hot_chunk WHERE project_id = %s", number) == 0
+
+
+def drop_project(session, project: str) -> None:
+    session.execute("SET rakam.allow_project_drop = on")
+    session.execute("SELECT rakam.drop_project(%s)", (project,))
+
+
+def test_a_collection_that_took_the_name_is_not_dropped(db):
+    """While a call waits for the locks of the collection that it found, the name becomes another's."""
+    db.project("renames")
+    for name in ("one", "two"):
+        collect(db.admin, "renames", name, {"n": 1})
+    db.tick()
+    db.configure(failpoint="flush.after_intent=sleep(60000)")
+    _, flush, flushed = in_background(db, lambda session: session.execute("SELECT rakam.flush('renames', 'one')"))
+    job = (
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 102 AND granted = %s"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    wait_until(lambda: flushed or db.one(job, True) == 1, "the flush")
+    call = "SELECT rakam.drop_collection('renames', 'one')"
+    _, drop, dropped = in_background(db, lambda session: session.execute(call))
+    wait_until(lambda: dropped or db.one(job, False) == 1, "the call waits")
+    # What two calls of rename_collection do that were there before.
+    for old, new in (("one", "first"), ("two", "one")):
+        db.admin.execute("UPDATE rakam_internal.collection SET name = %s WHERE name = %s", (new, old))
+    db.configure(failpoint=None)
+    flush.join()
+    drop.join()
+    assert [getattr(error, "sqlstate", None) for error in dropped] == ["40001"]
+    left = db.all("SELECT collection FROM rakam.collections WHERE project = 'renames' ORDER BY 1")
+    assert left == [("first",), ("one",)]

@@ -254,6 +254,30 @@ def test_a_mapper_that_takes_too_long(db, owner, collection):
     session.execute("SELECT pg_sleep(0.7)")
 
 
+def test_a_mapper_cannot_catch_its_time_limit(db, owner, collection):
+    """An exception handler may catch a cancel, but neither go on for long nor have its result count."""
+    session = db.connect()
+    session.execute("SET rakam.mapper_timeout = '300ms'")
+    bodies = {
+        "again": "BEGIN FOR i IN 1..40 LOOP BEGIN PERFORM pg_sleep(0.2); EXCEPTION WHEN query_canceled THEN NULL; END;"
+        " END LOOP; RETURN event; END",
+        "once": "BEGIN PERFORM pg_sleep(5); RETURN event; EXCEPTION WHEN query_canceled THEN RETURN event; END",
+        "other": "BEGIN PERFORM pg_sleep(5); RETURN event; EXCEPTION WHEN query_canceled THEN RAISE 'mine'; END",
+    }
+    for name, body in bodies.items():
+        make(owner, f"stubborn_{name}", body)
+        set_mapper(owner, collection, f"acme.stubborn_{name}")
+        collect(session, PROJECT, collection, {"n": 1})
+        assert events(db, collection) == [], name
+    assert [error.split(": ", 1)[1] for _, error in letters(db)] == ["canceled after 300 ms (SQLSTATE 57014)"] * 3
+    # Nothing is left of the limit: handlers work as ever.
+    assert one(session, "SELECT 1") == 1
+    make(owner, "handled", "BEGIN RAISE 'x'; EXCEPTION WHEN OTHERS THEN RETURN event; END")
+    set_mapper(owner, collection, "acme.handled")
+    collect(session, PROJECT, collection, {"n": 2})
+    assert events(db, collection, "(properties->>'n')::int") == [2]
+
+
 def test_a_mapper_has_no_more_time_for_what_it_calls(db, owner, collection):
     session = db.connect()
     session.execute("SET rakam.mapper_timeout = '300ms'")

@@ -5,15 +5,17 @@ The lost database is dropped, or still there in the tests that need it: then the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import psycopg
 import pytest
 from harness.cluster import Cluster
-from harness.database import Database, collect, collect_batch, notices_of, one, refused, wait_until
+from harness.database import Database, collect, collect_batch, in_background, notices_of, one, refused, wait_until
 from harness.numbered import delete
 
 NUMBERS = itertools.count()
@@ -401,3 +403,173 @@ def test_the_cost_of_the_description(lost):
     states = {path.name.split(".")[0] for path in description.rglob("*.state")}
     assert len(states) == 2
     assert min(path.name for path in description.rglob("*.log")) >= min(states)
+
+
+def test_an_interrupted_rebuild_is_kept_as_it_is(lost):
+    """Between two calls nothing goes out of use, and nobody deletes: the second one would take it for what it has to restore."""
+    db, folder = lost()
+    for name in ("acme", "other"):
+        db.project(name, "lake")
+        for part in range(3):
+            events(db, name, "page", range(20 * part, 20 * part + 20))
+            db.flush(name)
+    assert delete(db.admin, "acme", "page", "n < 5") == 5
+    db.tick()
+    before = content(db)
+    present = {str(path) for path in folder.rglob("*.parquet")}
+    db.drop()
+    again, _ = lost(folder)
+    try:
+        for point in ("rebuild.before_files", "rebuild.after_files"):
+            again.configure(failpoint=f"{point}=error", file_retention="0")
+            with refused("57P01"):
+                rebuild(again)
+            again.configure(failpoint=None)
+            with refused("55000", message="being rebuilt", hint="rakam.rebuild_catalog"):
+                again.admin.execute("SELECT rakam.adopt_storage('lake')")
+            # What is not entered yet is no orphan.
+            assert again.all("SELECT * FROM rakam.check_storage('lake')") == []
+            again.tick()
+            assert {str(path) for path in folder.rglob("*.parquet")} == present
+        assert again.one("SELECT count(*) FROM rakam.data_files") > 0
+        for call in (
+            "SELECT rakam.compact('acme')",
+            "SELECT rakam.delete_events('acme', 'page', 'n > 30')",
+            "SELECT rakam.drop_collection('acme', 'page')",
+            "SET rakam.allow_project_drop = on; SELECT rakam.drop_project('acme')",
+        ):
+            with refused("55000", message="being rebuilt", hint="rakam.rebuild_catalog"):
+                again.admin.execute(call)
+        # Flushes go on, and leave what is there.
+        again.flush()
+        told = again.all("SELECT status, hint FROM rakam.health() WHERE \"check\" = 'rebuild'")
+        assert [status for status, _ in told] == ["warning"] and "rakam.rebuild_catalog('lake')" in told[0][1]
+        rebuild(again)
+        after = content(again)
+        for what in before:
+            assert after[what] == before[what], what
+        assert again.all("SELECT status FROM rakam.health() WHERE \"check\" = 'rebuild'") == []
+        again.admin.execute("SELECT rakam.adopt_storage('lake')")
+        again.all("SELECT * FROM rakam.compact('acme')")
+        again.tick()
+        assert again.one("SELECT count(*) FROM acme.page") == 55
+    finally:
+        again.configure(failpoint=None, file_retention=None)
+
+
+def test_others_work_while_a_catalog_is_rebuilt(lost):
+    """A rebuild may take hours: events of others come to data files, by calls and by themselves."""
+    db, folder = lost()
+    db.project("acme", "lake")
+    events(db, "acme", "page", range(50))
+    db.flush()
+    db.drop()
+    again, _ = lost(folder)
+    again.configure(failpoint="rebuild.before_files=sleep(600000)", flush_max_age="1s")
+    try:
+        _, thread, outcome = in_background(
+            again, lambda session: session.execute("SELECT rakam.rebuild_catalog('lake')")
+        )
+        wait_until(lambda: again.one("SELECT count(*) FROM rakam.projects") == 1, "the projects")
+        again.project("near")
+        again.admin.execute("SET statement_timeout = '30s'")
+        events(again, "acme", "page", range(50, 60))
+        again.flush("acme")
+        events(again, "near", "page", range(10))
+        again.flush("near")
+        again.tick()
+        # By itself, also once the storages have been seen after.
+        for n in range(1, 3):
+            events(again, "near", "page", range(10 * n, 10 * n + 10))
+            wait_until(lambda n=n: again.tiers("near", "page")["cold"] == 10 * n + 10, "a flush by itself", 60)
+            wait_until(
+                lambda: again.one("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam gc'") == 0,
+                "its end",
+            )
+        assert thread.is_alive()
+    finally:
+        again.configure(failpoint=None, flush_max_age=None)
+    thread.join(60)
+    assert not isinstance(outcome[0], Exception), outcome
+    assert again.one("SELECT count(*) FROM acme.page") == 60
+
+
+def test_a_new_owner_describes_everything(lost):
+    """What another copy of the database has said of the storage is not what the one that adopted it knows."""
+    db, folder = lost()
+    db.project("acme", "lake")
+    events(db, "acme", "page", range(60))
+    events(db, "acme", "dropped", range(5))
+    db.flush()
+    db.tick()
+    copy = Database(db.cluster, f"{db.name}_copy")
+    copy.drop()
+    db.close()
+    with db.cluster.connect() as postgres:
+
+        def copied() -> bool:
+            with contextlib.suppress(psycopg.errors.ObjectInUse):
+                postgres.execute(f"CREATE DATABASE {copy.name} TEMPLATE {db.name}")
+                return True
+            postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (db.name,))
+            return False
+
+        wait_until(copied, "the copy of the database", 30)
+    try:
+        copy.admin.execute("SELECT rakam.adopt_storage('lake')")
+        assert delete(copy.admin, "acme", "page", "n < 10") == 10
+        copy.admin.execute("SELECT rakam.drop_collection('acme', 'dropped')")
+        events(copy, "acme", "page", range(60, 70))
+        copy.flush()
+        before = content(copy)
+        again, _ = lost(folder, prefix="rakam_again_")
+        rebuild(again)
+        after = content(again)
+        for what in before:
+            assert after[what] == before[what], what
+    finally:
+        copy.drop()
+
+
+@pytest.mark.parametrize("adopts", [True, False])
+def test_a_server_that_was_set_back(private_cluster, lost, adopts):
+    """Its disk is an older one: what it describes now has nothing to do with the logs of the future that it lost."""
+    server = private_cluster("setback")
+    db, folder = lost(server=server)
+    db.project("acme", "lake")
+    events(db, "acme", "page", range(20))
+    db.flush()
+    db.tick()
+    kept = server.folder / "kept"
+
+    def swap(source: Path, target: Path) -> None:
+        db.close()
+        server.stop()
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["cp", "-a", source, target], check=True)
+        server.start()
+        wait_until(lambda: alive(db), "the database")
+
+    swap(server.data, kept)
+    # The future that is lost.
+    for n in range(3):
+        events(db, "acme", "page", range(20 + 10 * n, 30 + 10 * n))
+        db.flush()
+    db.admin.execute("SELECT rakam.create_collection('acme', 'never')")
+    db.tick()
+    swap(kept, server.data)
+    if adopts:
+        db.admin.execute("SELECT rakam.adopt_storage('lake')")
+    events(db, "acme", "page", range(100, 115))
+    db.flush()
+    assert delete(db.admin, "acme", "page", "n < 3") == 3
+    db.tick()
+    before = content(db)
+    assert before["stats"][0][2] == 32
+    again, _ = lost(folder, server=server, prefix="rakam_again_")
+    rebuild(again)
+    after = content(again)
+    for what in before:
+        assert after[what] == before[what], what
+    for database in (db, again):
+        database.drop()

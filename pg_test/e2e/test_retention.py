@@ -6,7 +6,7 @@ import json
 
 import psycopg
 import pytest
-from harness.database import collect_batch, one, refused, wait_until
+from harness.database import collect_batch, in_background, one, refused, wait_until
 
 SET = "SELECT rakam.set_retention(%s, %s, %s::interval)"
 
@@ -228,3 +228,38 @@ def test_a_result_written_to_a_file(db, lake, cluster):
     assert one(view, "SELECT n FROM recent") == 4
     with pytest.raises(psycopg.Error):
         view.execute("SELECT rakam_internal.kept_since('1 day')")
+
+
+def test_a_longer_time_is_not_overtaken(db, lake):
+    """While events are kept longer from now on, nobody removes any by the time of before."""
+    [(moment,)] = db.all("SELECT (now() - interval '10 minutes' + interval '4 seconds')::text")
+    assert collect_batch(db.admin, "acme", [("lengthened", {"n": 1, "_time": moment})])[1] == 0
+    db.tick()
+    keep(db, "acme", "lengthened", "10 minutes")
+    assert db.one("SELECT count(*) FROM acme.lengthened") == 1
+    db.configure(failpoint="keep.before_set=sleep(600000)")
+    try:
+        _, setting, kept = in_background(db, lambda s: s.execute(SET, ("acme", "lengthened", "1 day")))
+        asleep = """SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task' AND wait_event_type = 'Extension'
+                    AND state_change > backend_start"""
+        wait_until(lambda: db.one(asleep) == 1, "the worker that sets it")
+        # Hidden for as long as the margin by now: a flush would leave it out.
+        wait_until(
+            lambda: db.one("SELECT now() > %s::timestamptz + interval '10 minutes 6 seconds'", moment), "the time"
+        )
+        _, flushing, flushed = in_background(db, lambda s: s.execute("SELECT rakam.flush('acme', 'lengthened')"))
+        wait_until(
+            lambda: (
+                flushed
+                or db.one(
+                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND backend_type = 'rakam task'"
+                )
+            ),
+            "the flush, or that it waits",
+        )
+    finally:
+        db.configure(failpoint=None)
+    for thread, outcome in ((setting, kept), (flushing, flushed)):
+        thread.join(60)
+        assert outcome and not isinstance(outcome[0], Exception), outcome
+    assert db.one("SELECT count(*) FROM acme.lengthened") == 1

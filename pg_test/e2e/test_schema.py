@@ -478,8 +478,9 @@ def test_something_else_has_the_name_of_a_collection(db, project):
     assert db.one("SELECT count(*) FROM acme._all WHERE _collection LIKE 'obstructed%%'") == 2
     finding = db.all("SELECT status, detail FROM rakam.health() WHERE \"check\" = 'schema'")
     assert finding == [("warning", "tables that cannot be made: acme.obstructed, acme.obstructed_too")]
-    with refused("42P07", message='relation "obstructed" already exists'):
-        db.admin.execute("SELECT rakam.create_collection('acme', 'obstructed')")
+    for name, what in (("obstructed", "relation"), ("obstructed_too", "relation")):
+        with refused("42710", message=f'{what} "{name}" already exists', hint="another name"):
+            db.admin.execute("SELECT rakam.create_collection('acme', %s)", (name,))
     # Each process says it, not each attempt.
     told = [line for line in db.cluster.log_since(mark).splitlines() if "obstructed" in line and "LOG:" in line]
     assert len(told) <= 12, told
@@ -487,3 +488,133 @@ def test_something_else_has_the_name_of_a_collection(db, project):
     for name in ("obstructed", "obstructed_too"):
         db.wait_column(f"acme.{name}", "n")
         assert db.one(f"SELECT n FROM acme.{name}") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "definition"),
+    [
+        ("users_pkey", None),
+        ("a_table", "CREATE TABLE acme.a_table ()"),
+        ("a_view", "CREATE VIEW acme.a_view AS SELECT 1 AS x"),
+        ("a_sequence", "CREATE SEQUENCE acme.a_sequence"),
+        ("a_type", "CREATE TYPE acme.a_type AS ENUM ('x')"),
+        ("a_domain", "CREATE DOMAIN acme.a_domain AS int"),
+    ],
+)
+def test_a_name_that_is_taken_makes_no_collection(db, project, name, definition):
+    if definition:
+        db.admin.execute(definition)
+    with refused("42710", message=f'"{name}" already exists', hint="another name"):
+        db.admin.execute("SELECT rakam.create_collection('acme', %s)", (name,))
+    assert db.one("SELECT count(*) FROM rakam.collections WHERE collection = %s", name) == 0
+    finding = db.all("SELECT detail FROM rakam.health() WHERE \"check\" = 'schema'")
+    assert not [detail for (detail,) in finding if name in detail], finding
+
+
+def test_a_refused_field_is_not_added(db, project):
+    """The caller's own lock refuses it, for good; somebody else's query delays the column only."""
+    db.admin.execute("SELECT rakam.create_collection('acme', 'kept')")
+    fields = "SELECT field, column_ready FROM rakam.fields WHERE collection = 'kept'"
+    session = db.connect(autocommit=False)
+    for lock in ("SELECT * FROM acme.kept", "SELECT * FROM acme.kept; DECLARE c CURSOR FOR SELECT * FROM acme.kept"):
+        session.execute(lock)
+        with refused("55P03", hint="Commit or roll back first"):
+            session.execute("SELECT rakam.add_field('acme', 'kept', 'mine', 'bigint')")
+        session.rollback()
+        db.tick()
+        assert db.all(fields) == []
+    calls = "SELECT outcome FROM rakam.audit_log WHERE call = 'add_field' AND object = %s"
+    wait_until(lambda: db.all(calls, "kept.mine") == [("error 55P03",)] * 2, "what was refused is noted")
+    session.execute("SELECT * FROM acme.kept")
+    db.admin.execute("SELECT rakam.add_field('acme', 'kept', 'theirs', 'bigint')")
+    assert db.all(fields) == [("theirs", False)]
+    assert db.all(calls, "kept.theirs") == [("ok",)]
+    # It is there already: whoever holds the table.
+    session.execute("SELECT rakam.create_collection('acme', 'kept')")
+    session.rollback()
+    db.wait_column("acme.kept", "theirs")
+    session.execute("SELECT * FROM acme.kept")
+    session.execute("SELECT rakam.add_field('acme', 'kept', 'theirs', 'bigint')")
+    session.rollback()
+
+
+def test_a_table_dropped_by_hand_is_told_of(db, project):
+    collect(db.admin, project, "bare", {"n": 1})
+    db.tick()
+    db.admin.execute("DROP FOREIGN TABLE acme.bare")
+    db.tick()
+    schema = "SELECT status, detail, hint FROM rakam.health() WHERE \"check\" = 'schema'"
+    [(status, detail, hint)] = db.all(schema)
+    assert (status, "acme.bare" in detail, "rakam.create_collection" in hint) == ("warning", True, True), detail
+    db.admin.execute("SELECT rakam.create_collection('acme', 'bare')")
+    assert db.one("SELECT n FROM acme.bare") == 1
+    assert "acme.bare" not in db.all(schema)[0][1]
+
+
+# -- transactions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_own_writes_are_seen_whatever_was_registered_since(db, project, level):
+    """As of a heap table that somebody made after the snapshot was taken."""
+    tag = level[0].lower()
+    for name in ("early", "wide"):
+        collect(db.admin, project, f"{name}_{tag}", {"n": 1})
+    db.tick()
+    session = db.connect(autocommit=False)
+    session.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    assert one(session, f"SELECT count(*) FROM acme.early_{tag}") == 1
+    # First by its name alone.
+    collect(session, project, f"late_{tag}", {"n": 1})
+    db.admin.execute("SELECT rakam.create_collection('acme', %s)", (f"late_{tag}",))
+    db.admin.execute("SELECT rakam.add_field('acme', %s, 'n', 'bigint')", (f"late_{tag}",))
+    db.admin.execute("SELECT rakam.add_field('acme', %s, 'm', 'bigint')", (f"wide_{tag}",))
+    collect(db.admin, project, f"late_{tag}", {"n": 100})
+    db.tick()
+    collect(session, project, f"late_{tag}", {"n": 2})
+    session.execute(f"INSERT INTO acme.late_{tag} (n) VALUES (3)")
+    session.execute(f"INSERT INTO acme.wide_{tag} (m) VALUES (4)")
+    assert session.execute(f"SELECT n FROM acme.late_{tag} ORDER BY n").fetchall() == [(1,), (2,), (3,)]
+    assert session.execute(f"SELECT n, m FROM acme.wide_{tag} ORDER BY n").fetchall() == [(1, None), (None, 4)]
+    everything = f"SELECT _collection, count(*) FROM acme._all WHERE _collection ~ '_{tag}$' GROUP BY 1 ORDER BY 1"
+    assert session.execute(everything).fetchall() == [(f"early_{tag}", 1), (f"late_{tag}", 3), (f"wide_{tag}", 2)]
+    # Of a project made since, too.
+    db.project(f"new_{tag}")
+    collect(session, f"new_{tag}", "c", {"n": 1})
+    assert one(session, f"SELECT count(*) FROM new_{tag}._all") == 1
+    session.commit()
+    assert db.all(f"SELECT n FROM acme.late_{tag} ORDER BY n") == [(1,), (2,), (3,), (100,)]
+    db.tick()
+    assert db.one(f"SELECT count(*) FROM new_{tag}.c") == 1
+
+
+def test_a_project_of_the_same_transaction_is_not_there_for_workers(db, tmp_path):
+    (tmp_path / "f.csv").write_text("a\n1\n")
+    tmp_path.chmod(0o755)
+    session = db.connect(autocommit=False)
+    for call in (
+        "create_collection('unborn', 'c')",
+        "add_field('unborn', 'c', 'f', 'text')",
+        "delete_events('unborn', 'c', 'true')",
+        "drop_collection('unborn', 'c')",
+        "rename_collection('unborn', 'c', 'd')",
+        "drop_field('unborn', 'c', 'f')",
+        "set_retention('unborn', 'c', '1 day')",
+        "flush('unborn', 'c')",
+        f"attach('unborn', 't', 'file://{tmp_path}/f.csv')",
+        f"copy_from('unborn', 'c', 'file://{tmp_path}/f.csv')",
+    ):
+        session.execute("SELECT rakam.create_project('unborn')")
+        with refused("55000", message='project "unborn" is not committed yet', hint="Commit"):
+            session.execute(f"SELECT rakam.{call}")
+        session.rollback()
+        with refused("42501"):
+            session.execute(f"SELECT rakam.{call}")
+        session.rollback()
+    # What needs no worker goes on as it did, and after the commit everything does.
+    session.execute("SELECT rakam.create_project('unborn')")
+    collect(session, "unborn", "c", {"n": 1})
+    assert one(session, "SELECT count(*) FROM unborn._all") == 1
+    session.commit()
+    session.execute("SELECT rakam.create_collection('unborn', 'd')")
+    session.commit()

@@ -37,9 +37,9 @@ def server(db, keys, kafka):
 class Stream:
     """A topic, and the source that reads it into the collection of its name."""
 
-    def __init__(self, db, kafka, name: str):
+    def __init__(self, db, kafka, name: str, **config: str):
         self.db, self.kafka, self.name = db, kafka, name
-        kafka.create_topic(name, 1, max_message_bytes=LARGE)
+        kafka.create_topic(name, 1, max_message_bytes=LARGE, **config)
 
     def start(self, project: str = PROJECT, **options) -> Stream:
         given = json.dumps({"topics": [self.name]} | options)
@@ -182,10 +182,39 @@ def test_compressed_records(db, kafka, server, codec):
     assert count(db, stream.name) == MANY
 
 
-def test_tombstones_are_skipped(db, stream):
+def test_tombstones_are_counted_and_skipped(db, stream):
     stream.start()
     stream.send(Record(None, b"k"), b'{"n": 1}', Record(None, b"k"))
     assert (events(db, stream.name), stream.letters()) == ([{"n": 1}], [])
+    assert db.one("SELECT tombstones FROM rakam.sources WHERE source = %s", stream.name) == 2
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_a_time_that_cannot_be_hinders_nobody(db, kafka, server, many):
+    stream = Stream(db, kafka, f"times_{many}".lower(), message_timestamp_after_max_ms=str(2**63 - 1)).start()
+    copies = MANY if many else 1
+    for time_ms in (9_300_000_000_000_000, 2**62):
+        stream.send(*[Record(b'{"n": 1}', time_ms=time_ms)] * copies, Record(b"{", time_ms=time_ms))
+    stream.send(Record(b'{"n": 1}'))
+    assert count(db, stream.name) == 2 * copies + 1
+    assert stream.letters() == [(copies, "22P02"), (2 * copies + 1, "22P02")]
+    # There is no such time: they happened when they came.
+    late = f"SELECT count(*) FROM acme.{stream.name} WHERE _time > now() + interval '1 day'"
+    wait_until(lambda: db.one("SELECT to_regclass(%s)", f"acme.{stream.name}"), "the table")
+    assert db.one(late) == 0
+    assert stream.replay() == 0
+
+
+def test_a_header_may_say_anything(db, stream):
+    stream.start()
+    for name in (b"a\0b", b"\xff\0", b"", b"users"):
+        stream.send(*[Record(value, headers=(("rakam-collection", name),)) for value in (b'{"n": 1}', b"{")])
+    assert count(db, stream.name) == 0
+    assert [state for _, state in stream.letters()] == ["42602", "22P02"] * 3 + ["42939", "22P02"]
+    # It is no other collection's when it is tried again.
+    assert stream.replay() == 0
+    stream.send(Record(b'{"n": 1}', headers=(("rakam-collection", "größe".encode()),)))
+    assert count(db, "größe") == 1
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
@@ -247,6 +276,62 @@ def test_a_quota_lets_a_source_wait_and_lose_nothing(db, kafka, server):
     stream.send(*[b'{"n": 1}'] * MANY)
     assert db.one("SELECT count(*) FROM bounded._all") == MANY
     assert stream.letters() == []
+
+
+def test_a_quota_of_bytes_lets_a_source_wait_and_lose_nothing(db, kafka, server):
+    db.project("daily")
+    db.admin.execute("SELECT rakam.set_quota('daily', NULL, 20000, NULL, NULL)")
+    db.admin.execute("CREATE SEQUENCE daily.calls")
+    db.admin.execute(
+        "CREATE FUNCTION daily.called(event jsonb) RETURNS jsonb LANGUAGE sql AS"
+        " $$SELECT event || jsonb_build_object('call', nextval('daily.calls'))$$"
+    )
+    db.admin.execute("SELECT rakam.set_mapper('daily', 'mapped', 'daily.called(jsonb)')")
+    # All of it is there when the source begins: its first batch would be more than the day takes.
+    stream = Stream(db, kafka, "daily")
+    texts = [json.dumps({"n": n, "text": "x" * 80}) for n in range(400)]
+    texts += [json.dumps({"n": n, "_collection": "mapped", "text": "x" * 80}) for n in range(400, 440)]
+    stream.send(*texts, wait=False)
+    stream.start(project="daily")
+    told = "SELECT last_error FROM rakam.stat_source WHERE source = 'daily'"
+    wait_until(lambda: db.one(told), "the source says that it waits")
+    assert db.one(told) == 'project "daily" has reached its quota of 20000 bytes per day'
+    used = "SELECT sum(bytes) FROM rakam_internal.usage JOIN rakam_internal.project USING (project_id) WHERE name = 'daily'"
+    db.tick()
+    waits = stream.offset()
+    assert 0 < waits < 200 and db.one("SELECT count(*) FROM daily._all") == waits
+    assert 0 < db.one(used) <= 20_000
+    raised = db.one("SELECT clock_timestamp()")
+    db.admin.execute("SELECT rakam.set_quota('daily', NULL, 10000000, NULL, NULL)")
+    stream.wait()
+    wait_until(lambda: db.one(told) is None, "it waits no more")
+    assert db.one("SELECT count(DISTINCT properties->'n') FROM daily._all") == len(texts)
+    assert db.one("SELECT count(*) FROM daily._all") == len(texts)
+    assert db.one("SELECT last_value FROM daily.calls") == 40
+    # The batch that waited was not decoded anew each time it was tried: it was received before it could be stored.
+    assert db.one("SELECT count(*) FROM daily._all WHERE _received_at < %s", raised) > waits
+
+
+def test_a_quota_of_a_source_leaves_room_for_collect(db, kafka, server):
+    """A large first batch would use up the quota of minutes to come."""
+    db.project("slow")
+    db.admin.execute("SELECT rakam.set_quota('slow', 50, NULL, NULL, NULL)")
+    stream = Stream(db, kafka, "slow")
+    stream.send(*[b'{"n": 1}'] * 300, wait=False)
+    stream.start(project="slow")
+    stream.wait()
+    batches = db.all("SELECT count(*) FROM slow._all GROUP BY _received_at")
+    assert max(batches)[0] <= 50
+
+    def collected() -> bool:
+        try:
+            collect(db.admin, "slow", "e", {"n": 1})
+            return True
+        except psycopg.errors.ConfigurationLimitExceeded:
+            return False
+
+    wait_until(collected, "room for collect", 10)
+    assert db.one("SELECT count(*) FROM slow._all") == 301
 
 
 def test_quotas_of_collections_and_fields_refuse_single_events(db, kafka, server):

@@ -135,7 +135,9 @@ def test_creation_is_checked(db, folder):
         (db.admin, (PROJECT, "s", "dropped", "[]"), "22023"),
         (db.admin, (PROJECT, "s", "dropped", "{}"), "22023"),
         (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "c", "topics": ["x"]})), "22023"),
-        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "users"})), "22023"),
+        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "users"})), "42939"),
+        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": ""})), "22023"),
+        (db.admin, (PROJECT, "s", "dropped", json.dumps({"collection": "x" * 64})), "42602"),
     ]:
         with refused(state):
             session.execute(call, arguments)
@@ -165,6 +167,29 @@ def test_creation_is_checked(db, folder):
     member.execute("SELECT rakam.drop_source(%s, 'checked')", (PROJECT,))
     calls = db.all("SELECT call, outcome FROM rakam.audit_log WHERE object = 'checked' AND outcome = 'ok' ORDER BY at")
     assert ("drop_source", "ok") in calls
+
+
+def test_a_source_may_have_an_odd_name(db, project):
+    name = 'It\'s "Ödd", $1; --%s\\'
+    db.admin.execute("CREATE SERVER odd TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers '127.0.0.1:1')")
+    options = {"topics": ["t"], "format": "avro", "framing": "confluent"}
+    create(db, f" {name} ", "odd", **options)
+    # Letters of ASCII are the same in any case, wherever a source is named.
+    noted = 'it\'s "Ödd", $1; --%s\\'
+    assert db.one("SELECT source FROM rakam.sources WHERE server = 'odd'") == noted
+    with refused("42710"):
+        create(db, noted, "odd", **options)
+    schema = '{"type": "record", "name": "e", "fields": [{"name": "n", "type": "long"}]}'
+    db.admin.execute("SELECT rakam.register_avro_schema(%s, %s, 1, %s)", (PROJECT, name, schema))
+    assert db.one("SELECT rakam.replay_dead_letters(%s, %s)", PROJECT, name) == 0
+    for call in ("pause_source", "resume_source"):
+        db.admin.execute(f"SELECT rakam.{call}(%s, %s)", (PROJECT, name))
+    with refused("2BP01"):
+        db.admin.execute("DROP SERVER odd")
+    db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))
+    with refused("42704"):
+        db.admin.execute("SELECT rakam.replay_dead_letters(%s, %s)", (PROJECT, name))
+    db.admin.execute("DROP SERVER odd")
 
 
 def test_a_rolled_back_source_is_none(db, folder):
@@ -209,6 +234,57 @@ def test_each_object_is_read_once(db, cluster, folder):
     db.configure(source_refresh=None)
 
 
+def test_dead_letters_of_csv_are_tried_again(db, cluster, folder):
+    """Rows that are none for their file, that are too large, and that a mapper refuses: each once what was wrong is mended."""
+    db.configure(source_refresh="200ms", max_event_bytes="20kB")
+    db.admin.execute(
+        "CREATE FUNCTION acme.picky(event jsonb) RETURNS jsonb LANGUAGE plpgsql AS"
+        " $$BEGIN IF event->>'name' = 'bad' THEN RAISE 'picky'; END IF; RETURN event; END$$"
+    )
+    db.admin.execute("SELECT rakam.set_mapper(%s, 'rows', 'acme.picky(jsonb)')", (PROJECT,))
+    large, huge = "y" * 15_000, "z" * 45_000
+    rows = [
+        "n;name;at;long;more",
+        "1;one;2026-01-02;;",
+        "2;two;2026-01-03;only four",
+        f'3;"th""ree";2026-01-04;{large};{large}',
+        f"4;four;2026-01-05;{huge};{huge}",
+        "5;bad;2026-01-06;;",
+    ]
+    cluster.make_folder("drop/rows")
+    (folder / "rows/.a.part").write_text("\n".join(rows) + "\n")
+    (folder / "rows/.a.part").chmod(0o644)
+    (folder / "rows/.a.part").rename(folder / "rows/a.csv")
+    create(db, "rows", "dropped", collection="rows", prefix="rows", options={"delimiter": ";"})
+    wait_until(lambda: count(db, "rows") == 1, "the good row")
+    letters = "SELECT off::int, error FROM rakam.dead_letter WHERE source = 'rows' ORDER BY off NULLS LAST"
+    before = db.all(letters)
+    assert [line for line, _ in before] == [3, 4, 5, None]
+    replay = "SELECT rakam.replay_dead_letters(%s, 'rows')"
+    assert db.one(replay, PROJECT) == 0
+    # Nothing was mended: what is wrong is still told as it was.
+    assert db.all(letters)[0] == before[0] == (3, "expected 5 columns, found 4 (SQLSTATE 22P04)")
+    db.configure(max_event_bytes=None)
+    assert db.one(replay, PROJECT) == 2
+    db.admin.execute("SELECT rakam.set_mapper(%s, 'rows', NULL)", (PROJECT,))
+    assert db.one(replay, PROJECT) == 1
+    db.tick()
+    found = db.all("SELECT n::int, name, at::text, length(long), length(more) FROM acme.rows ORDER BY n")
+    assert found == [
+        (1, "one", "2026-01-02", None, None),
+        (3, 'th"ree', "2026-01-04", 15_000, 15_000),
+        (4, "four", "2026-01-05", 45_000, 45_000),
+        (5, "bad", "2026-01-06", None, None),
+    ]
+    db.admin.execute(
+        "UPDATE rakam_internal.dead_letter SET payload = convert_to('2;two;2026-01-03;a;b', 'UTF8') WHERE source = 'rows'"
+    )
+    assert db.one(replay, PROJECT) == 1
+    assert count(db, "rows") == 5
+    db.admin.execute("SELECT rakam.drop_source(%s, 'rows')", (PROJECT,))
+    db.configure(source_refresh=None)
+
+
 def test_a_paused_source_waits_and_goes_on(db, cluster, folder):
     db.configure(source_refresh="200ms")
     create(db, "paused", "dropped", collection="paused", prefix="paused")
@@ -226,6 +302,18 @@ def test_a_paused_source_waits_and_goes_on(db, cluster, folder):
     for name in ["paused", "beside"]:
         db.admin.execute("SELECT rakam.drop_source(%s, %s)", (PROJECT, name))
     db.configure(source_refresh=None)
+
+
+def test_files_of_a_mapped_collection_are_stored(db, cluster, folder):
+    db.admin.execute("""CREATE FUNCTION acme.doubled(event jsonb) RETURNS jsonb LANGUAGE sql
+                        AS $$ SELECT jsonb_set(event, '{n}', to_jsonb((event->>'n')::int * 2)) $$""")
+    db.admin.execute("SELECT rakam.set_mapper('acme', 'mapped', 'acme.doubled(jsonb)')")
+    put(cluster, folder, "mapped/a.ndjson", [{"n": n} for n in range(10)])
+    create(db, "mapped", "dropped", prefix="mapped", collection="mapped")
+    wait_until(lambda: count(db, "mapped") == 10, "the object's events")
+    db.wait_column("acme.mapped", "n")
+    assert db.one("SELECT sum(n) FROM acme.mapped") == 90
+    db.admin.execute("SELECT rakam.drop_source('acme', 'mapped')")
 
 
 def test_no_consumer_without_sources(db):

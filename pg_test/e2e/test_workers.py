@@ -53,6 +53,7 @@ def test_settings_made_for_everybody_do_not_stop_the_workers(cluster):
             "row_security = off",
             "session_replication_role = replica",
             "search_path = pg_temp",
+            *(["transaction_timeout = 1"] if db.admin.info.server_version >= 170000 else []),
         ):
             db.admin.execute(f"ALTER DATABASE {db.name} SET {setting}")
         pid = wait_until(db.worker_pid, "the resident worker")

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from confluent_kafka.admin import (
+    AdminClient,
+    NewPartitions,
+    NewTopic,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from psycopg import sql
 
 from .database import wait_until
@@ -32,7 +39,8 @@ class Record(NamedTuple):
 
 
 class Kafka(Services):
-    """A broker of its own. `scram`: it lets in the user `rakam` with the password `rakam` only. `kept` as of `Services`."""
+    """A broker of its own. `scram`: it lets in the user `rakam` with the password `rakam`, and whom `set_password` makes. `kept` as
+    of `Services`."""
 
     def __init__(self, scram: bool = False, kept: Path | None = None):
         super().__init__(kept)
@@ -88,6 +96,13 @@ class Kafka(Services):
                 return False
 
         wait_until(answers, "the broker answers", PATIENCE_S)
+
+    def set_password(self, user: str, password: str, mechanism: str = "SCRAM-SHA-256") -> None:
+        """Makes a user, or gives it another password. Whoever is in stays."""
+        kind = ScramMechanism[mechanism.replace("-", "_")]
+        info = ScramCredentialInfo(kind, 4096)
+        change = UserScramCredentialUpsertion(user, info, password.encode())
+        self._result(self.admin.alter_user_scram_credentials([change]))
 
     # -- topics --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
@@ -46,6 +48,10 @@ class Kinesis(Services):
     def create_stream(self, stream: str, shards: int = 1) -> None:
         self.client.create_stream(StreamName=stream, ShardCount=shards)
         self.wait_active(stream)
+
+    def delete_stream(self, stream: str) -> None:
+        self.client.delete_stream(StreamName=stream)
+        wait_until(lambda: stream not in self.client.list_streams()["StreamNames"], f"stream {stream} is gone")
 
     def wait_active(self, stream: str) -> None:
         def active() -> bool:
@@ -130,6 +136,33 @@ class Kinesis(Services):
         """A server of the service, or of a proxy in front of it, and the user mapping of its owner, the present user."""
         there = {"endpoint": proxy.url} if proxy else {}
         create_server(connection, server, "kinesis", self.options | there | options, self.credentials)
+
+
+def hash_key(partition_key: str) -> int:
+    """By it the shard of a record is chosen."""
+    return int.from_bytes(hashlib.md5(partition_key.encode()).digest())
+
+
+def aggregate(records: list[tuple[str, bytes]], explicit: int | None = None) -> bytes:
+    """Records (partition key, data) packed into one, as Amazon's producer library does; `explicit`: with this hash key."""
+
+    def varint(n: int) -> bytes:
+        out = b""
+        while n >= 0x80:
+            out += bytes([n & 0x7F | 0x80])
+            n >>= 7
+        return out + bytes([n])
+
+    def field(number: int, value: bytes) -> bytes:
+        return bytes([number << 3 | 2]) + varint(len(value)) + value
+
+    message = b"".join(field(1, key.encode()) for key, _ in records)
+    if explicit is not None:
+        message += field(2, str(explicit).encode())
+    for at, (_, data) in enumerate(records):
+        hashed = b"" if explicit is None else bytes([2 << 3]) + varint(0)
+        message += field(3, bytes([1 << 3]) + varint(at) + hashed + field(3, data))
+    return b"\xf3\x89\x9a\xc2" + message + hashlib.md5(message).digest()
 
 
 def hash_range(shard: dict) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 # Needs Java 17 or newer, and Maven to fetch the broker's jars once.
 #   KAFKA_VERSION  (default 4.1.0; 3.9.1 is the other line worth testing)
 #   KAFKA_PORT     (default: a free one)   KAFKA_HEAP (default 512m)
-#   KAFKA_AUTH=scram   adds SASL/SCRAM-SHA-256 (user rakam, password rakam)
+#   KAFKA_AUTH=scram   lets in by SASL/SCRAM only: SHA-256 (user rakam, password
+#                      rakam) and SHA-512
 # `restart` and `start` after `crash` keep the port and the data; `start`
 # after `stop` begins empty on a new port, or on the old data with
 # KAFKA_KEEP_DATA=1.
@@ -53,9 +54,10 @@ start() {
   printf '%s %s\n' "$port" "$cport" >"$data.ports"
   if [ "${KAFKA_AUTH:-}" = scram ]; then
     proto=SASL_PLAINTEXT
-    extra='sasl.enabled.mechanisms=SCRAM-SHA-256
+    extra='sasl.enabled.mechanisms=SCRAM-SHA-256,SCRAM-SHA-512
 sasl.mechanism.inter.broker.protocol=SCRAM-SHA-256
-listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required username="rakam" password="rakam";'
+listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required username="rakam" password="rakam";
+listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;'
   fi
   cat >"$RUN/kafka.properties" <<EOF
 process.roles=broker,controller

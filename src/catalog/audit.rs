@@ -1,8 +1,11 @@
 //! The audit log: who called what, when, in which project, and how it ended.
 //!
-//! What a call did is noted in its own transaction: the row is there exactly when the change is. What was refused, or
-//! was rolled back later, goes through a queue in shared memory to the resident worker; where there is none, to the
-//! server's log. Nobody waits for either. Rows name things, they never contain values of events.
+//! What a call did is noted in its own transaction, or (what works in a worker) in the worker's that takes effect: the row is
+//! there exactly when the change is. What was refused, or was rolled back later, goes through a queue in shared memory to the
+//! resident worker; where there is none, to the server's log. Nobody waits for either. Rows name things, they never contain
+//! values of events.
+
+use std::cell::RefCell;
 
 use serde::{Deserialize, Serialize};
 
@@ -65,16 +68,26 @@ fn noted<T>(
     object: Option<&str>,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
+    // Before the work: it may change who the user is, and after an error nothing can be looked up.
+    let Some(entry) = entry(kind, name, project, object) else {
+        return work();
+    };
+    let outcome = xact::catch(work).and_then(|outcome| outcome);
+    match &outcome {
+        Ok(_) => succeeded(entry)?,
+        Err(error) => failed(entry, error),
+    }
+    outcome
+}
+
+/// The entry of a call that succeeds; None: such calls are not noted.
+fn entry(kind: Kind, name: &str, project: Option<&str>, object: Option<&str>) -> Option<Entry> {
     let wanted = match guc::audit() {
         Audit::Off => false,
         Audit::Write => kind == Kind::Write,
         Audit::All => true,
     };
-    if !wanted {
-        return work();
-    }
-    // Before the work: it may change who the user is, and after an error nothing can be looked up.
-    let entry = Entry {
+    wanted.then(|| Entry {
         at_us: xact::now_us(),
         role: role_name(security::current_user()),
         session_role: role_name(security::session_user()),
@@ -82,16 +95,59 @@ fn noted<T>(
         call: name.to_owned(),
         object: object.map(cut),
         outcome: "ok".to_owned(),
-    };
-    let outcome = xact::catch(work).and_then(|outcome| outcome);
-    match &outcome {
-        Ok(_) => succeeded(entry)?,
-        Err(error) => leave(&Entry {
-            outcome: format!("error {}", error.sqlstate),
-            ..entry
-        }),
+    })
+}
+
+fn failed(entry: Entry, error: &PgError) {
+    leave(&Entry {
+        outcome: format!("error {}", error.sqlstate),
+        ..entry
+    });
+}
+
+/// What a worker notes of a call once its work takes effect; nothing, if such calls are not noted.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Note(Option<Entry>);
+
+thread_local! {
+    /// In a worker: what is to be noted.
+    static EXPECTED: RefCell<Note> = RefCell::default();
+}
+
+/// As [`call`], for one whose work takes effect in a worker, whatever becomes of the caller's transaction: `work` hands the
+/// note over to the worker, which notes the call itself. What fails is noted here.
+pub fn at_once<T>(
+    name: &'static str,
+    project: Option<&str>,
+    object: Option<&str>,
+    work: impl FnOnce(Note) -> Result<T>,
+) -> Result<T> {
+    let entry = entry(Kind::Write, name, project, object);
+    let note = Note(entry.clone());
+    let outcome = xact::catch(|| work(note)).and_then(|outcome| outcome);
+    if let (Err(error), Some(entry)) = (&outcome, entry) {
+        failed(entry, error);
     }
     outcome
+}
+
+/// In a worker, before its work: what [`store_expected`] is to note.
+pub fn expect(note: Note) {
+    EXPECTED.set(note);
+}
+
+/// In a worker's transaction that takes effect, or in one at the end of all the work: notes the call, once.
+pub fn store_expected() -> Result<()> {
+    let Some(entry) = EXPECTED.with_borrow(|note| note.0.clone()) else {
+        return Ok(());
+    };
+    insert(&entry)?;
+    undo::at_end(|committed| {
+        if committed {
+            EXPECTED.take();
+        }
+    });
+    Ok(())
 }
 
 fn succeeded(entry: Entry) -> Result<()> {

@@ -199,11 +199,12 @@ pub struct Lag {
     pub snapshot: XidSnapshot,
 }
 
-/// The projects that lag behind the newest tick.
+/// The projects that lag behind the newest tick. One that began to lag while it was dropped is none.
 pub fn lagging(view: View) -> Result<Vec<Lag>> {
     spi::query(
         view,
-        "SELECT project_id, snapshot::text FROM rakam_internal.inbox_lag ORDER BY project_id",
+        "SELECT project_id, snapshot::text FROM rakam_internal.inbox_lag JOIN rakam_internal.project USING (project_id)
+         ORDER BY project_id",
         &[],
         |row| {
             let text: String = row.must(2)?;
@@ -233,6 +234,16 @@ pub fn end_lag(project_id: i32) -> Result<()> {
     spi::execute(
         "DELETE FROM rakam_internal.inbox_lag WHERE project_id = $1",
         &[arg(project_id)],
+    )?;
+    Ok(())
+}
+
+/// Forgets projects that began to lag while they were dropped.
+pub fn forget_dropped() -> Result<()> {
+    spi::execute(
+        "DELETE FROM rakam_internal.inbox_lag l
+         WHERE NOT EXISTS (SELECT FROM rakam_internal.project p WHERE p.project_id = l.project_id)",
+        &[],
     )?;
     Ok(())
 }

@@ -1,5 +1,8 @@
 //! Dead letters: events that could not be stored, with the reason, and what it takes to try them again.
 
+use std::borrow::Cow;
+
+use super::inbox::TailRow;
 use super::mapper::Stage;
 use crate::pg::security::ActAs;
 use crate::pg::spi::{self, View, arg, timestamptz};
@@ -40,13 +43,28 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Keeps an event of a row of the inbox or the outbox, with the reason, where it cannot go on. `is_row`: it may be of an INSERT.
+pub fn keep(row: &TailRow, event: &[u8], error: &str, is_row: bool) -> Result<()> {
+    insert(&NewLetter {
+        project_id: row.project_id,
+        collection: &row.collection,
+        payload: event,
+        error,
+        received_at_us: row.received_at_us,
+        shift_us: row.shift_us,
+        // It has been mapped and checked before it was stored.
+        stage: Stage::Stored,
+        is_row,
+    })
+}
+
 /// What of a source is no event, or an event of it that failed later.
 pub struct NewRecord<'a> {
     pub split: Option<&'a str>,
     /// Digits of a numeric.
     pub offset: Option<String>,
     /// Of a record: the collection that it names beside its value.
-    pub collection: Option<&'a str>,
+    pub collection: Option<Cow<'a, str>>,
     /// A record as it came, or an event on one line.
     pub payload: &'a [u8],
     pub error: String,
@@ -57,6 +75,8 @@ pub struct NewRecord<'a> {
     pub is_record: bool,
     /// When the record was written, in microseconds since 1970.
     pub written_at_us: Option<i64>,
+    /// Of a row of CSV: the names of the columns of its file, as a JSON array.
+    pub columns: Option<&'a str>,
 }
 
 /// Keeps what failed of a source, in few statements. Workers only.
@@ -72,7 +92,8 @@ pub fn insert_records(
             |f: &dyn Fn(&NewRecord<'_>) -> bool| letters.iter().map(f).collect::<Vec<bool>>();
         let splits: Vec<Option<&str>> = letters.iter().map(|l| l.split).collect();
         let offsets: Vec<Option<&str>> = letters.iter().map(|l| l.offset.as_deref()).collect();
-        let collections: Vec<Option<&str>> = letters.iter().map(|l| l.collection).collect();
+        let collections: Vec<Option<&str>> =
+            letters.iter().map(|l| l.collection.as_deref()).collect();
         let payloads: Vec<&[u8]> = letters.iter().map(|l| l.payload).collect();
         // Text of Postgres has no NUL characters.
         let errors: Vec<String> = (letters.iter())
@@ -80,16 +101,18 @@ pub fn insert_records(
             .collect();
         let stages: Vec<i16> = letters.iter().map(|l| l.stage as i16).collect();
         let written: Vec<Option<i64>> = letters.iter().map(|l| l.written_at_us).collect();
+        let columns: Vec<Option<&str>> = letters.iter().map(|l| l.columns).collect();
         spi::execute(
             "INSERT INTO rakam_internal.dead_letter
                (project_id, source, received_at, split, off, collection, payload, error, stage, is_row, is_record,
-                written_at)
+                written_at, columns)
              SELECT $1, $2, $3, l.split, l.off::numeric, l.collection, l.payload, l.error, l.stage, l.is_row, l.is_record,
-                    timestamptz '1970-01-01 00:00:00+00' + l.written_us * interval '1 microsecond'
+                    timestamptz '1970-01-01 00:00:00+00' + l.written_us * interval '1 microsecond', l.columns::jsonb
              FROM ROWS FROM (
                pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7),
                pg_catalog.unnest($8), pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11),
-               pg_catalog.unnest($12)) l(split, off, collection, payload, error, stage, is_row, is_record, written_us)",
+               pg_catalog.unnest($12), pg_catalog.unnest($13))
+               l(split, off, collection, payload, error, stage, is_row, is_record, written_us, columns)",
             &[
                 arg(project_id),
                 arg(source),
@@ -103,6 +126,7 @@ pub fn insert_records(
                 arg(each(&|l| l.is_row)),
                 arg(each(&|l| l.is_record)),
                 arg(written),
+                arg(columns),
             ],
         )?;
     }
@@ -124,6 +148,8 @@ pub struct Letter {
     pub split: Option<String>,
     pub offset: Option<String>,
     pub written_at_us: Option<i64>,
+    /// Of a row of CSV: the names of the columns of its file, as a JSON array.
+    pub columns: Option<String>,
 }
 
 /// Letters that a page holds.
@@ -153,7 +179,7 @@ pub fn lock_page(
     spi::query(
         View::Current,
         "SELECT id, collection, payload, coalesce(received_at, at), shift_us, stage, is_row, is_record, split, off::text,
-                written_at
+                written_at, columns::text
          FROM rakam_internal.dead_letter
          WHERE project_id = $1 AND id > $2 AND id <= $3 AND source IS NOT DISTINCT FROM $5
            AND (is_record OR collection IS NOT NULL)
@@ -172,6 +198,7 @@ pub fn lock_page(
                 split: row.get(9),
                 offset: row.get(10),
                 written_at_us: row.timestamptz(11),
+                columns: row.get(12),
             })
         },
     )

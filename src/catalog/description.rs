@@ -29,11 +29,14 @@ pub fn due(view: View) -> Result<Vec<i32>> {
     )
 }
 
-pub fn progress(view: View, storage_id: i32) -> Result<Progress> {
+/// How far this writer has described the storage; what another one has done here before, as the original of a copy, does not
+/// count.
+pub fn progress(view: View, storage_id: i32, writer: &str) -> Result<Progress> {
     Ok(spi::first(
         view,
-        "SELECT number, state, state_bytes, log_bytes FROM rakam_internal.description WHERE storage_id = $1",
-        &[arg(storage_id)],
+        "SELECT number, state, state_bytes, log_bytes FROM rakam_internal.description
+         WHERE storage_id = $1 AND writer = $2",
+        &[arg(storage_id), arg(writer)],
         |row| {
             Ok(Progress {
                 number: row.must(1)?,
@@ -46,15 +49,35 @@ pub fn progress(view: View, storage_id: i32) -> Result<Progress> {
     .unwrap_or_default())
 }
 
-/// Notes how far the storage is described now.
-pub fn set_progress(storage_id: i32, progress: &Progress) -> Result<()> {
+/// Whether something has changed that is not described.
+pub fn is_due(storage_id: i32) -> Result<bool> {
+    Ok(spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.description_due WHERE storage_id = $1 LIMIT 1",
+        &[arg(storage_id)],
+        |_| Ok(()),
+    )? > 0)
+}
+
+/// The next description of the storage says everything.
+pub fn begin_anew(storage_id: i32) -> Result<()> {
     spi::execute(
-        "INSERT INTO rakam_internal.description (storage_id, number, state, state_bytes, log_bytes, described_at)
-         VALUES ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp())
-         ON CONFLICT (storage_id) DO UPDATE SET number = $2, state = $3, state_bytes = $4, log_bytes = $5,
+        "DELETE FROM rakam_internal.description WHERE storage_id = $1",
+        &[arg(storage_id)],
+    )?;
+    Ok(())
+}
+
+/// Notes how far this writer has described the storage now.
+pub fn set_progress(storage_id: i32, writer: &str, progress: &Progress) -> Result<()> {
+    spi::execute(
+        "INSERT INTO rakam_internal.description (storage_id, writer, number, state, state_bytes, log_bytes, described_at)
+         VALUES ($1, $2, $3, $4, $5, $6, pg_catalog.clock_timestamp())
+         ON CONFLICT (storage_id) DO UPDATE SET writer = $2, number = $3, state = $4, state_bytes = $5, log_bytes = $6,
            described_at = pg_catalog.clock_timestamp()",
         &[
             arg(storage_id),
+            arg(writer),
             arg(progress.number),
             arg(progress.state),
             arg(progress.state_bytes),

@@ -1,5 +1,7 @@
 //! Event stores: where projects send their events, how far they have come, and what is on its way.
 
+use std::collections::HashSet;
+
 use rakam_sources::options::Kind;
 use rakam_sources::publish::StoreOptions;
 use rakam_sources::published::Seen;
@@ -42,45 +44,84 @@ fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
-/// Has a project's events go to a store from now on. The same definition as that of the present store keeps it, and lets it look
-/// at its topics anew.
+/// A store that a project has or had.
+struct Former {
+    id: i32,
+    kind: String,
+    server: String,
+    options: String,
+    is_present: bool,
+    /// Whether it has an anchor, and that one its server.
+    is_tied: bool,
+    has_server: bool,
+}
+
+/// Has a project's events go to a store from now on. A store that the project had before with this definition is taken again, so
+/// that nothing overtakes what still waits for it; if it is the present one, it looks at its topics anew.
 pub fn set(store: &NewStore<'_>) -> Result<i32> {
-    let present: Option<i32> = spi::first(
+    let wanted = StoreOptions::parse(store.kind, store.options)?;
+    let former: Vec<Former> = spi::query(
         View::Current,
-        "SELECT s.store_id FROM rakam_internal.project p JOIN rakam_internal.event_store s ON s.store_id = p.event_store_id
-         WHERE p.project_id = $1 AND s.kind = $2 AND s.server = $3 AND s.options = $4::text::jsonb AND EXISTS (
-           SELECT FROM pg_catalog.pg_foreign_table t JOIN pg_catalog.pg_foreign_server f ON f.oid = t.ftserver
-           WHERE t.ftrelid = s.anchor AND f.srvname = $3)",
-        &[
-            arg(store.project_id),
-            arg(kind_name(store.kind)),
-            arg(store.server),
-            arg(store.options),
-        ],
-        |row| row.must(1),
+        "SELECT s.store_id, s.kind, coalesce(f.srvname::text, s.server), s.options::text,
+                s.store_id IS NOT DISTINCT FROM p.event_store_id, s.anchor IS NOT NULL, f.oid IS NOT NULL
+         FROM rakam_internal.event_store s JOIN rakam_internal.project p USING (project_id)
+         LEFT JOIN pg_catalog.pg_foreign_table t ON t.ftrelid = s.anchor
+         LEFT JOIN pg_catalog.pg_foreign_server f ON f.oid = t.ftserver
+         WHERE s.project_id = $1 ORDER BY 5 DESC, 1 DESC FOR NO KEY UPDATE OF s",
+        &[arg(store.project_id)],
+        |row| {
+            Ok(Former {
+                id: row.must(1)?,
+                kind: row.must(2)?,
+                server: row.must(3)?,
+                options: row.must(4)?,
+                is_present: row.must(5)?,
+                is_tied: row.must(6)?,
+                has_server: row.must(7)?,
+            })
+        },
     )?;
-    if let Some(id) = present {
-        spi::execute(
-            "DELETE FROM rakam_internal.event_store_topic WHERE store_id = $1",
-            &[arg(id)],
-        )?;
-        return Ok(id);
-    }
-    untie(store.project_id)?;
-    let id: i32 = spi::first(
-        View::Current,
-        "INSERT INTO rakam_internal.event_store (project_id, kind, server, options)
-         VALUES ($1, $2, $3, $4::text::jsonb) RETURNING store_id",
-        &[
-            arg(store.project_id),
-            arg(kind_name(store.kind)),
-            arg(store.server),
-            arg(store.options),
-        ],
-        |row| row.must(1),
-    )?
-    .ok_or_else(|| PgError::internal("an event store was not stored"))?;
-    tie(id, store)?;
+    let same = former.into_iter().find(|former| {
+        former.kind == kind_name(store.kind)
+            && former.server == store.server
+            && StoreOptions::parse(store.kind, &former.options).is_ok_and(|own| own == wanted)
+    });
+    let id = match same {
+        Some(former) => {
+            // What was tied to a server that is gone may be on another cluster now.
+            if former.is_present || former.is_tied && !former.has_server {
+                spi::execute(
+                    "DELETE FROM rakam_internal.event_store_topic WHERE store_id = $1",
+                    &[arg(former.id)],
+                )?;
+            }
+            if former.is_present && former.has_server {
+                rename_server(former.id, store.server)?;
+            } else {
+                untie(store.project_id)?;
+                tie(former.id, store)?;
+            }
+            former.id
+        }
+        None => {
+            untie(store.project_id)?;
+            let id: i32 = spi::first(
+                View::Current,
+                "INSERT INTO rakam_internal.event_store (project_id, kind, server, options)
+                 VALUES ($1, $2, $3, $4::text::jsonb) RETURNING store_id",
+                &[
+                    arg(store.project_id),
+                    arg(kind_name(store.kind)),
+                    arg(store.server),
+                    arg(store.options),
+                ],
+                |row| row.must(1),
+            )?
+            .ok_or_else(|| PgError::internal("an event store was not stored"))?;
+            tie(id, store)?;
+            id
+        }
+    };
     spi::execute(
         "UPDATE rakam_internal.project SET event_store_id = $2,
            event_store = pg_catalog.jsonb_build_object('server', $3::text) || $4::text::jsonb
@@ -115,9 +156,33 @@ fn tie(store_id: i32, store: &NewStore<'_>) -> Result<()> {
         quote_ident(store.server)
     ))?;
     spi::execute(
-        "UPDATE rakam_internal.event_store SET anchor = ('rakam_internal.' || pg_catalog.quote_ident($2))::regclass
+        "UPDATE rakam_internal.event_store
+         SET anchor = ('rakam_internal.' || pg_catalog.quote_ident($2))::regclass, server = $3
          WHERE store_id = $1",
-        &[arg(store_id), arg(anchor.as_str())],
+        &[arg(store_id), arg(anchor.as_str()), arg(store.server)],
+    )?;
+    Ok(())
+}
+
+fn rename_server(store_id: i32, server: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.event_store SET server = $2 WHERE store_id = $1 AND server <> $2",
+        &[arg(store_id), arg(server)],
+    )?;
+    Ok(())
+}
+
+/// Takes over the new names of servers that were renamed: what a store waits for, once its server is dropped, is one of that name.
+pub fn follow_renamed_servers() -> Result<()> {
+    spi::execute(
+        // What somebody else is at is left for the next time.
+        "WITH renamed AS MATERIALIZED (
+           SELECT s.store_id, f.srvname
+           FROM rakam_internal.event_store s JOIN pg_catalog.pg_foreign_table t ON t.ftrelid = s.anchor
+           JOIN pg_catalog.pg_foreign_server f ON f.oid = t.ftserver
+           WHERE s.server <> f.srvname FOR NO KEY UPDATE OF s SKIP LOCKED)
+         UPDATE rakam_internal.event_store s SET server = r.srvname FROM renamed r WHERE s.store_id = r.store_id",
+        &[],
     )?;
     Ok(())
 }
@@ -261,7 +326,31 @@ fn uuid_of(row: &Row, column: usize) -> Result<Uuid> {
     ))
 }
 
-/// Gives a batch of these rows the store's next number. It is there after any crash once the transaction is committed.
+/// Locks a store to the end of the transaction, for who writes what belongs to it. False: somebody else is about to change it, or
+/// it is gone. Nobody waits: a transaction of one project's admin, who sets its store, must not hold up the others.
+pub fn try_lock(store_id: i32) -> Result<bool> {
+    let locked = spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.event_store WHERE store_id = $1 FOR NO KEY UPDATE SKIP LOCKED",
+        &[arg(store_id)],
+        |_| Ok(()),
+    )?;
+    Ok(locked > 0)
+}
+
+/// Locks all stores of a project that is about to go.
+pub fn lock_all(project_id: i32) -> Result<()> {
+    spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.event_store WHERE project_id = $1 ORDER BY store_id FOR UPDATE",
+        &[arg(project_id)],
+        |_| Ok(()),
+    )?;
+    Ok(())
+}
+
+/// Gives a batch of these rows the store's next number. It is there after any crash once the transaction is committed. The caller
+/// has locked the store.
 pub fn assign(store: &EventStore, rows: Vec<Head>) -> Result<Assigned> {
     let (identity, _) = storages::identity()?;
     let cluster = format!(
@@ -272,6 +361,8 @@ pub fn assign(store: &EventStore, rows: Vec<Head>) -> Result<Assigned> {
         View::Current,
         "UPDATE rakam_internal.event_store SET
            origin = CASE WHEN cluster IS DISTINCT FROM $2 AND publish_seq > 0 THEN pg_catalog.gen_random_uuid() ELSE origin END,
+           former_origins = CASE WHEN cluster IS DISTINCT FROM $2 AND publish_seq > 0 THEN former_origins || origin
+                                 ELSE former_origins END,
            publish_seq = CASE WHEN cluster IS DISTINCT FROM $2 THEN 1 ELSE publish_seq + 1 END,
            cluster = $2
          WHERE store_id = $1 RETURNING origin, publish_seq",
@@ -300,7 +391,8 @@ pub fn assign(store: &EventStore, rows: Vec<Head>) -> Result<Assigned> {
     })
 }
 
-/// Notes a batch as published; whoever calls this removes its rows as well. False: somebody has done so already.
+/// Notes a batch as published; whoever calls this has locked the store, and removes its rows as well. False: somebody has done so
+/// already.
 pub fn published(store_id: i32, batch: &Assigned, events: i64) -> Result<bool> {
     let origin = pgrx::Uuid::from_bytes(*batch.origin.as_bytes());
     let removed = spi::execute(
@@ -318,7 +410,7 @@ pub fn published(store_id: i32, batch: &Assigned, events: i64) -> Result<bool> {
     Ok(true)
 }
 
-/// Notes what a store struggles with; None: with nothing any more.
+/// Notes what a store struggles with; None: with nothing any more. The caller has locked the store.
 pub fn note_error(store_id: i32, error: Option<&str>) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.event_store SET last_error = $2,
@@ -327,6 +419,17 @@ pub fn note_error(store_id: i32, error: Option<&str>) -> Result<()> {
         &[arg(store_id), arg(error)],
     )?;
     Ok(())
+}
+
+/// The origins under which a project's stores have published: what has one of them was collected in this project.
+pub fn origins(view: View, project_id: i32) -> Result<HashSet<Uuid>> {
+    let origins = spi::query(
+        view,
+        "SELECT pg_catalog.unnest(former_origins || origin) FROM rakam_internal.event_store WHERE project_id = $1",
+        &[arg(project_id)],
+        |row| uuid_of(row, 1),
+    )?;
+    Ok(origins.into_iter().collect())
 }
 
 /// How many partitions of these topics a store spreads keys among, as far as that is noted.
@@ -339,7 +442,7 @@ pub fn topics(view: View, store_id: i32) -> Result<Vec<(String, i32)>> {
     )
 }
 
-/// Notes that for good.
+/// Notes that for good. The caller has locked the store.
 pub fn note_topic(store_id: i32, topic: &str, partitions: i32) -> Result<()> {
     spi::execute(
         "INSERT INTO rakam_internal.event_store_topic (store_id, topic, project_id, partitions)

@@ -28,7 +28,7 @@ pub struct RunRow {
 }
 
 /// A run to be stored.
-pub struct NewRun<'a> {
+pub struct NewRun {
     pub project_id: i32,
     pub bucket: Bucket,
     pub node: Node,
@@ -37,8 +37,8 @@ pub struct NewRun<'a> {
     pub min_received_us: i64,
     pub max_received_us: i64,
     pub written_us: i64,
-    pub filter: Option<&'a [u8]>,
-    pub ids: &'a [u8],
+    pub filter: Option<Vec<u8>>,
+    pub ids: Vec<u8>,
 }
 
 /// The upper half of a hash as SQL has it: in the same order.
@@ -210,25 +210,55 @@ pub fn id_slices(
     Ok(())
 }
 
-pub fn add(run: &NewRun<'_>) -> Result<()> {
+/// Runs of one statement at most, and about the bytes of their ids.
+const ADDED_AT_ONCE: usize = 1000;
+const ADDED_BYTES: usize = 8 << 20;
+
+/// Stores runs, many with one statement: where receipts are spread over years each bucket of time has a run of its own.
+pub fn add(runs: &[NewRun]) -> Result<()> {
+    let mut left = runs;
+    while !left.is_empty() {
+        let mut bytes = 0;
+        let fits = |run: &&NewRun| {
+            bytes += run.ids.len() + run.filter.as_ref().map_or(0, Vec::len);
+            bytes <= ADDED_BYTES
+        };
+        let n = (left.iter().take(ADDED_AT_ONCE).take_while(fits).count()).max(1);
+        let (now, later) = left.split_at(n);
+        add_some(now)?;
+        left = later;
+    }
+    Ok(())
+}
+
+fn add_some(runs: &[NewRun]) -> Result<()> {
+    let times = |f: &dyn Fn(&NewRun) -> i64| {
+        spi::timestamptz_array(&runs.iter().map(f).collect::<Vec<i64>>())
+    };
+    let hashes =
+        |f: &dyn Fn(&NewRun) -> u64| runs.iter().map(|run| signed(f(run))).collect::<Vec<i64>>();
     spi::execute(
         "INSERT INTO rakam_internal.id_run (project_id, bucket_from, bucket_to, depth, hash_from, hash_to, level, n,
            min_received, max_received, written_at, filter, ids)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+         SELECT * FROM ROWS FROM (
+           pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4),
+           pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8),
+           pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11), pg_catalog.unnest($12),
+           pg_catalog.unnest($13)) r",
         &[
-            arg(run.project_id),
-            spi::timestamptz(run.bucket.from_us),
-            spi::timestamptz(run.bucket.to_us),
-            arg(i16::from(run.node.depth)),
-            arg(signed(run.node.first)),
-            arg(signed(run.node.last())),
-            arg(run.level),
-            arg(run.n as i32),
-            spi::timestamptz(run.min_received_us),
-            spi::timestamptz(run.max_received_us),
-            spi::timestamptz(run.written_us),
-            arg(run.filter),
-            arg(run.ids),
+            arg(runs.iter().map(|r| r.project_id).collect::<Vec<i32>>()),
+            times(&|r| r.bucket.from_us),
+            times(&|r| r.bucket.to_us),
+            arg((runs.iter().map(|r| i16::from(r.node.depth))).collect::<Vec<i16>>()),
+            arg(hashes(&|r| r.node.first)),
+            arg(hashes(&|r| r.node.last())),
+            arg(runs.iter().map(|r| r.level).collect::<Vec<i16>>()),
+            arg(runs.iter().map(|r| r.n as i32).collect::<Vec<i32>>()),
+            times(&|r| r.min_received_us),
+            times(&|r| r.max_received_us),
+            times(&|r| r.written_us),
+            arg(runs.iter().map(|r| r.filter.as_deref()).collect::<Vec<_>>()),
+            arg(runs.iter().map(|r| r.ids.as_slice()).collect::<Vec<_>>()),
         ],
     )?;
     Ok(())
@@ -357,13 +387,16 @@ pub fn any_older(cutoff_us: i64) -> Result<bool> {
 }
 
 /// Before the returned moment no event was received that a transaction in progress may still commit. A transaction is
-/// taken to have run at most `longest_us` before it was prepared; while it ran it was seen as running.
+/// taken to have run at most `longest_us` before it was prepared; while it ran it was seen as running. A session whose
+/// activity is not tracked is taken to have begun its transaction with itself.
 pub fn oldest_in_progress(longest_us: i64) -> Result<i64> {
     let found = spi::first(
         View::Current,
         "SELECT least(pg_catalog.clock_timestamp(),
-           (SELECT min(xact_start) FROM pg_catalog.pg_stat_activity
-            WHERE datname = pg_catalog.current_database() AND pid <> pg_catalog.pg_backend_pid()),
+           (SELECT min(coalesce(xact_start, backend_start)) FROM pg_catalog.pg_stat_activity
+            WHERE datname = pg_catalog.current_database() AND pid <> pg_catalog.pg_backend_pid()
+              AND (xact_start IS NOT NULL
+                   OR state = 'disabled' AND (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL))),
            (SELECT min(prepared) - $1 * interval '1 microsecond' FROM pg_catalog.pg_prepared_xacts
             WHERE database = pg_catalog.current_database()))",
         &[arg(longest_us)],
@@ -372,30 +405,55 @@ pub fn oldest_in_progress(longest_us: i64) -> Result<i64> {
     Ok(found.flatten().unwrap_or(i64::MIN))
 }
 
-/// When the oldest event was received that is committed and may not be digested yet; None: there is none.
-pub fn oldest_waiting() -> Result<Option<i64>> {
-    spi::first(
+/// Of each project with such events: when the oldest one was received that is committed and not digested yet.
+pub fn oldest_waiting() -> Result<Vec<(i32, i64)>> {
+    spi::query(
         View::Current,
-        "SELECT min(received_at) FROM (
-           SELECT min(received_at) AS received_at FROM rakam_internal.inbox_0
-           UNION ALL SELECT min(received_at) FROM rakam_internal.inbox_1
-           UNION ALL SELECT min(received_at) FROM rakam_internal.inbox_2
-           UNION ALL SELECT min(received_at) FROM rakam_internal.inbox_parked) i",
+        "WITH tick AS (SELECT t.snapshot FROM rakam_internal.inbox_tick t WHERE t.shard = 0 ORDER BY t.tick_id DESC LIMIT 1),
+              digested AS (SELECT p.project_id, coalesce(l.snapshot, t.snapshot) AS snapshot
+                           FROM rakam_internal.project p CROSS JOIN tick t LEFT JOIN rakam_internal.inbox_lag l USING (project_id))
+         SELECT w.project_id, min(w.received_at) FROM (
+           SELECT i.project_id, i.received_at FROM digested d JOIN rakam_internal.inbox_0 i USING (project_id)
+             WHERE i.txid >= pg_catalog.pg_snapshot_xmin(d.snapshot)
+               AND NOT pg_catalog.pg_visible_in_snapshot(i.txid, d.snapshot)
+           UNION ALL SELECT i.project_id, i.received_at FROM digested d JOIN rakam_internal.inbox_1 i USING (project_id)
+             WHERE i.txid >= pg_catalog.pg_snapshot_xmin(d.snapshot)
+               AND NOT pg_catalog.pg_visible_in_snapshot(i.txid, d.snapshot)
+           UNION ALL SELECT i.project_id, i.received_at FROM digested d JOIN rakam_internal.inbox_2 i USING (project_id)
+             WHERE i.txid >= pg_catalog.pg_snapshot_xmin(d.snapshot)
+               AND NOT pg_catalog.pg_visible_in_snapshot(i.txid, d.snapshot)
+           UNION ALL SELECT project_id, received_at FROM rakam_internal.inbox_parked
+           UNION ALL SELECT project_id, received_at FROM rakam_internal.inbox_restored) w
+         GROUP BY 1",
         &[],
-        |row| Ok(row.timestamptz(1)),
+        |row| Ok((row.must(1)?, row.timestamptz(2).unwrap_or(i64::MIN))),
     )
-    .map(Option::flatten)
 }
 
-/// Deletes some runs that hold only ids received and kept before `kept_us`, and received before `received_us`.
-pub fn forget(kept_us: i64, received_us: i64, limit: i64) -> Result<u64> {
+/// Deletes some runs that hold only ids received and kept before `kept_us`, and received before `received_us` and, where events
+/// of their project wait, a window before the oldest of these.
+pub fn forget(
+    kept_us: i64,
+    received_us: i64,
+    waiting: &[(i32, i64)],
+    window_us: i64,
+    limit: i64,
+) -> Result<u64> {
+    let (projects, until): (Vec<i32>, Vec<i64>) = waiting
+        .iter()
+        .map(|&(project_id, at_us)| (project_id, at_us.saturating_sub(window_us)))
+        .unzip();
     spi::execute(
-        "DELETE FROM rakam_internal.id_run WHERE run_id IN (
-           SELECT run_id FROM rakam_internal.id_run
-           WHERE max_received < least($1, $2) AND written_at < $1 LIMIT $3)",
+        "DELETE FROM rakam_internal.id_run WHERE run_id = ANY (ARRAY(
+           SELECT r.run_id FROM rakam_internal.id_run r
+           LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) w (project_id, until)
+             ON w.project_id = r.project_id
+           WHERE r.max_received < least($1, $2, w.until) AND r.written_at < $1 LIMIT $5))",
         &[
             spi::timestamptz_saturating(kept_us),
             spi::timestamptz_saturating(received_us),
+            arg(projects),
+            spi::timestamptz_array(&until),
             arg(limit),
         ],
     )

@@ -15,12 +15,18 @@ fn key(step: &str, collection_id: i32) -> String {
 }
 
 pub fn failed(step: &str, collection_id: i32, error: &str) -> Result<()> {
+    // A collection that was dropped meanwhile has no jobs.
     spi::execute(
         "INSERT INTO rakam_internal.job AS j (job_key, failures, last_error, error_at)
-         VALUES ($1, 1, $2, pg_catalog.clock_timestamp())
+         SELECT $1, 1, $2, pg_catalog.clock_timestamp()
+         WHERE $3 = 0 OR EXISTS (SELECT FROM rakam_internal.collection WHERE collection_id = $3)
          ON CONFLICT (job_key) DO UPDATE SET failures = j.failures + 1, last_error = $2,
            error_at = pg_catalog.clock_timestamp()",
-        &[arg(key(step, collection_id)), arg(error)],
+        &[
+            arg(key(step, collection_id)),
+            arg(error),
+            arg(collection_id),
+        ],
     )?;
     Ok(())
 }
@@ -51,7 +57,7 @@ pub fn tasks() -> Result<Vec<Task>> {
     spi::query(
         View::Current,
         "SELECT pid, datname::text, backend_start FROM pg_catalog.pg_stat_activity
-         WHERE backend_type IN ('rakam task', 'rakam flush') AND datname = pg_catalog.current_database() ORDER BY pid",
+         WHERE backend_type IN ('rakam task', 'rakam flush', 'rakam gc') AND datname = pg_catalog.current_database() ORDER BY pid",
         &[],
         |row| Ok((row.must(1)?, row.get(2), row.get(3))),
     )

@@ -10,13 +10,17 @@ const ROWS: i64 = 10_000;
 
 /// Deletes what is older than the settings allow. True: there may be more.
 pub fn run() -> Result<bool> {
+    // Rows that somebody else has locked (a replay of dead letters) are left for the next time.
     const STATEMENTS: [&str; 3] = [
-        "DELETE FROM rakam_internal.invalid_value WHERE id IN (SELECT id FROM rakam_internal.invalid_value
-           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2)",
-        "DELETE FROM rakam_internal.dead_letter WHERE id IN (SELECT id FROM rakam_internal.dead_letter
-           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2)",
-        "DELETE FROM rakam_internal.audit_log WHERE id IN (SELECT id FROM rakam_internal.audit_log
-           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2)",
+        "DELETE FROM rakam_internal.invalid_value WHERE id = ANY (ARRAY(SELECT id FROM rakam_internal.invalid_value
+           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2
+           FOR UPDATE SKIP LOCKED))",
+        "DELETE FROM rakam_internal.dead_letter WHERE id = ANY (ARRAY(SELECT id FROM rakam_internal.dead_letter
+           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2
+           FOR UPDATE SKIP LOCKED))",
+        "DELETE FROM rakam_internal.audit_log WHERE id = ANY (ARRAY(SELECT id FROM rakam_internal.audit_log
+           WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) ORDER BY at LIMIT $2
+           FOR UPDATE SKIP LOCKED))",
     ];
     let ages = [
         guc::invalid_retention(),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo};
 use rakam_lake::period::{Period, day_of};
 
-use super::{deletion, inbox};
+use super::{deletion, inbox, restore};
 use crate::pg::bytea::Bytea;
 use crate::pg::locks::{self, Mode};
 use crate::pg::spi::{self, View, arg, xid8};
@@ -393,6 +393,7 @@ pub struct NewFile<'a> {
 
 /// Adds a file with its statistics and footer, and the log entry. Under the collection's manifest lock.
 pub fn add_file(file: &NewFile<'_>) -> Result<i64> {
+    restore::ensure_over()?;
     let file_id: i64 = spi::first(
         View::Current,
         "INSERT INTO rakam_internal.data_file
@@ -569,18 +570,18 @@ pub fn has_intent(storage_id: i32, path: &str) -> Result<bool> {
 }
 
 /// Objects of a storage that may be deleted, the oldest first: out of use since before the horizon and for longer than the
-/// retention, needed by nobody else.
+/// retention, needed by nobody else. `orphans`: those that a comparison found, or the others.
 pub fn deferred_due(
     view: View,
     storage_id: i32,
-    horizon: u64,
-    retention_s: f64,
+    orphans: bool,
+    (horizon, retention_s): (u64, f64),
     limit: i64,
 ) -> Result<Vec<String>> {
     spi::query(
         view,
         "SELECT d.path FROM rakam_internal.file_deferred d
-         WHERE d.storage_id = $1 AND d.removed_xid < $2
+         WHERE d.storage_id = $1 AND d.removed_xid < $2 AND (d.reason = 'orphan') = $5
            AND d.removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3)
            AND NOT EXISTS (SELECT FROM rakam_internal.file_pin p WHERE p.storage_id = d.storage_id AND p.path = d.path
                            AND p.until > pg_catalog.clock_timestamp())
@@ -591,7 +592,13 @@ pub fn deferred_due(
            AND NOT EXISTS (SELECT FROM rakam_internal.description_due c
                            WHERE c.path = d.path AND c.storage_id = d.storage_id)
          ORDER BY d.removed_at LIMIT $4",
-        &[arg(storage_id), xid8(horizon), arg(retention_s), arg(limit)],
+        &[
+            arg(storage_id),
+            xid8(horizon),
+            arg(retention_s),
+            arg(limit),
+            arg(orphans),
+        ],
         |row| row.must(1),
     )
 }
@@ -618,6 +625,17 @@ pub struct StorageRow {
     pub id: i32,
     pub name: String,
     pub kind: String,
+}
+
+/// The storage of a collection's project.
+pub fn home_of(collection_id: i32) -> Result<Option<i32>> {
+    spi::first(
+        View::Current,
+        "SELECT p.storage_id FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
+         WHERE c.collection_id = $1",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )
 }
 
 /// The storage of this id. Read as the extension's owner: tenants do not see it.

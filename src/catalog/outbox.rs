@@ -140,6 +140,7 @@ pub fn delete(store_id: i32, ids: &[i64]) -> Result<()> {
 
 /// Removes what waits for a project's stores; with the project go the stores.
 pub fn forget_project(project_id: i32) -> Result<()> {
+    event_store::lock_all(project_id)?;
     event_store::untie(project_id)?;
     for statement in [
         "DELETE FROM rakam_internal.outbox_0 WHERE project_id = $1",

@@ -15,7 +15,7 @@ use super::outbox;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::{Registered, Snapshot};
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{INVALID_OID, Oid, PgError, Result, invalidation, relation, roles};
+use crate::pg::{INVALID_OID, Oid, PgError, Result, invalidation, relation, roles, undo};
 
 /// Entries of a kind after which the cache starts anew.
 const CACHE_ENTRIES_MAX: usize = 10_000;
@@ -76,6 +76,19 @@ impl Project {
             || security::is_superuser(user)
     }
 
+    /// Errors (55000) if the running transaction has made the project: workers do not see it yet.
+    pub fn ensure_committed(&self) -> Result<()> {
+        if MADE.with_borrow(|made| !made.contains(&self.id)) {
+            return Ok(());
+        }
+        Err(PgError::new(
+            "55000",
+            format!("project \"{}\" is not committed yet", self.name),
+        )
+        .detail("The call works in a background worker, which sees what is committed.")
+        .hint("Commit the transaction that creates the project first."))
+    }
+
     /// The project as its admin finds it: nothing is fixed.
     pub fn for_admin(self: Rc<Self>) -> Rc<Self> {
         if !self.is_fixed {
@@ -93,6 +106,13 @@ pub fn authorize(name: &str, right: Right) -> Result<Rc<Project>> {
     by_name(name)?
         .filter(|project| project.allows(security::current_user(), right))
         .ok_or_else(|| PgError::no_project(name))
+}
+
+/// As [`authorize`], for work in a worker, which sees what is committed: 55000 if this transaction has made the project.
+pub fn authorize_committed(name: &str, right: Right) -> Result<Rc<Project>> {
+    let project = authorize(name, right)?;
+    project.ensure_committed()?;
+    Ok(project)
 }
 
 /// The project of this name, in any case of its letters.
@@ -381,7 +401,7 @@ fn cached<V: Clone, O>(
     if let Some(value) = at_generation(invalidation::generation(), |cache| get(cache)) {
         return Ok(Some(value));
     }
-    for table in ["project", "collection", "api_key"] {
+    for table in ["project", "collection", "api_key", "attached_table"] {
         invalidation::watch(relation::oid("rakam_internal", table));
     }
     let before = invalidation::generation();
@@ -405,40 +425,59 @@ fn limited<K, V>(map: &mut HashMap<K, V>) -> &mut HashMap<K, V> {
     map
 }
 
+thread_local! {
+    /// The projects that the running transaction has made.
+    static MADE: RefCell<HashSet<i32>> = RefCell::default();
+}
+
 /// Registers a project without roles. None: the name is taken.
 pub fn insert(name: &str, storage_id: i32) -> Result<Option<i32>> {
-    spi::first(
+    let made: Option<i32> = spi::first(
         View::Current,
         "INSERT INTO rakam_internal.project (name, storage_id) VALUES ($1, $2)
          ON CONFLICT (name) DO NOTHING RETURNING project_id",
         &[arg(name), arg(storage_id)],
         |row| row.must(1),
-    )
+    )?;
+    if let Some(id) = made {
+        MADE.with_borrow_mut(|made| made.insert(id));
+        undo::at_end(move |_| MADE.with_borrow_mut(|made| made.retain(|other| *other != id)));
+    }
+    Ok(made)
 }
 
 /// Notes the project's roles, which exist by now.
 pub fn set_roles(project_id: i32, read: &str, write: &str, admin: &str) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.project
-         SET read_role_name = $2, write_role_name = $3, admin_role_name = $4 WHERE project_id = $1",
+         SET read_role_name = $2, write_role_name = $3, admin_role_name = $4, lost_roles = NULL WHERE project_id = $1",
         &[arg(project_id), arg(read), arg(write), arg(admin)],
     )?;
     Ok(())
 }
 
-/// A project that lacks a role, with the names of its roles for reading, writing and administration.
+/// A project that lacks a role or what its roles may do, with the names of its roles for reading, writing and administration.
 pub struct Lacking {
     pub project_id: i32,
     pub name: String,
     pub roles: [String; 3],
+    /// Roles that are there and have lost what they may do.
+    pub robbed: Vec<String>,
 }
 
-/// The projects of which a role is not there (any more).
+/// The projects of which a role is not there (any more), or has lost what it may do: DROP OWNED BY takes everything, so that
+/// the right to use the schema tells.
 pub fn lacking_roles(view: View) -> Result<Vec<Lacking>> {
     spi::query(
         view,
-        "SELECT project_id, name, read_role_name, write_role_name, admin_role_name FROM rakam_internal.project p
-         WHERE (SELECT count(*) FROM pg_catalog.pg_roles WHERE oid IN (p.read_role, p.write_role, p.admin_role)) < 3
+        "SELECT project_id, name, read_role_name, write_role_name, admin_role_name, r.robbed
+         FROM rakam_internal.project p, LATERAL (
+           SELECT count(*) AS there,
+                  pg_catalog.array_agg(r.rolname::text) FILTER (
+                    WHERE NOT pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')) AS robbed
+           FROM pg_catalog.pg_roles r LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+           WHERE r.oid IN (p.read_role, p.write_role, p.admin_role)) r
+         WHERE (r.there < 3 OR r.robbed IS NOT NULL)
            AND (read_role_name || write_role_name || admin_role_name) IS NOT NULL
          ORDER BY name",
         &[],
@@ -447,6 +486,7 @@ pub fn lacking_roles(view: View) -> Result<Vec<Lacking>> {
                 project_id: row.must(1)?,
                 name: row.must(2)?,
                 roles: [row.must(3)?, row.must(4)?, row.must(5)?],
+                robbed: row.get(6).unwrap_or_default(),
             })
         },
     )
@@ -457,7 +497,8 @@ thread_local! {
     static NAMED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed.
+/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed. A project
+/// that somebody else is changing is left for the next time.
 pub fn follow_renamed_roles() -> Result<()> {
     invalidation::watch(relation::oid("rakam_internal", "project"));
     let now = invalidation::generation();
@@ -465,16 +506,27 @@ pub fn follow_renamed_roles() -> Result<()> {
         return Ok(());
     }
     spi::execute(
-        "UPDATE rakam_internal.project SET name = name WHERE project_id IN (
+        "UPDATE rakam_internal.project SET name = name WHERE project_id = ANY (ARRAY(
            SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.read_role WHERE r.rolname <> p.read_role_name
-           UNION SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.write_role WHERE r.rolname <> p.write_role_name
-           UNION SELECT project_id FROM rakam_internal.project p
-           JOIN pg_catalog.pg_roles r ON r.oid = p.admin_role WHERE r.rolname <> p.admin_role_name)",
+           WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
+              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
+              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
+           FOR NO KEY UPDATE SKIP LOCKED))",
         &[],
     )?;
-    NAMED.set(Some(now));
+    let is_left = spi::run(
+        View::Current,
+        "SELECT FROM rakam_internal.project p
+         WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
+            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
+            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
+         LIMIT 1",
+        &[],
+        |_| Ok(()),
+    )? > 0;
+    if !is_left {
+        NAMED.set(Some(now));
+    }
     Ok(())
 }
 
@@ -546,11 +598,14 @@ pub fn delete(project_id: i32) -> Result<()> {
         "DELETE FROM rakam_internal.local_object WHERE project_id = $1",
         "DELETE FROM rakam_internal.id_run WHERE project_id = $1",
         "DELETE FROM rakam_internal.manifest_log WHERE project_id = $1",
+        "DELETE FROM rakam_internal.inbox_lag WHERE project_id = $1",
         "DELETE FROM rakam_internal.inbox_parked WHERE project_id = $1",
         "DELETE FROM rakam_internal.invalid_value WHERE project_id = $1",
         "DELETE FROM rakam_internal.dead_letter WHERE project_id = $1",
         "DELETE FROM rakam_internal.mapper_dropped WHERE project_id = $1",
         "DELETE FROM rakam_internal.session_span WHERE project_id = $1",
+        "DELETE FROM rakam_internal.job USING rakam_internal.collection c
+         WHERE c.project_id = $1 AND job_key LIKE '%/' || c.collection_id::text",
         "DELETE FROM rakam_internal.project WHERE project_id = $1",
     ] {
         spi::execute(statement, &id)?;

@@ -19,6 +19,57 @@ pub fn is_rebuilding(storage_id: i32) -> Result<bool> {
     )? > 0)
 }
 
+/// While the catalogue of a storage is being made anew, or that was interrupted, nothing of it may go out of use: the next call
+/// would take it for a file that is to be restored. Errors: 55000.
+pub fn ensure_over(storage_id: i32) -> Result<()> {
+    let storage: Option<String> = spi::first(
+        View::Current,
+        "SELECT s.name FROM rakam_internal.rebuild r JOIN rakam_internal.storage s USING (storage_id)
+         WHERE r.storage_id = $1 AND r.finished_at IS NULL",
+        &[arg(storage_id)],
+        |row| row.must(1),
+    )?;
+    storage.map_or(Ok(()), |name| Err(unfinished(&name)))
+}
+
+/// As [`ensure_over`], of the storage of a collection's project.
+pub fn ensure_over_of(collection_id: i32) -> Result<()> {
+    match manifest::home_of(collection_id)? {
+        Some(storage_id) => ensure_over(storage_id),
+        None => Ok(()),
+    }
+}
+
+/// Whether [`ensure_over_of`] would fail: the background leaves such collections alone.
+pub fn is_rebuilding_of(collection_id: i32) -> Result<bool> {
+    match manifest::home_of(collection_id)? {
+        Some(storage_id) => is_rebuilding(storage_id),
+        None => Ok(false),
+    }
+}
+
+fn unfinished(storage: &str) -> PgError {
+    PgError::new(
+        "55000",
+        format!("the catalog of storage \"{storage}\" is being rebuilt"),
+    )
+    .hint(format!(
+        "Wait for it; if it was interrupted, call it again: SELECT rakam.rebuild_catalog({}).",
+        spi::quote_literal(storage)
+    ))
+}
+
+/// The storages of which the catalogue is not whole yet.
+pub fn unfinished_storages(view: View) -> Result<Vec<String>> {
+    spi::query(
+        view,
+        "SELECT s.name FROM rakam_internal.rebuild r JOIN rakam_internal.storage s USING (storage_id)
+         WHERE r.finished_at IS NULL ORDER BY 1",
+        &[],
+        |row| row.must(1),
+    )
+}
+
 /// Begins or goes on making the catalogue of a storage anew. Errors: 55000 there are projects that did not come so, or it
 /// is done.
 pub fn begin_rebuild(storage_id: i32, storage: &str) -> Result<()> {
@@ -58,6 +109,11 @@ pub fn finish_rebuild(storage_id: i32) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.rebuild SET finished_at = pg_catalog.clock_timestamp() WHERE storage_id = $1",
         &[arg(storage_id)],
+    )?;
+    // What comes from now on is received here.
+    spi::execute(
+        "UPDATE rakam_internal.installation SET own_since = pg_catalog.clock_timestamp()",
+        &[],
     )?;
     Ok(())
 }
@@ -135,12 +191,13 @@ pub fn advance_ids(next_ids: (i32, i32)) -> Result<()> {
     Ok(())
 }
 
-/// The files of a storage that are in the manifest already, of those given.
-pub fn known_files(paths: &[String]) -> Result<Vec<String>> {
+/// The files of a storage that are in the manifest already, or have left it, of those given.
+pub fn known_files(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
     spi::query(
         View::Current,
-        "SELECT path FROM rakam_internal.data_file WHERE path = ANY ($1)",
-        &[arg(paths.to_vec())],
+        "SELECT path FROM rakam_internal.data_file WHERE path = ANY ($2) AND storage_id = $1
+         UNION ALL SELECT path FROM rakam_internal.file_deferred WHERE path = ANY ($2) AND storage_id = $1",
+        &[arg(storage_id), arg(paths.to_vec())],
         |row| row.must(1),
     )
 }

@@ -129,6 +129,20 @@ pub fn collection_of_table(view: View, table: Oid) -> Result<Option<Collection>>
     )
 }
 
+/// What has the name of a collection's table that is still to be made: a relation or a type. Workers only.
+pub fn obstacle(view: View, collection: &Collection) -> Result<Option<String>> {
+    let found = spi::first(
+        view,
+        "SELECT CASE
+           WHEN EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.relnamespace = n.oid AND r.relname = $2) THEN 'relation'
+           WHEN EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace = n.oid AND t.typname = $2) THEN 'type' END
+         FROM rakam_internal.project p JOIN pg_catalog.pg_namespace n ON n.nspname = p.name WHERE p.project_id = $1",
+        &[arg(collection.project_id), arg(collection.name.as_str())],
+        |row| Ok(row.get(1)),
+    )?;
+    Ok(found.flatten())
+}
+
 /// The first few collections without a table whose name something else has, or whose schema is gone; as the view's user
 /// may see them.
 pub fn obstructed(view: View) -> Result<Vec<String>> {
@@ -140,6 +154,19 @@ pub fn obstructed(view: View) -> Result<Vec<String>> {
          WHERE c.ft IS NULL AND (n.oid IS NULL
            OR EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.relnamespace = n.oid AND r.relname = c.name)
            OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace = n.oid AND t.typname = c.name))
+         ORDER BY 1 LIMIT 10",
+        &[],
+        |row| row.must(1),
+    )
+}
+
+/// The first few collections whose table somebody has dropped by hand; as the view's user may see them.
+pub fn without_table(view: View) -> Result<Vec<String>> {
+    spi::query(
+        view,
+        "SELECT p.name || '.' || c.name
+         FROM rakam_internal.collection c JOIN rakam_internal.project p USING (project_id)
+         WHERE c.ft IS NOT NULL AND NOT EXISTS (SELECT FROM pg_catalog.pg_class r WHERE r.oid = c.ft)
          ORDER BY 1 LIMIT 10",
         &[],
         |row| row.must(1),
@@ -211,7 +238,8 @@ struct Fields {
 }
 
 impl Fields {
-    /// Adds a row: id, name, type (NULL: dropped), version, whether it is a column, when it was dropped.
+    /// Adds a row: id, name, type (NULL: dropped), version, whether it is a column, when it was dropped, and since when events are
+    /// certainly of this server.
     fn add(&mut self, row: &spi::Row) -> Result<()> {
         let name = row.must(2)?;
         match row.get::<String>(3) {
@@ -227,6 +255,7 @@ impl Fields {
                 name,
                 xid: row.xid8(6).unwrap_or(0) as i64,
                 at_us: row.timestamptz(7).unwrap_or(i64::MIN),
+                own_since_us: row.timestamptz(8).unwrap_or(i64::MIN),
             }),
         }
         Ok(())
@@ -242,9 +271,10 @@ pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
     let mut fields = Fields::default();
     spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz
          FROM rakam_internal.field WHERE collection_id = $1
-         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
+                          (SELECT own_since FROM rakam_internal.installation)
          FROM rakam_internal.dropped_field WHERE collection_id = $1",
         &[arg(collection.id)],
         |row| fields.add(row),
@@ -258,12 +288,14 @@ pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, S
     let mut fields: HashMap<i32, Fields> = HashMap::new();
     spi::run(
         view,
-        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, collection_id
+        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz,
+                collection_id
          FROM rakam_internal.field WHERE collection_id = ANY ($1)
-         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at, collection_id
+         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
+                          (SELECT own_since FROM rakam_internal.installation), collection_id
          FROM rakam_internal.dropped_field WHERE collection_id = ANY ($1)",
         &[arg(ids)],
-        |row| fields.entry(row.must(8)?).or_default().add(row),
+        |row| fields.entry(row.must(9)?).or_default().add(row),
     )?;
     Ok(collections
         .iter()

@@ -11,6 +11,31 @@ use rakam_sources::position::Position;
 use crate::pg::spi::{self, Row, View, arg, quote_ident};
 use crate::pg::{PgError, Result};
 
+/// The longest name of a source, in bytes.
+const NAME_BYTES_MAX: usize = 63;
+
+/// The name of a source as it is noted: ASCII letters small, as those of collections.
+pub fn name_of(name: &str) -> Result<String> {
+    let refused = |why: &str| {
+        Err(PgError::new(
+            "42602",
+            format!("\"{name}\" cannot be the name of a source"),
+        )
+        .detail(why.to_owned()))
+    };
+    let name = name.trim();
+    if name.is_empty() {
+        return refused("It is empty.");
+    }
+    if name.len() > NAME_BYTES_MAX {
+        return refused("A name has up to 63 bytes.");
+    }
+    if name.chars().any(char::is_control) {
+        return refused("It has control characters.");
+    }
+    Ok(name.to_ascii_lowercase())
+}
+
 /// A source as it is noted.
 #[derive(Debug, Clone)]
 pub struct Source {

@@ -85,18 +85,60 @@ pub fn without_dependency(project: Option<&str>) -> Result<Vec<(Oid, String)>> {
 /// Takes over the new names of servers that were renamed.
 pub fn follow_renamed_servers() -> Result<()> {
     spi::execute(
-        "UPDATE rakam_internal.storage s SET name = f.srvname
-         FROM rakam_internal.project p
-         JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
-         JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all'
-         JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
-           AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass
-         JOIN pg_catalog.pg_foreign_server f ON f.oid = d.refobjid AND f.srvname <> 'rakam'
-         WHERE p.storage_id = s.storage_id AND s.kind <> 'local'
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server old WHERE old.srvname = s.name)
-           AND NOT EXISTS (SELECT FROM rakam_internal.storage other WHERE other.name = f.srvname)",
+        // What somebody else is at is left for the next time.
+        "WITH renamed AS MATERIALIZED (
+           SELECT s.storage_id, f.srvname
+           FROM rakam_internal.storage s JOIN rakam_internal.project p USING (storage_id)
+           JOIN pg_catalog.pg_namespace n ON n.nspname = p.name
+           JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = '_all'
+           JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
+             AND d.refclassid = 'pg_catalog.pg_foreign_server'::regclass
+           JOIN pg_catalog.pg_foreign_server f ON f.oid = d.refobjid AND f.srvname <> 'rakam'
+           WHERE s.kind <> 'local'
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server old WHERE old.srvname = s.name)
+             AND NOT EXISTS (SELECT FROM rakam_internal.storage other WHERE other.name = f.srvname)
+           FOR UPDATE OF s SKIP LOCKED)
+         UPDATE rakam_internal.storage s SET name = r.srvname FROM renamed r WHERE s.storage_id = r.storage_id",
         &[],
     )?;
+    Ok(())
+}
+
+/// Forgets the storages whose servers were dropped and of which nothing is left to be read or deleted.
+pub fn forget_gone() -> Result<()> {
+    let without_server: Vec<i32> = spi::query(
+        View::Current,
+        "SELECT storage_id FROM rakam_internal.storage s
+         WHERE s.kind <> 'local' AND NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server f WHERE f.srvname = s.name)",
+        &[],
+        |row| row.must(1),
+    )?;
+    if without_server.is_empty() {
+        return Ok(());
+    }
+    let gone: Vec<i32> = spi::query(
+        View::Current,
+        "DELETE FROM rakam_internal.storage s
+         WHERE s.storage_id = ANY ($1)
+           AND NOT EXISTS (SELECT FROM rakam_internal.project p WHERE p.storage_id = s.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.data_file f WHERE f.storage_id = s.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_deferred d WHERE d.storage_id = s.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i WHERE i.storage_id = s.storage_id)
+           AND NOT EXISTS (SELECT FROM rakam_internal.rebuild r
+                           WHERE r.storage_id = s.storage_id AND r.finished_at IS NULL)
+         RETURNING s.storage_id",
+        &[arg(without_server)],
+        |row| row.must(1),
+    )?;
+    if gone.is_empty() {
+        return Ok(());
+    }
+    for statement in [
+        "DELETE FROM rakam_internal.file_pin WHERE storage_id = ANY ($1)",
+        "DELETE FROM rakam_internal.description_due WHERE storage_id = ANY ($1)",
+    ] {
+        spi::execute(statement, &[arg(gone.clone())])?;
+    }
     Ok(())
 }
 
@@ -275,14 +317,19 @@ pub fn reached(storage_id: i32) -> Result<()> {
          SET reached_at = pg_catalog.clock_timestamp(), failures = 0, failing_since = NULL, last_error = NULL,
              retry_at = NULL
          WHERE storage_id = $1
-           AND (failures > 0 OR reached_at IS NULL OR reached_at < pg_catalog.clock_timestamp() - interval '5 seconds')",
+           AND (failures > 0 OR (reached_at BETWEEN pg_catalog.clock_timestamp() - interval '5 seconds'
+                                              AND pg_catalog.clock_timestamp()) IS NOT TRUE)",
         &[arg(storage_id)],
     )?;
     Ok(())
 }
 
-/// The storage did not do what was asked. It is left alone for a while, longer each time up to `most_s` seconds.
-pub fn failed(storage_id: i32, error: &str, most_s: f64) -> Result<()> {
+/// The longest pause between two attempts on a storage that fails, seconds: one small request each. A time to wait for
+/// that is later than this was noted before the clock was set back, and means nothing.
+const PAUSE_MAX_S: f64 = 15.0;
+
+/// The storage did not do what was asked. It is left alone for a while, longer each time.
+pub fn failed(storage_id: i32, error: &str) -> Result<()> {
     ensure_row(storage_id)?;
     spi::execute(
         "UPDATE rakam_internal.storage_state
@@ -290,7 +337,7 @@ pub fn failed(storage_id: i32, error: &str, most_s: f64) -> Result<()> {
              last_error = $2, retry_at = pg_catalog.clock_timestamp()
                + pg_catalog.make_interval(secs => least($3, pg_catalog.power(2, least(failures, 10))))
          WHERE storage_id = $1",
-        &[arg(storage_id), arg(error), arg(most_s)],
+        &[arg(storage_id), arg(error), arg(PAUSE_MAX_S)],
     )?;
     Ok(())
 }
@@ -305,9 +352,9 @@ pub struct Reach {
 pub fn reach(storage_id: i32) -> Result<Reach> {
     spi::first(
         View::Current,
-        "SELECT failures > 0, coalesce(retry_at > pg_catalog.clock_timestamp(), false)
-         FROM rakam_internal.storage_state WHERE storage_id = $1",
-        &[arg(storage_id)],
+        "SELECT failures > 0, coalesce(retry_at > t.now AND retry_at <= t.now + pg_catalog.make_interval(secs => $2), false)
+         FROM rakam_internal.storage_state, (SELECT pg_catalog.clock_timestamp()) t(now) WHERE storage_id = $1",
+        &[arg(storage_id), arg(PAUSE_MAX_S)],
         |row| {
             Ok(Reach {
                 failing: row.must(1)?,
@@ -334,8 +381,9 @@ pub fn collections_held_up() -> Result<HashSet<i32>> {
         View::Current,
         "SELECT c.collection_id FROM rakam_internal.storage_state s
          JOIN rakam_internal.project p USING (storage_id) JOIN rakam_internal.collection c USING (project_id)
-         WHERE s.retry_at > pg_catalog.clock_timestamp()",
-        &[],
+         WHERE s.retry_at > pg_catalog.clock_timestamp()
+           AND s.retry_at <= pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => $1)",
+        &[arg(PAUSE_MAX_S)],
         |row| row.must(1),
     )?;
     Ok(found.into_iter().collect())
@@ -347,8 +395,8 @@ pub fn need_care(horizon: u64, retention_s: f64, idle_s: f64, check_s: f64) -> R
     Ok(spi::first(
         View::Current,
         "SELECT EXISTS (SELECT FROM rakam_internal.storage s LEFT JOIN rakam_internal.storage_state t USING (storage_id)
-           WHERE s.kind <> 'local' AND coalesce(t.retry_at <= pg_catalog.clock_timestamp(), true)
-             AND (coalesce(t.reached_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3), true)
+           WHERE s.kind <> 'local' AND (t.retry_at > n.now AND t.retry_at <= n.latest) IS NOT TRUE
+             AND ((t.reached_at BETWEEN n.now - pg_catalog.make_interval(secs => $3) AND n.now) IS NOT TRUE
                OR t.checked_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $4)
                OR EXISTS (SELECT FROM rakam_internal.description_due c WHERE c.storage_id = s.storage_id)
                   AND coalesce(t.standing <> 'foreign', true)
@@ -356,14 +404,17 @@ pub fn need_care(horizon: u64, retention_s: f64, idle_s: f64, check_s: f64) -> R
                             AND i.created_at < pg_catalog.clock_timestamp() - interval '10 seconds')))
          OR EXISTS (SELECT FROM rakam_internal.file_deferred d
            LEFT JOIN rakam_internal.storage_state t USING (storage_id)
-           WHERE d.removed_xid < $1 AND coalesce(t.retry_at <= pg_catalog.clock_timestamp(), true)
+           WHERE d.removed_xid < $1 AND (t.retry_at > n.now AND t.retry_at <= n.latest) IS NOT TRUE
              AND coalesce(t.standing IN ('new', 'ours'), true)
-             AND d.removed_at <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2))",
+             AND d.removed_at <= n.now - pg_catalog.make_interval(secs => $2))
+         FROM (SELECT pg_catalog.clock_timestamp(),
+                      pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => $5)) n(now, latest)",
         &[
             xid8(horizon),
             arg(retention_s),
             arg(idle_s),
             arg(check_s),
+            arg(PAUSE_MAX_S),
         ],
         |row| row.must(1),
     )?
@@ -387,78 +438,6 @@ pub fn check_is_due(storage_id: i32, check_s: f64) -> Result<bool> {
 pub struct Listed {
     pub path: String,
     pub bytes: i64,
-}
-
-/// Of these objects, those that no manifest row, intent, pin or deferred deletion names; and those that are queued as
-/// orphans already.
-pub fn unknown(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
-    spi::query(
-        View::Current,
-        "SELECT l.path FROM unnest($2::text[]) l(path)
-         WHERE NOT EXISTS (SELECT FROM rakam_internal.data_file f
-                           WHERE f.path = l.path COLLATE \"C\" AND f.storage_id = $1)
-           AND NOT EXISTS (SELECT FROM rakam_internal.file_intent i
-                           WHERE i.storage_id = $1 AND i.path = l.path COLLATE \"C\")
-           AND NOT EXISTS (SELECT FROM rakam_internal.file_pin p
-                           WHERE p.storage_id = $1 AND p.path = l.path COLLATE \"C\"
-                             AND p.until > pg_catalog.clock_timestamp())
-           AND NOT EXISTS (SELECT FROM rakam_internal.file_deferred d
-                           WHERE d.storage_id = $1 AND d.path = l.path COLLATE \"C\" AND d.reason <> 'orphan')",
-        &[arg(storage_id), arg(paths.to_vec())],
-        |row| row.must(1),
-    )
-}
-
-/// Of these objects, those that lie below the address of an attached table.
-pub fn attached(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
-    spi::query(
-        View::Current,
-        "SELECT l.path FROM unnest($2::text[]) l(path) WHERE EXISTS (
-           SELECT FROM rakam_internal.attached_table a JOIN rakam_internal.project p USING (project_id)
-           LEFT JOIN rakam_internal.storage s ON s.storage_id = $1
-           LEFT JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name
-           LEFT JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
-           WHERE CASE WHEN strpos(a.url, '://') > 0
-                   THEN starts_with(rtrim(o.option_value, '/') || '/' || l.path, substring(a.url FROM '^[^*?[]*'))
-                   ELSE p.storage_id = $1
-                     AND starts_with(l.path, p.name || '/' || substring(a.url FROM '^[^*?[]*')) END)",
-        &[arg(storage_id), arg(paths.to_vec())],
-        |row| row.must(1),
-    )
-}
-
-/// Keeps a file that `holder` wrote for good, where its URL lies in a storage: it is no orphan.
-pub fn keep(url: &str, holder: &str) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.file_pin (storage_id, path, holder, until)
-         SELECT s.storage_id, substr($1, length(rtrim(o.option_value, '/')) + 2), $2, 'infinity'
-         FROM rakam_internal.storage s
-         JOIN pg_catalog.pg_foreign_server f ON f.srvname = s.name AND s.kind <> 'local'
-         JOIN LATERAL pg_catalog.pg_options_to_table(f.srvoptions) o ON o.option_name = 'url'
-         WHERE starts_with($1, rtrim(o.option_value, '/') || '/') ON CONFLICT DO NOTHING",
-        &[arg(url), arg(holder)],
-    )?;
-    Ok(())
-}
-
-/// Whether an upload of this object is announced.
-pub fn is_announced(storage_id: i32, path: &str) -> Result<bool> {
-    Ok(spi::run(
-        View::Current,
-        "SELECT FROM rakam_internal.file_intent WHERE storage_id = $1 AND path = $2",
-        &[arg(storage_id), arg(path)],
-        |_| Ok(()),
-    )? > 0)
-}
-
-/// Queues orphans for deletion. No snapshot has ever seen them: they need not wait for the horizon.
-pub fn queue_orphans(storage_id: i32, paths: &[String]) -> Result<()> {
-    spi::execute(
-        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, removed_xid, reason)
-         SELECT $1, path, 0, '3'::xid8, 'orphan' FROM unnest($2::text[]) l(path) ON CONFLICT DO NOTHING",
-        &[arg(storage_id), arg(paths.to_vec())],
-    )?;
-    Ok(())
 }
 
 /// A data file as a comparison needs it.

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use rakam_lake::storage::place::Place;
 use rakam_lake::storage::{Credentials, Storage, StorageConfig, StorageOptions, StorageUrl};
 
 use super::manifest::StorageRow;
@@ -65,6 +66,11 @@ pub fn server(name: &str) -> Result<(String, Storage)> {
 /// The address of a storage server, as its option has it.
 pub fn address(name: &str) -> Result<String> {
     config(name).map(|(address, _)| address)
+}
+
+/// Where the storage of a foreign server is, however its options say it.
+pub fn place(name: &str) -> Result<Place> {
+    config(name).map(|(_, config)| Place::of(&config))
 }
 
 fn config(name: &str) -> Result<(String, StorageConfig)> {

@@ -20,7 +20,7 @@ use super::row::{self, Datums, Filler, Row, Target};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
-use crate::ingest::append::{self, Encoded};
+use crate::ingest::append::{self, CHUNK_BYTES, CHUNK_ROWS, Encoded};
 use crate::ingest::mapper::{self, Shape};
 use crate::ingest::quota;
 use crate::pg::security::ActAs;
@@ -32,9 +32,6 @@ use crate::pg::{PgError, Result, spare, wait, xact};
 const FIRST_ROWS: usize = 512;
 /// So much JSON gathers before it goes to the inbox, or is taken for the start of a large statement.
 const LINES_BYTES: usize = 1 << 20;
-/// A chunk is written at this many rows or bytes of values; it takes about a third of them in the table.
-const CHUNK_ROWS: usize = 1 << 16;
-const CHUNK_BYTES: usize = 16 << 20;
 /// So many rows or bytes of values are put into columns before they are encoded: few enough for the processor's cache, and for
 /// the allocator to use the same memory for the next ones.
 const PART_ROWS: usize = 1 << 12;
@@ -275,7 +272,7 @@ impl Buffer {
                 level: 0,
                 since_us: None,
             };
-            append::append_encoded(target, chunk);
+            append::append_encoded(target, chunk)?;
         }
         Ok(())
     }

@@ -229,7 +229,7 @@ impl Running {
                 };
                 match &page {
                     Some(rows) => done.inbox_rows += rows.len() as u64,
-                    None => check_truncation(&inbox.tick)?,
+                    None => check_truncation(view, &inbox.tick)?,
                 }
                 let _ = reply.send(page);
             }
@@ -284,7 +284,7 @@ impl Job<'_> {
         // Most often there is none: asking here saves the engine a question.
         self.first_page = tail.next_page(self.view)?;
         if self.first_page.is_none() {
-            check_truncation(&self.visible.tick)?;
+            check_truncation(self.view, &self.visible.tick)?;
         }
         self.tails.push(tail);
         if files.is_empty() && stored.chunks.is_empty() && self.first_page.is_none() {
@@ -387,8 +387,9 @@ impl Job<'_> {
 
 /// On a standby the truncation of an inbox table is replayed without regard to snapshots that have not locked it:
 /// rows that this one should see may be gone.
-fn check_truncation(tick: &inbox::Tick) -> Result<()> {
-    if !xact::in_recovery() {
+fn check_truncation(view: View, tick: &inbox::Tick) -> Result<()> {
+    // Promoted since: what was replayed before is gone all the same.
+    if !xact::in_recovery() && !view.is_of_recovery() {
         return Ok(());
     }
     let latest = Registered::latest();

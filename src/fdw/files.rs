@@ -319,6 +319,9 @@ impl Job {
             let mut reader = self.open(part).await?;
             let mut before = 0;
             loop {
+                // Before it is read: whoever may not hold it does not make it either.
+                let mut memory = self.memory.reserve("attached files");
+                memory.resize(reader.next_bytes())?;
                 let batch;
                 (reader, batch) = blocking(move || {
                     let batch = reader.next_batch();
@@ -332,7 +335,6 @@ impl Job {
                 let Some(batch) = batch.map_err(failed)? else {
                     break;
                 };
-                let mut memory = self.memory.reserve("attached files");
                 memory.resize(batch.get_array_memory_size())?;
                 let batch = self.with_ids(&batch)?;
                 if sender.send(Ok((batch, memory))).await.is_err() {
@@ -346,7 +348,7 @@ impl Job {
     async fn open(self: &Arc<Self>, part: Part) -> std::result::Result<Reader, EngineError> {
         let job = Arc::clone(self);
         let is_first = part.part == 0;
-        let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning);
+        let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning, &job.stop);
         let reader = blocking(open)
             .await
             .and_then(|opened| opened)

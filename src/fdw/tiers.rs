@@ -30,8 +30,9 @@ use crate::catalog::manifest::{self, ChunkRow, FileRow};
 use crate::catalog::registry::{self, Collection};
 use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::security::ActAs;
+use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::{Oid, PgError, Result, cache};
+use crate::pg::{Oid, PgError, Result, cache, invalidation, xact};
 
 /// Footers are fetched up to so many bytes; the rest is read from the files.
 const FOOTER_BYTES_MAX: i64 = 64 << 20;
@@ -52,18 +53,38 @@ pub struct Seen {
 }
 
 /// Looks the table's project and collection up. None: there is nothing that this user may read.
+///
+/// Names are those of the view. A transaction that keeps an old snapshot may have written into what was registered since: that
+/// is looked up as it is now, and its rows are under the view all the same, so that only the transaction's own are seen.
 pub fn look_up(
     view: View,
     table: Oid,
     options: &TableOptions,
     columns: &[Column],
 ) -> Result<Option<Visible>> {
-    let Some(project) = registry::project(view, &options.project)? else {
+    let latest =
+        (xact::keeps_snapshot() && !invalidation::in_parallel_mode()).then(Registered::latest);
+    let now = latest.as_ref().map(|latest| View::Under(latest.get()));
+    let mut project = registry::project(view, &options.project)?;
+    if let (None, Some(now)) = (&project, now) {
+        project = registry::project(now, &options.project)?;
+    }
+    let Some(project) = project else {
         return Ok(None);
     };
     let tick = inbox::tick_of(view, project.id)?;
+    // Collections that the view does not know.
+    let mut since = Vec::new();
     let collections = if options.is_all() {
         let mut all = registry::collections(view, &options.project)?;
+        if let Some(now) = now {
+            for new in registry::collections(now, &options.project)? {
+                if !(all.iter()).any(|known| known.id == new.id || known.name == new.name) {
+                    since.push(new.id);
+                    all.push(new);
+                }
+            }
+        }
         for name in inbox::unregistered(view, &tick, project.id)? {
             if !all.iter().any(|collection| collection.name == name) {
                 // Its events are there already, its table will be within a second.
@@ -79,18 +100,23 @@ pub fn look_up(
         }
         all
     } else {
-        let named = registry::collection(view, &options.project, &options.collection)?;
-        // To an older snapshot a collection that was renamed since has its former name.
-        let renamed = match &named {
-            Some(named) if named.ft == Some(table) => None,
-            _ => registry::collection_of_table(view, table)?,
-        };
-        renamed.or(named).into_iter().collect()
+        let mut found = named(view, table, options)?;
+        if let (None, Some(now)) = (&found, now) {
+            found = named(now, table, options)?;
+        }
+        found.into_iter().collect()
     };
     let parts = collections
         .into_iter()
         .map(|collection| {
             let mut schema = registry::schema(view, &collection)?;
+            let is_new = |column: &Column| schema.field(&column.name).is_none();
+            if let Some(now) = now
+                && (options.is_all() && since.contains(&collection.id)
+                    || !options.is_all() && columns.iter().any(is_new))
+            {
+                schema = registry::schema(now, &collection)?;
+            }
             if !options.is_all() {
                 // The table may have the column already while this snapshot's registry does not say so.
                 for field in &mut schema.fields {
@@ -110,6 +136,17 @@ pub fn look_up(
         time_past_us: project.time_past_us,
         time_future_us: project.time_future_us,
     }))
+}
+
+/// The collection that a table is of.
+fn named(view: View, table: Oid, options: &TableOptions) -> Result<Option<Collection>> {
+    let named = registry::collection(view, &options.project, &options.collection)?;
+    // To an older snapshot a collection that was renamed since has its former name.
+    let renamed = match &named {
+        Some(named) if named.ft == Some(table) => None,
+        _ => registry::collection_of_table(view, table)?,
+    };
+    Ok(renamed.or(named))
 }
 
 /// The field behind each column, by attribute number; a column without one is not in the map.

@@ -5,17 +5,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, RecordBatch};
 use rakam_event::schema::Schema;
 use rakam_lake::backlog::Months;
 use rakam_lake::chunk;
 
-use crate::ingest::append::{self, Encoded, Target};
+use super::reading::value_bytes;
+use crate::ingest::append::{self, CHUNK_BYTES, CHUNK_ROWS, Encoded, Target};
 use crate::pg::runtime::{self, Runtime, Sender};
 use crate::pg::{PgError, Result, wait};
 
-/// Rows of a chunk, at most.
-const CHUNK_ROWS: usize = 65_536;
 /// Chunks that wait to be stored.
 const CHUNKS: usize = 4;
 
@@ -69,7 +68,7 @@ pub fn store(
     while tasks > 0 {
         wait::check_interrupts();
         match port.receive() {
-            Some(Told::Chunk(chunk)) => append::append_encoded(target, chunk),
+            Some(Told::Chunk(chunk)) => append::append_encoded(target, chunk)?,
             Some(Told::Failed(error)) => return Err(error),
             Some(Told::End) => tasks -= 1,
             None => return Err(PgError::internal("the encoding of chunks ended early")),
@@ -84,17 +83,46 @@ impl Work {
         while let Some(month) = self.months.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             let batches = chunk::of_same_columns(month.clone(), &self.schema)?;
             let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
+            let bytes: usize = batches.iter().map(value_bytes).sum();
+            let chunks = rows.div_ceil(CHUNK_ROWS).max(bytes.div_ceil(CHUNK_BYTES));
             // None is much smaller than the others, which a merge would take up again.
-            let chunk_rows = rows.div_ceil(rows.div_ceil(CHUNK_ROWS).max(1));
+            let chunk_rows = rows.div_ceil(chunks.max(1));
             for part in Months::new(&batches, chunk_rows)? {
-                if let Some(chunk) =
-                    Encoded::new(&append::stamped(&part?, self.xid)?, self.schema.version)?
-                    && !told.send(Told::Chunk(chunk)).await
-                {
-                    return Ok(());
+                for part in of_chunk_size(part?) {
+                    let part = append::stamped(&part, self.xid)?;
+                    if let Some(chunk) = Encoded::new(&part, self.schema.version)?
+                        && !told.send(Told::Chunk(chunk)).await
+                    {
+                        return Ok(());
+                    }
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Rows that may be of many more bytes than others, in parts of twice a chunk's at most; one row may have more.
+fn of_chunk_size(rows: RecordBatch) -> Vec<RecordBatch> {
+    let (mut parts, mut whole) = (Vec::new(), vec![rows]);
+    while let Some(rows) = whole.pop() {
+        let n = rows.num_rows();
+        if n < 2 || sliced_bytes(&rows) <= 2 * CHUNK_BYTES {
+            parts.push(rows);
+        } else {
+            whole.push(rows.slice(n / 2, n - n / 2));
+            whole.push(rows.slice(0, n / 2));
+        }
+    }
+    parts
+}
+
+/// About the bytes of the values of these rows, which may be some of an array's.
+fn sliced_bytes(rows: &RecordBatch) -> usize {
+    let columns = rows.columns().iter();
+    columns
+        .filter(|column| column.null_count() < column.len())
+        // What has no size of its own in a slice is not long.
+        .map(|column| column.to_data().get_slice_memory_size().unwrap_or(0))
+        .sum()
 }

@@ -11,20 +11,24 @@ use rakam_files::FilesError;
 use rakam_files::format::Format;
 use rakam_files::locate;
 use rakam_files::sink::{self, Cell, ColumnType, Destination, Gathered, RowForm, Sink};
+use rakam_lake::owner;
 use rakam_lake::storage::PART_BYTES;
+use rakam_lake::storage::place::Place as At;
 use uuid::Uuid;
 
 use super::place::{self, Access, Place, Root};
 use super::upload::Upload;
 use crate::catalog::audit;
 use crate::catalog::projects::{self, Right};
-use crate::catalog::storages;
+use crate::catalog::{places, store};
 use crate::pg::cursor::{self, Column, Cursor, Integers};
 use crate::pg::security::ActAs;
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait, xact};
 
-/// Rows fetched at a time.
-const FETCH_ROWS: u32 = 1000;
+/// Rows fetched at a time: the server has all of them in memory. Fewer of long ones, by what those before them had.
+const FETCH_ROWS: u64 = 1000;
+const FIRST_ROWS: u64 = 16;
+const FETCH_BYTES: u64 = 4 << 20;
 /// As COPY TO makes its files: others may read them.
 const MODE: u32 = 0o644;
 
@@ -63,6 +67,16 @@ fn export(
     let form = sink::row_form(format)?;
     let place = place::resolve(&project, url, Access::Write)?;
     let target = Target::new(&place)?;
+    let (at, keeping) = {
+        let _owner = ActAs::owner();
+        let at = target.place();
+        let held = places::holding(&at)?;
+        (at, held.iter().any(|(_, path)| !owner::is_table(path)))
+    };
+    if keeping {
+        // Else it would pass for an orphan there: that it is none is noted below.
+        xact::ensure_writable("write a file of this kind into a storage")?;
+    }
     let lines;
     let query = match form {
         RowForm::Line => {
@@ -74,11 +88,10 @@ fn export(
         RowForm::Cells | RowForm::Values => query,
     };
     let rows = write(query, &project.name, &target, format)?;
-    let url = target.publish()?;
-    // In a storage it must not pass for an orphan. (Elsewhere, and where nothing can be written, there is nothing to note.)
-    if xact::ensure_writable("note a file").is_ok() {
+    target.publish()?;
+    if keeping {
         let _owner = ActAs::owner();
-        storages::keep(&url, "copy_to")?;
+        places::keep(&at, "copy_to")?;
     }
     Ok(rows)
 }
@@ -93,9 +106,11 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
     let form = sink::row_form(format)?;
     let mut sink = Sink::new(target.create()?, target.name(), format, &columns)?;
     let mut total = 0;
+    let mut most = FIRST_ROWS;
     loop {
         wait::check_interrupts();
-        let n = cursor.fetch(FETCH_ROWS, |row| {
+        let before = sink.bytes();
+        let n = cursor.fetch(most as u32, |row| {
             match form {
                 RowForm::Values => {
                     let values = columns
@@ -122,6 +137,9 @@ fn write(query: &str, schema: &str, target: &Target, format: Format) -> Result<u
         }
         total += n;
         target.advance()?;
+        let row_bytes = (sink.bytes() - before) / n;
+        // Longer ones may follow short ones: not many more at once.
+        most = (FETCH_BYTES / row_bytes.max(1)).clamp(1, FETCH_ROWS.min(most * 4));
     }
     sink.finish()?;
     Ok(total)
@@ -143,7 +161,7 @@ enum Target {
         upload: Upload,
         gathered: Gathered,
         name: String,
-        url: String,
+        at: At,
     },
 }
 
@@ -159,7 +177,7 @@ impl Target {
                 Ok(Self::Object {
                     upload: Upload::begin(bucket.open()?, bucket.path(&name), &name)?,
                     gathered: Gathered::default(),
-                    url: bucket.url(&name),
+                    at: store::place(&bucket.server)?.below(&bucket.path(&name)),
                     name,
                 })
             }
@@ -194,23 +212,22 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the complete file its name; its URL.
-    fn publish(self) -> Result<String> {
+    /// Where it will be.
+    fn place(&self) -> At {
+        match self {
+            Self::Local(file) => At::of_file(&file.path),
+            Self::Object { at, .. } => at.clone(),
+        }
+    }
+
+    /// Gives the complete file its name.
+    fn publish(self) -> Result<()> {
         self.advance()?;
         match self {
-            Self::Local(file) => {
-                file.publish()?;
-                Ok(format!("file://{}", file.path.display()))
-            }
+            Self::Local(file) => file.publish(),
             Self::Object {
-                upload,
-                gathered,
-                url,
-                ..
-            } => {
-                upload.complete(gathered.take_rest())?;
-                Ok(url)
-            }
+                upload, gathered, ..
+            } => upload.complete(gathered.take_rest()),
         }
     }
 }
@@ -240,6 +257,7 @@ struct LocalFile {
 impl LocalFile {
     fn new(root: &Path, confined: bool, name: String) -> Result<Self> {
         let path = root.join(&name);
+        let name = locate::called(root, &path);
         let failed = |e: io::Error| PgError::from(FilesError::io("create", &name, &e));
         let parent = path.parent().unwrap_or(root);
         if confined {

@@ -126,7 +126,7 @@ pub fn start(files: Files, conversion: Conversion, readers: &Readers) -> Result<
     let (pieces, read) = mpsc::channel(PIECES);
     let names = files.files.iter().map(|file| file.name.clone()).collect();
     runtime.spawn(async move {
-        let end = match stop.or(read_all(files, &pieces)).await {
+        let end = match stop.or(read_all(files, &pieces, &stop)).await {
             Ok(()) => Read::End,
             Err(error) => Read::Failed(error),
         };
@@ -137,10 +137,11 @@ pub fn start(files: Files, conversion: Conversion, readers: &Readers) -> Result<
     Ok(port)
 }
 
-/// Reads the files to their end, or until nobody listens.
+/// Reads the files to their end, or until nobody listens or it is told to stop.
 async fn read_all(
     files: Files,
     pieces: &mpsc::Sender<Read>,
+    stop: &Stop,
 ) -> std::result::Result<(), FilesError> {
     let Files {
         files,
@@ -150,7 +151,7 @@ async fn read_all(
     } = files;
     let mut before: u64 = files.iter().take(first).map(|file| file.bytes).sum();
     for (index, file) in files.iter().enumerate().skip(first) {
-        let meter = Meter::default();
+        let meter = Meter::of(stop);
         let open = {
             let (file, spec, meter) = (file.clone(), spec.clone(), meter.clone());
             move || source::open(&file, &spec, from, &meter)

@@ -9,7 +9,13 @@ use rakam_lake::error::LakeError;
 use rakam_lake::row_chunk::Rows;
 
 use crate::catalog::manifest::{self, NewChunk};
+use crate::catalog::restore;
 use crate::pg::{PgError, Result, failpoint};
+
+/// A chunk of many rows is written at so many of them, or bytes of values, which take about a third of that in the table: a
+/// query has the whole of a chunk in memory.
+pub const CHUNK_ROWS: usize = 1 << 16;
+pub const CHUNK_BYTES: usize = 16 << 20;
 
 /// Where a batch belongs.
 #[derive(Debug, Clone, Copy)]
@@ -58,25 +64,25 @@ pub fn stamped(batch: &RecordBatch, xid: i64) -> Result<RecordBatch> {
 
 /// Stores a batch of the collection's stored layout (`Schema::arrow`).
 pub fn append(target: Target, batch: &RecordBatch) -> Result<()> {
-    if let Some(chunk) = Encoded::new(batch, target.schema_version)? {
-        append_encoded(target, chunk);
+    match Encoded::new(batch, target.schema_version)? {
+        Some(chunk) => append_encoded(target, chunk),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Stores a chunk of the target's schema version.
-pub fn append_encoded(target: Target, chunk: Encoded) {
-    insert(target, ChunkFormat::Arrow, &chunk.info, chunk.data);
+pub fn append_encoded(target: Target, chunk: Encoded) -> Result<()> {
+    insert(target, ChunkFormat::Arrow, &chunk.info, chunk.data)
 }
 
 /// Stores a few events as text. `info` is that of the batch they make, every one of them.
 pub fn append_rows(target: Target, info: &ChunkInfo, rows: &Rows) -> Result<()> {
     let data = rows.encode(target.schema_version)?;
-    insert(target, ChunkFormat::Rows, info, data);
-    Ok(())
+    insert(target, ChunkFormat::Rows, info, data)
 }
 
-fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: Vec<u8>) {
+fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: Vec<u8>) -> Result<()> {
+    restore::ensure_over()?;
     failpoint::hit("append.before_insert");
     manifest::add_chunk(&NewChunk {
         project_id: target.project_id,
@@ -88,4 +94,5 @@ fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: Vec<u8>) 
         created_at_us: target.since_us,
         data: &data.into(),
     });
+    Ok(())
 }

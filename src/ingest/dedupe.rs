@@ -34,8 +34,8 @@ const CORRUPT: &str = "XX001";
 /// A run of fewer ids has no filter: it is read whole.
 const UNFILTERED_IDS: usize = 512;
 
-/// Keeps the first copy of each event of one transaction. Open it before anything else is locked or written, and
-/// [`finish`](Self::finish) it in the same transaction; keep that short, since other writers of the projects wait.
+/// Keeps the first copy of each event of one transaction. Open it before anything is locked that other writers of the hot tier
+/// lock, and [`finish`](Self::finish) it in the same transaction; keep that short, since other writers of the projects wait.
 ///
 /// An event must have been received at most a window ago, or by the clock of a transaction that still runs: what was
 /// received longer ago may have been forgotten.
@@ -213,11 +213,13 @@ impl Deduper {
             let of = |entry: &IdEntry| bucket(entry.received_us, window_us);
             // Nearly always there is one bucket; stable, so that hashes stay in order within each.
             entries.sort_by_key(of);
+            let mut runs = Vec::new();
             for part in entries.chunk_by(|a, b| of(a) == of(b)) {
                 if let Some(bucket) = part.first().map(of) {
-                    store(project_id, bucket, part, 0, now_us)?;
+                    runs.extend(laid_out(project_id, bucket, part, 0, now_us)?);
                 }
             }
+            ids::add(&runs)?;
         }
         for ((project_id, collection_id), n) in std::mem::take(&mut self.dropped) {
             ids::count_duplicates(collection_id, project_id, n)?;
@@ -244,13 +246,23 @@ pub fn store(
     depth: u8,
     written_us: i64,
 ) -> Result<()> {
+    ids::add(&laid_out(project_id, bucket, entries, depth, written_us)?)
+}
+
+fn laid_out(
+    project_id: i32,
+    bucket: Bucket,
+    entries: &[IdEntry],
+    depth: u8,
+    written_us: i64,
+) -> Result<Vec<NewRun>> {
+    let mut runs = Vec::new();
     for (node, part) in id_run::lay_out(entries, depth) {
         let times = || part.iter().map(|entry| entry.received_us);
         let (Some(min_received_us), Some(max_received_us)) = (times().min(), times().max()) else {
             continue;
         };
-        let filter = (part.len() > UNFILTERED_IDS).then(|| id_filter::build(node, part));
-        ids::add(&NewRun {
+        runs.push(NewRun {
             project_id,
             bucket,
             node,
@@ -259,11 +271,11 @@ pub fn store(
             min_received_us,
             max_received_us,
             written_us,
-            filter: filter.as_deref(),
-            ids: &id_run::encode(part, min_received_us)?,
-        })?;
+            filter: (part.len() > UNFILTERED_IDS).then(|| id_filter::build(node, part)),
+            ids: id_run::encode(part, min_received_us)?,
+        });
     }
-    Ok(())
+    Ok(runs)
 }
 
 #[cfg(test)]

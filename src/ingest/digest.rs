@@ -8,7 +8,8 @@
 //! A round takes a bounded slice of the backlog: the snapshot is cut at a transaction id, which is valid because
 //! everything below the cut is either finished or listed as in progress. A project of which more than its share waits
 //! gets a snapshot of its own, behind the tick ([`crate::catalog::backlog`]): the rounds take everybody else's events
-//! whole and a slice of one such project after the other, until it has caught up.
+//! whole and a slice of one such project after the other, until it has caught up. A project that some transaction is dropping
+//! lags, too, without slices: its rows are locked until that transaction ends, which nobody else is to wait for.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -25,10 +26,11 @@ pub use super::making::limits;
 use super::quota;
 use super::waiting::{FIRST_SLICE_BYTES, Waiting, fitting};
 use crate::catalog::backlog::{self, Backlog, Lag, Whose};
+use crate::catalog::dead_letter;
 use crate::catalog::inbox::{self, TailRow, Tick};
 use crate::catalog::registry::ProjectRow;
 use crate::catalog::restored;
-use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
@@ -94,6 +96,17 @@ impl Default for Watch {
     }
 }
 
+/// Projects that transactions are dropping, as far as they were asked for at a look. Whoever begins to drop one afterwards
+/// waits for the digest lock before it locks any row.
+#[derive(Default)]
+struct Going(HashMap<i32, bool>);
+
+impl Going {
+    fn has(&mut self, project_id: i32) -> bool {
+        *(self.0.entry(project_id)).or_insert_with(|| !locks::is_free(LockOn::Project(project_id)))
+    }
+}
+
 /// What the first transaction found.
 struct Plan {
     tick: Tick,
@@ -101,7 +114,7 @@ struct Plan {
     upto: XidSnapshot,
     /// Whether everybody's events are digested.
     tick_moves: bool,
-    /// Whose events are not everybody's: they lag, or will from now on.
+    /// Whose events are not everybody's: they lag, or will from now on, or are being dropped.
     apart: Vec<i32>,
     /// Of those, the ones that begin to lag.
     begin_to_lag: Vec<i32>,
@@ -237,7 +250,9 @@ impl Watch {
             self.waiting = Waiting::new(self.slice_bytes);
         }
         let mut learner = Learner::new(view);
-        let cut = self.see(view, &now, &lags, &mut learner)?;
+        let mut going = Going::default();
+        self.waiting.set_apart_all(|id| going.has(id));
+        let cut = self.see(view, &now, &lags, (&mut learner, &mut going))?;
         let is_cut = cut.is_some();
         self.seen = cut.unwrap_or_else(|| now.clone());
 
@@ -251,7 +266,8 @@ impl Watch {
         let mut apart: Vec<i32> = lags.iter().map(|lag| lag.project_id).collect();
         apart.extend(&begin_to_lag);
 
-        let next = apart
+        let served: Vec<i32> = apart.iter().copied().filter(|id| !going.has(*id)).collect();
+        let next = served
             .iter()
             .copied()
             .min_by_key(|id| self.served.get(id).copied().unwrap_or(0));
@@ -280,7 +296,7 @@ impl Watch {
         if tick_moves {
             projects.extend(self.waiting.projects.keys());
         }
-        let left = apart.len() - usize::from(slice.as_ref().is_some_and(|s| s.ends));
+        let left = served.len() - usize::from(slice.as_ref().is_some_and(|s| s.ends));
         Ok(Plan {
             upto: if tick_moves {
                 self.seen.clone()
@@ -304,7 +320,7 @@ impl Watch {
         view: View,
         now: &XidSnapshot,
         lags: &[Lag],
-        learner: &mut Learner,
+        (learner, going): (&mut Learner, &mut Going),
     ) -> Result<Option<XidSnapshot>> {
         let mut apart: Vec<i32> = lags.iter().map(|lag| lag.project_id).collect();
         apart.extend(&self.waiting.heavy);
@@ -316,6 +332,10 @@ impl Watch {
             let waiting = &mut self.waiting;
             let page = rows.next_page(view, |head| {
                 enough.push(!waiting.is_bearable());
+                if going.has(head.project_id) {
+                    waiting.set_apart(head.project_id);
+                    return false;
+                }
                 waiting.count(head)
             })?;
             let Some(page) = page else {
@@ -458,7 +478,7 @@ fn refuse(project: &ProjectRow, row: &TailRow) -> Result<()> {
         None => "collection could not be registered".to_owned(),
     };
     for event in row.payload.split(|&b| b == b'\n').filter(|e| !e.is_empty()) {
-        inbox::parked::add_dead_letter(row, event, &why)?;
+        dead_letter::keep(row, event, &why, true)?;
     }
     Ok(())
 }
@@ -468,8 +488,8 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
     let due = xact::worker(|| inbox::parked::due(View::Current, 100))?;
     let mut left = 0;
     for parked in due {
-        let outcome = xact::worker(|| retry(&parked))?;
-        left += u64::from(outcome);
+        let outcome = xact::in_passing(|| retry(&parked))?;
+        left += u64::from(outcome == Some(true));
     }
     Ok(left)
 }

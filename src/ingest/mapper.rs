@@ -162,11 +162,7 @@ pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
     let mappers = catalog::of_project(entry.project_id)?;
     if mappers.of(entry.collection).next().is_none() {
         put(entry)?;
-        return Ok(Outcome {
-            stored: i64::from(entry.n),
-            failed: Vec::new(),
-            lacks_id: None,
-        });
+        return Ok(Outcome::all_stored(entry));
     }
     let text = std::str::from_utf8(&entry.payload)
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
@@ -178,7 +174,7 @@ pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
 }
 
 /// Stores events that have been through their mappers: in the inbox, or on their way to the event store.
-fn put(entry: &Entry<'_>) -> Result<()> {
+pub fn put(entry: &Entry<'_>) -> Result<()> {
     match entry.store_id {
         None => inbox::append(entry),
         Some(store_id) => outbox::append(entry, store_id),
@@ -225,6 +221,17 @@ pub struct Outcome {
     pub failed: Vec<Failed>,
     /// Whether an event was stored without an `_id`; None: there was no mapper that could have taken one away.
     pub lacks_id: Option<bool>,
+}
+
+impl Outcome {
+    /// Of events that no mapper has seen.
+    pub fn all_stored(entry: &Entry<'_>) -> Self {
+        Self {
+            stored: i64::from(entry.n),
+            failed: Vec::new(),
+            lacks_id: None,
+        }
+    }
 }
 
 /// An event on its way, and which line of the payload it was, if that is known.

@@ -40,20 +40,23 @@ pub fn charge_stored(project: &Project, events: i64, bytes: i64) -> Result<()> {
 }
 
 /// A batch of a source.
+#[derive(Debug, Default)]
 pub struct Batch {
     pub events: usize,
     /// Of events that go straight into the hot tier, and of those that go through the inbox.
     pub stored_bytes: usize,
     pub inbox_bytes: usize,
+    /// Of events that were charged when they were collected, on their way to the event store that they come back from.
+    pub charged_bytes: usize,
 }
 
 /// As [`charge`] and [`charge_stored`], of a batch that cannot be made smaller: one that is of more events than a second may
 /// have is taken in when nothing is owed, and what comes after it waits the longer.
 pub fn charge_batch(project: &Project, batch: &Batch) -> Result<()> {
-    room::take((batch.stored_bytes + batch.inbox_bytes) as i64)?;
+    room::take((batch.stored_bytes + batch.inbox_bytes + batch.charged_bytes) as i64)?;
     take_bytes(project, batch.inbox_bytes as i64, Arrival::Digest)?;
     take_bytes(project, batch.stored_bytes as i64, Arrival::Commit)?;
-    if let Some(per_second) = project.quota.events_per_second {
+    if let Some(per_second) = project.quota.events_per_second.filter(|_| batch.events > 0) {
         let meter = meter::of(project.id);
         if !meter.take_batch(batch.events as i64, per_second) {
             return Err(refused(project, &format!("{per_second} events per second")));

@@ -34,6 +34,8 @@ fn replay_dead_letters(
 fn replay(project: &str, source: Option<&str>) -> Result<i64> {
     xact::ensure_writable("replay dead letters")?;
     let project = projects::authorize(project, Right::Admin)?;
+    let source = source.map(sources::name_of).transpose()?;
+    let source = source.as_deref();
     let mut records = match source {
         Some(name) => Some(Records::open(&project, name)?),
         None => None,
@@ -124,13 +126,14 @@ fn keep(
         .map(|failed| NewRecord {
             split: letter.split.as_deref(),
             offset: letter.offset.clone(),
-            collection: Some(entry.collection),
+            collection: Some(entry.collection.into()),
             payload: failed.event.as_bytes(),
             error: failed.error.clone(),
             stage: failed.stage,
             is_row: shape == Shape::Row,
             is_record: false,
             written_at_us: letter.written_at_us,
+            columns: None,
         })
         .collect();
     as_owner(|| dead_letter::insert_records(project.id, source, letter.received_at_us, &records))
@@ -187,7 +190,7 @@ impl<'a> Records<'a> {
                 store_id: None,
                 payload: event.line.as_bytes().into(),
             };
-            let outcome = mapper::enter_but_failed(&entry, event.shape)?;
+            let outcome = mapper::again(&entry, event.shape, letter.stage)?;
             let source = Some(self.source);
             keep(
                 self.project,

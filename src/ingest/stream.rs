@@ -7,28 +7,33 @@
 //! 2. In one transaction: [`Stream::store`], then `catalog::sources::advance`, which compares and sets the epoch and the position of
 //!    each split that the batch moves. If somebody else has a split by now, everything is rolled back.
 //! 3. If the transaction failed for another reason the consumer prepares the batch anew: `store` may leave what it likes in
-//!    `Prepared`. 53400 and 53100 mean that there is no room for the batch now: nothing is lost by waiting.
+//!    `Prepared`. But where there is no room for the batch now (53400, 53100) it is whole: the consumer stores it later, and no
+//!    mapper has been called by then.
 //!
 //! Many events of a collection become columns, and a chunk of their own; they lose the copies of events that are known. Few, and
 //! all of a collection with mappers, go through the inbox, where they are read at once and digested with others. Both roads
-//! are those of every other event.
+//! are those of every other event. Events that come back from an event store of the project itself have been through its
+//! mappers and were charged when they were collected: neither is done again.
 //!
 //! A consumer has one `Stream` for each source that it reads; it is made anew when the source's definition changes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use rakam_event::schema::{ID, Schema};
+use rakam_files::format::Options as CsvOptions;
 use rakam_files::log::Log;
-use rakam_sources::batch::{Batch, Limits, Record};
-use rakam_sources::decode::{DeadLetter, DecodeError, Decoder, Route};
+use rakam_sources::batch::{Batch, Limits, Record, written_us};
+use rakam_sources::decode::{self, DeadLetter, DecodeError, Decoder, Route};
+use rakam_sources::options::What;
 
 use super::append::{self, Target};
 use super::collect::limits;
 use super::dedupe::Deduper;
-use super::mapper::{self, Shape};
+use super::mapper::{self, Outcome, Shape};
 use super::quota;
 use crate::catalog::dead_letter::{self, NewRecord};
 use crate::catalog::inbox::Entry;
@@ -46,9 +51,8 @@ mod schemas;
 
 pub use schemas::unknown_source;
 
-/// Of a day's bytes a batch is such a part at most.
+/// Of a day's bytes a batch is such a part at most, so that it fits into what is left of most days.
 const DAY_PARTS: i64 = 16;
-const BATCH_BYTES_MIN: usize = 64 << 10;
 
 /// How the records of one source become events.
 pub struct Stream {
@@ -57,7 +61,9 @@ pub struct Stream {
     source: String,
     route: Route,
     decoder: Decoder,
-    /// As of the last batch.
+    /// Of files: how their CSV is written.
+    csv: CsvOptions,
+    /// As of the last look.
     quota: Quota,
 }
 
@@ -75,6 +81,8 @@ enum Origin {
 /// Rows of a collection that become a chunk.
 struct Part {
     rows: RecordBatch,
+    /// They come back from an event store of the project.
+    is_own: bool,
     /// Of each row; of one for all: the same.
     origins: Vec<Origin>,
 }
@@ -94,8 +102,17 @@ struct Table {
     schema: Rc<Schema>,
     parts: Vec<Part>,
     invalid: Log,
-    /// Of the events as they were sent.
+    /// Of the events as they were sent; and of those that come back from an event store of the project.
     bytes: usize,
+    own_bytes: usize,
+}
+
+impl Table {
+    /// Events that did not come back from an event store of the project.
+    fn events_of_others(&self) -> usize {
+        let others = self.parts.iter().filter(|part| !part.is_own);
+        others.map(|part| part.rows.num_rows()).sum()
+    }
 }
 
 type Tables = BTreeMap<(i32, i32), Table>;
@@ -104,6 +121,8 @@ type Tables = BTreeMap<(i32, i32), Table>;
 struct Lines {
     collection: String,
     shape: Shape,
+    /// They come back from an event store of the project.
+    is_own: bool,
     payload: String,
     origins: Vec<Origin>,
     /// Whether a line lacks an `_id`.
@@ -133,6 +152,8 @@ struct Letter {
     collection: Option<String>,
     stage: Stage,
     is_row: bool,
+    /// Of a row of CSV: the names of the columns of its file, as a JSON array.
+    columns: Option<Rc<str>>,
 }
 
 /// A batch that is ready to be stored.
@@ -144,23 +165,14 @@ pub struct Prepared {
     tables: Tables,
     lines: Vec<Lines>,
     letters: Vec<Letter>,
-    tombstones: u64,
-    schema_changed: bool,
+    /// Nothing was taken out of it.
+    is_whole: bool,
 }
 
 impl Prepared {
-    pub fn batch(&self) -> &Batch {
-        &self.batch
-    }
-
-    /// Records without a value, which are skipped.
-    pub fn tombstones(&self) -> u64 {
-        self.tombstones
-    }
-
-    /// Collections or fields were registered for it: tables or columns are to be made.
-    pub fn schema_changed(&self) -> bool {
-        self.schema_changed
+    /// Whether it may be stored later, after an attempt that failed. A full disk, too, answers 53100, but in the midst of it.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     fn record(&self, origin: Origin) -> Option<&Record> {
@@ -207,8 +219,17 @@ impl Stream {
                 source.options.route.clone(),
                 limits(),
             ),
+            csv: match &source.options.what {
+                What::Objects { options, .. } => options.clone(),
+                What::Topics(_) | What::Stream(_) => CsvOptions::default(),
+            },
             quota: Quota::default(),
         }
+    }
+
+    /// The project has this quota now.
+    pub fn set_quota(&mut self, quota: Quota) {
+        self.quota = quota;
     }
 
     /// How much the next batch may have: no more than the project's quota takes at once.
@@ -220,7 +241,7 @@ impl Stream {
         }
         if let Some(per_day) = self.quota.bytes_per_day {
             let most = usize::try_from(per_day / DAY_PARTS).unwrap_or(usize::MAX);
-            limits.bytes = limits.bytes.min(most.max(BATCH_BYTES_MIN));
+            limits.bytes = limits.bytes.min(most.max(1));
         }
         limits
     }
@@ -232,37 +253,40 @@ impl Stream {
         prepare::prepare(self, batch)
     }
 
-    /// Stores a batch, in the transaction that moves the positions; nothing else is locked or written in it before.
+    /// Stores a batch, in the transaction that moves the positions; nothing else is locked or written in it before but by the
+    /// mappers of its events.
     ///
-    /// Errors: 53400 and 53100 there is no room for it now, 40001 what it was prepared for has changed meanwhile.
+    /// Errors: 53400 and 53100 there is no room for it now, and `prepared` is as it was; 40001 what it was prepared for has changed
+    /// meanwhile.
     pub fn store(&mut self, prepared: &mut Prepared) -> Result<Stored> {
         failpoint::hit("stream.before_store");
-        let tables = std::mem::take(&mut prepared.tables);
-        let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
-        let dedupe = (tables.values().flat_map(|t| &t.parts))
-            .any(has_ids)
-            .then(|| Deduper::open([self.project_id]));
         let project = projects::by_name(&prepared.project)?
             .filter(|project| project.id == self.project_id)
             .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
-        self.quota = project.quota;
+        charge(&project, prepared)?;
+        prepared.is_whole = false;
         let mut storing = Storing {
             stream: self,
             project: &project,
-            dedupe,
+            dedupe: None,
             done: Stored {
                 lacks_id: vec![false; prepared.batch.moves.len()],
                 ..Stored::default()
             },
             letters: std::mem::take(&mut prepared.letters),
         };
-        storing.keep(&tables)?;
-        storing.charge(prepared, &tables)?;
-        for table in tables.into_values() {
-            storing.table(prepared, table)?;
-        }
+        // Mappers take what time they like: what others wait for is locked behind them.
         for lines in std::mem::take(&mut prepared.lines) {
             storing.lines(prepared, &lines)?;
+        }
+        let tables = std::mem::take(&mut prepared.tables);
+        let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
+        if tables.values().flat_map(|t| &t.parts).any(has_ids) {
+            storing.dedupe = Some(Deduper::open([project.id]));
+        }
+        keep(&project, &tables)?;
+        for table in tables.into_values() {
+            storing.table(prepared, table)?;
         }
         let done = storing.finish(prepared)?;
         failpoint::hit("stream.after_store");
@@ -272,6 +296,47 @@ impl Stream {
 
 fn ids(part: &Part) -> Option<&arrow::array::StringArray> {
     part.rows.column_by_name(ID)?.as_string_opt::<i32>()
+}
+
+/// Keeps the collections as they were when the batch was prepared.
+fn keep(project: &Project, tables: &Tables) -> Result<()> {
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<i32> = tables.keys().map(|(id, _)| *id).collect();
+    let kept = registry::keep_collections(&ids)?;
+    for table in tables.values() {
+        let name = &table.collection.name;
+        let is_same = |c: &Collection| c.id == table.collection.id && c.name == *name;
+        if !kept.iter().any(is_same)
+            || table.events_of_others() > 0 && mapper::applies(project.id, name)?
+        {
+            return Err(PgError::new(
+                "40001",
+                format!("collection \"{name}\" has changed since its events were decoded"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn charge(project: &Project, prepared: &Prepared) -> Result<()> {
+    let mut batch = quota::Batch::default();
+    for table in prepared.tables.values() {
+        batch.events += table.events_of_others();
+        batch.stored_bytes += table.bytes - table.own_bytes;
+        batch.charged_bytes += table.own_bytes;
+    }
+    for lines in &prepared.lines {
+        match lines.is_own {
+            true => batch.charged_bytes += lines.payload.len(),
+            false => {
+                batch.events += lines.origins.len();
+                batch.inbox_bytes += lines.payload.len();
+            }
+        }
+    }
+    quota::charge_batch(project, &batch)
 }
 
 /// A batch being stored.
@@ -284,43 +349,6 @@ struct Storing<'a> {
 }
 
 impl Storing<'_> {
-    /// Keeps the collections as they were when the batch was prepared.
-    fn keep(&self, tables: &Tables) -> Result<()> {
-        if tables.is_empty() {
-            return Ok(());
-        }
-        let ids: Vec<i32> = tables.keys().map(|(id, _)| *id).collect();
-        let kept = registry::keep_collections(&ids)?;
-        for table in tables.values() {
-            let name = &table.collection.name;
-            let is_same = |c: &Collection| c.id == table.collection.id && c.name == *name;
-            if !kept.iter().any(is_same) || mapper::applies(self.project.id, name)? {
-                return Err(PgError::new(
-                    "40001",
-                    format!("collection \"{name}\" has changed since its events were decoded"),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn charge(&self, prepared: &Prepared, tables: &Tables) -> Result<()> {
-        let rows = |table: &Table| table.parts.iter().map(|p| p.rows.num_rows()).sum::<usize>();
-        quota::charge_batch(
-            self.project,
-            &quota::Batch {
-                events: tables.values().map(rows).sum::<usize>()
-                    + prepared
-                        .lines
-                        .iter()
-                        .map(|l| l.origins.len())
-                        .sum::<usize>(),
-                stored_bytes: tables.values().map(|table| table.bytes).sum(),
-                inbox_bytes: prepared.lines.iter().map(|l| l.payload.len()).sum(),
-            },
-        )
-    }
-
     fn lacks_id(&mut self, prepared: &Prepared, origin: Option<Origin>) {
         if let Some(split) = origin.and_then(|origin| prepared.split(origin))
             && let Some(lacks) = self.done.lacks_id.get_mut(split)
@@ -373,7 +401,13 @@ impl Storing<'_> {
             store_id: None,
             payload: lines.payload.as_bytes().into(),
         };
-        let outcome = mapper::enter_but_failed(&entry, lines.shape)?;
+        let outcome = match lines.is_own {
+            true => {
+                mapper::put(&entry)?;
+                Outcome::all_stored(&entry)
+            }
+            false => mapper::enter_but_failed(&entry, lines.shape)?,
+        };
         self.done.events += outcome.stored as u64;
         if outcome.lacks_id.unwrap_or(lines.lacks_id) {
             for &origin in &lines.origins {
@@ -391,6 +425,7 @@ impl Storing<'_> {
                 collection: Some(lines.collection.clone()),
                 stage: failed.stage,
                 is_row: lines.shape == Shape::Row,
+                columns: None,
             });
         }
         Ok(())
@@ -415,22 +450,23 @@ impl Storing<'_> {
 }
 
 impl Letter {
-    /// A record that is no event.
-    fn of_record(dead: &DeadLetter) -> Self {
+    /// A record that is no event; a replay takes it from `stage` on.
+    fn of_record(dead: &DeadLetter, stage: Stage) -> Self {
         Self {
             origin: Origin::Record(dead.record),
             payload: None,
             error: reason(&dead.error),
             collection: None,
-            stage: Stage::Project,
+            stage,
             is_row: false,
+            columns: None,
         }
     }
 
     fn to_store<'a>(&'a self, prepared: &'a Prepared) -> NewRecord<'a> {
         let batch = &prepared.batch;
         let record = prepared.record(self.origin);
-        let named = || std::str::from_utf8(batch.collection(record?)?).ok();
+        let named = || Some(decode::collection_text(batch.collection(record?)?));
         let split = prepared
             .split(self.origin)
             .and_then(|at| batch.moves.get(at));
@@ -441,7 +477,7 @@ impl Letter {
                 Origin::Split(_, line) => line.map(|line| line.to_string()),
                 Origin::Batch => None,
             },
-            collection: self.collection.as_deref().or_else(named),
+            collection: (self.collection.as_deref().map(Cow::Borrowed)).or_else(named),
             payload: match &self.payload {
                 Some(payload) => payload,
                 None => record.and_then(|r| batch.value(r)).unwrap_or_default(),
@@ -452,7 +488,8 @@ impl Letter {
             is_record: self.collection.is_none(),
             written_at_us: record
                 .and_then(|record| record.timestamp_ms)
-                .map(|ms| ms.saturating_mul(1_000)),
+                .and_then(written_us),
+            columns: self.columns.as_deref(),
         }
     }
 }

@@ -46,11 +46,19 @@ impl Waiting {
     }
 
     /// A project's events are not everybody's any more.
-    fn set_apart(&mut self, project_id: i32) {
+    pub fn set_apart(&mut self, project_id: i32) {
         let (events, bytes) = self.projects.remove(&project_id).unwrap_or_default();
         self.events -= events;
         self.bytes -= bytes;
         self.heavy.insert(project_id);
+    }
+
+    /// As [`Self::set_apart`], of every project of which this is true.
+    pub fn set_apart_all(&mut self, mut of: impl FnMut(i32) -> bool) {
+        let ids: Vec<i32> = self.projects.keys().copied().filter(|&id| of(id)).collect();
+        for id in ids {
+            self.set_apart(id);
+        }
     }
 
     /// Whether a round can take all of it.
@@ -156,6 +164,10 @@ mod tests {
         assert!(waiting.is_bearable());
         assert_eq!(waiting.heavy.len(), 1);
         assert!((10..=15).all(|id| !waiting.heavy.contains(&id)));
+        // Whoever is named.
+        waiting.set_apart_all(|id| id >= 14);
+        assert!(waiting.heavy.contains(&14) && waiting.heavy.contains(&15));
+        assert_eq!(waiting.heavy.len(), 3);
         // Where nobody is larger than others, nobody goes apart.
         let mut waiting = Waiting::new(1_000);
         for id in 0..500 {

@@ -6,6 +6,7 @@
 //! (`rakam_sources::published`). [`parcel`] makes records of rows, [`rotate`] gives space back, [`functions`] is how users set stores.
 
 mod functions;
+mod lane;
 mod parcel;
 pub mod relay;
 mod rotate;

@@ -2,7 +2,8 @@
 //!
 //! A store has one batch under way at most, so that its batches arrive one after the other. Between a batch's number and the note
 //! that it is published nothing here is known for sure: a batch is published again until an attempt says that all of it arrived. A
-//! store that struggles gives way to the others after a while, and is tried again later.
+//! store that struggles gives way to the others after a while, or at once when its server gets another definition, and is tried
+//! again later. A store that somebody is about to change is looked at again a moment later: the relay waits for nobody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -11,14 +12,15 @@ use std::time::{Duration, Instant};
 use rakam_sources::SourceError;
 use rakam_sources::publish::{Publish, Refused, Trouble};
 
+use super::lane::{Lane, PAUSE, Published, Work};
 use super::parcel::{self, Packed, Topics};
 use super::rotate;
-use crate::catalog::dead_letter::{self, NewLetter};
+use crate::catalog::dead_letter;
 use crate::catalog::event_store::{self, Assigned, EventStore};
 use crate::catalog::inbox::TailRow;
-use crate::catalog::mapper::Stage;
 use crate::catalog::outbox;
 use crate::ingest::learn::{Learner, register};
+use crate::pg::locks::{self, LockOn};
 use crate::pg::runtime::{self, Port, Sender, Task};
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::View;
@@ -34,7 +36,6 @@ const BATCH_BYTES: i64 = 4 << 20;
 const STORES_AT_A_TIME: usize = 8;
 /// How long an attempt may struggle before it gives way, and how long a store that failed waits: longer each time.
 const STRUGGLE: Duration = Duration::from_secs(20);
-const PAUSE: Duration = Duration::from_millis(500);
 const PAUSE_MOST: Duration = Duration::from_secs(8);
 /// A connection that nothing was sent over for so long is closed.
 const IDLE: Duration = Duration::from_secs(30);
@@ -56,49 +57,6 @@ struct Told {
 enum Outcome {
     Topics(std::result::Result<Vec<i32>, SourceError>),
     Published(std::result::Result<Vec<Refused>, SourceError>),
-}
-
-/// What is being done for a store.
-enum Work {
-    /// The numbers of partitions of topics are asked for.
-    Asking { _task: Task, topics: Vec<Arc<str>> },
-    Publishing {
-        _task: Task,
-        batch: Assigned,
-        rows: Vec<TailRow>,
-        packed: Box<Packed>,
-    },
-}
-
-/// What the relay knows of a store.
-#[derive(Default)]
-struct Lane {
-    /// How its service was reached.
-    service: Option<Service>,
-    publisher: Option<Box<dyn Publish>>,
-    work: Option<Work>,
-    /// Of the work: what is told of an earlier one, which was given up, comes too late.
-    attempt: u64,
-    began: Option<Instant>,
-    trouble: Trouble,
-    /// What was noted as its error.
-    noted: Option<String>,
-    failures: u32,
-    /// Not before.
-    due: Option<Instant>,
-    /// Topics are asked for again: what is noted of them may be out of date.
-    doubts: bool,
-    used: Option<Instant>,
-}
-
-impl Lane {
-    /// Begins with some work; the number of the attempt.
-    fn begin(&mut self) -> u64 {
-        self.attempt += 1;
-        self.began = Some(Instant::now());
-        self.trouble = Trouble::default();
-        self.attempt
-    }
 }
 
 /// The relay of a database.
@@ -184,7 +142,7 @@ impl Relay {
     /// A store's pause is over.
     fn is_due(&self) -> bool {
         let now = Instant::now();
-        let over = |lane: &Lane| lane.work.is_none() && lane.due.is_some_and(|due| due <= now);
+        let over = |lane: &Lane| !lane.is_under_way() && lane.due.is_some_and(|due| due <= now);
         self.lanes.values().any(over)
     }
 
@@ -195,7 +153,7 @@ impl Relay {
             .values()
             .filter(|lane| lane.due.is_some())
             .peekable();
-        waiting.peek().is_some() && self.lanes.values().all(|lane| lane.work.is_none())
+        waiting.peek().is_some() && !self.lanes.values().any(Lane::is_under_way)
     }
 
     /// Begins with the stores that have work, those first that were served longest ago.
@@ -204,24 +162,33 @@ impl Relay {
         let stores = xact::worker(|| event_store::with_work(View::Under(Snapshot::active())))?;
         let mut turn = Turn::Idle;
         let now = Instant::now();
-        // A store that failed and has no work any more is forgotten with its failure.
+        // A store that failed and has no work any more is forgotten with its failure, and with what was published if it is gone.
         for (id, lane) in &mut self.lanes {
-            if lane.work.is_none() && !stores.iter().any(|(with_work, _)| with_work == id) {
+            if !lane.is_under_way() && !stores.iter().any(|(with_work, _)| with_work == id) {
+                lane.work = None;
                 lane.due = None;
                 lane.failures = 0;
             }
         }
         for (id, store) in stores {
             turn = Turn::Busy;
-            let under_way = self.lanes.values().filter(|l| l.work.is_some()).count();
             let lane = self.lanes.entry(id).or_default();
-            if lane.work.is_some()
-                || lane.due.is_some_and(|due| due > now)
-                || under_way >= STORES_AT_A_TIME
+            if lane.is_struggling()
+                && let Ok(store) = &store
+                && is_redefined(lane, store)?
             {
-                continue;
+                lane.give_up();
+                lane.due = None;
             }
+            let is_due = lane.due.is_none_or(|due| due <= now);
+            let (is_under_way, has_work) = (lane.is_under_way(), lane.work.is_some());
+            let all_under_way = self.lanes.values().filter(|l| l.work.is_some()).count();
             let outcome = match store {
+                _ if !is_due || is_under_way => continue,
+                _ if has_work => self.note_published(id),
+                _ if all_under_way >= STORES_AT_A_TIME => continue,
+                // Its rows are locked until a transaction ends that is dropping the project: no other store waits for that.
+                Ok(store) if !locks::is_free(LockOn::Project(store.project_id)) => continue,
                 Ok(store) => self.begin_store(&store),
                 Err(error) => Err(Failure::Error(error)),
             };
@@ -267,14 +234,21 @@ impl Relay {
         if !unknown.is_empty() {
             return self.ask(store.id, unknown).map_err(Failure::Error);
         }
-        let (batch, packed) = xact::worker(|| {
+        let made = xact::worker(|| {
             let batch = match assigned {
                 Ok(batch) => batch,
+                Err(_) if !event_store::try_lock(store.id)? => return Ok(None),
                 Err(heads) => event_store::assign(store, heads)?,
             };
             let packed = parcel::pack(store, &batch, &rows, &known)?;
-            Ok((batch, packed))
+            Ok(Some((batch, packed)))
         })?;
+        let Some((batch, packed)) = made else {
+            if let Some(lane) = self.lanes.get_mut(&store.id) {
+                lane.wait_for_change();
+            }
+            return Ok(());
+        };
         failpoint::hit("relay.after_assign");
         self.publish(store.id, batch, rows, packed)
             .map_err(Failure::Error)
@@ -356,40 +330,29 @@ impl Relay {
         lane.used = Some(Instant::now());
         let error = match (work, told.outcome) {
             (Work::Asking { topics, .. }, Outcome::Topics(Ok(counts))) => {
-                let doubts = std::mem::take(&mut lane.doubts);
-                return note_topics(told.store_id, &topics, &counts, doubts);
+                match note_topics(told.store_id, &topics, &counts, lane.doubts)? {
+                    true => lane.doubts = false,
+                    false => lane.wait_for_change(),
+                }
+                return Ok(());
             }
             (
                 Work::Publishing {
                     batch,
                     rows,
-                    mut packed,
+                    packed,
                     ..
                 },
                 Outcome::Published(Ok(refused)),
             ) => {
                 failpoint::hit("relay.before_mark");
-                let events = packed.parcel.records.len().saturating_sub(refused.len());
-                let noted = xact::worker(|| {
-                    if event_store::published(told.store_id, &batch, events as i64)? {
-                        outbox::delete(told.store_id, &batch.ids())?;
-                        bury(&batch, &rows, &packed, &refused)?;
-                        packed.note()?;
-                    }
-                    Ok(())
-                });
-                match noted {
-                    Ok(()) => {
-                        packed.tell();
-                        lane.failures = 0;
-                        lane.due = None;
-                        lane.noted = None;
-                        return Ok(());
-                    }
-                    Err(Failure::ExtensionGone) => return Err(Failure::ExtensionGone),
-                    // It is published again, under the same marks.
-                    Err(Failure::Error(error)) => error.message,
-                }
+                lane.work = Some(Work::Published(Box::new(Published {
+                    batch,
+                    rows,
+                    packed: *packed,
+                    refused,
+                })));
+                return self.note_published(told.store_id);
             }
             (_, Outcome::Topics(Err(error)) | Outcome::Published(Err(error))) => error.to_string(),
             (_, _) => "a task told of another".to_owned(),
@@ -398,12 +361,57 @@ impl Relay {
         Ok(())
     }
 
+    /// Notes a store's batch as published, or waits for who is about to change the store.
+    fn note_published(&mut self, store_id: i32) -> std::result::Result<(), Failure> {
+        let Some(lane) = self.lanes.get_mut(&store_id) else {
+            return Ok(());
+        };
+        let Some(Work::Published(published)) = &mut lane.work else {
+            return Ok(());
+        };
+        let Published {
+            batch,
+            rows,
+            packed,
+            refused,
+        } = &mut **published;
+        let events = packed.parcel.records.len().saturating_sub(refused.len());
+        let noted = xact::worker(|| {
+            if !event_store::try_lock(store_id)? {
+                return Ok(false);
+            }
+            if event_store::published(store_id, batch, events as i64)? {
+                outbox::delete(store_id, &batch.ids())?;
+                bury(batch, rows, packed, refused)?;
+                packed.note()?;
+            }
+            Ok(true)
+        });
+        match noted {
+            Ok(true) => {
+                packed.tell();
+                lane.work = None;
+                lane.failures = 0;
+                lane.due = None;
+                lane.noted = None;
+                Ok(())
+            }
+            Ok(false) => {
+                lane.wait_for_change();
+                Ok(())
+            }
+            Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
+            // It is published again, under the same marks.
+            Err(Failure::Error(error)) => {
+                self.failed(store_id, error.message);
+                Ok(())
+            }
+        }
+    }
+
     fn failed(&mut self, store_id: i32, error: String) {
         let lane = self.lanes.entry(store_id).or_default();
-        lane.work = None;
-        lane.attempt += 1;
-        lane.publisher = None;
-        lane.doubts = true;
+        lane.give_up();
         lane.due = Some(Instant::now() + (PAUSE * (1 << lane.failures.min(8))).min(PAUSE_MOST));
         lane.failures += 1;
         lane.trouble = Trouble::of(error);
@@ -426,24 +434,33 @@ impl Relay {
 
     fn note_troubles(&mut self) -> std::result::Result<(), Failure> {
         let mut changes: BTreeMap<i32, Option<String>> = BTreeMap::new();
-        for (id, lane) in &mut self.lanes {
+        for (id, lane) in &self.lanes {
             let trouble = lane.trouble.get();
             // What failed stays an error until something succeeds.
             let trouble = trouble.or_else(|| lane.noted.clone().filter(|_| lane.failures > 0));
             if trouble != lane.noted {
-                lane.noted.clone_from(&trouble);
                 changes.insert(*id, trouble);
             }
         }
         if changes.is_empty() {
             return Ok(());
         }
-        xact::worker(|| {
-            for (id, error) in &changes {
-                event_store::note_error(*id, error.as_deref())?;
+        let noted = xact::worker(|| {
+            let mut noted = Vec::with_capacity(changes.len());
+            for (id, error) in changes {
+                if event_store::try_lock(id)? {
+                    event_store::note_error(id, error.as_deref())?;
+                    noted.push((id, error));
+                }
             }
-            Ok(())
-        })
+            Ok(noted)
+        })?;
+        for (id, error) in noted {
+            if let Some(lane) = self.lanes.get_mut(&id) {
+                lane.noted = error;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -470,16 +487,31 @@ fn learn(rows: &[TailRow]) -> std::result::Result<(), Failure> {
     Ok(())
 }
 
-/// Gives a store a publisher, unless it has one by what its server says now.
-fn connect(lane: &mut Lane, store: &EventStore) -> std::result::Result<(), Failure> {
-    let service = xact::worker(|| {
+/// The service of a store as its server defines it now.
+fn service_of(store: &EventStore) -> std::result::Result<Service, Failure> {
+    let found = xact::worker(|| {
         let server = store
             .server
             .as_deref()
             .ok_or_else(|| PgError::new("42704", "the server of the event store was dropped"))?;
         service::of(server)
-    })?
-    .1;
+    })?;
+    Ok(found.1)
+}
+
+/// Whether a store's service is another one than its lane has tried.
+fn is_redefined(lane: &Lane, store: &EventStore) -> std::result::Result<bool, Failure> {
+    match service_of(store) {
+        Ok(service) => Ok(lane.service.as_ref().is_some_and(|tried| *tried != service)),
+        // The next attempt tells.
+        Err(Failure::Error(_)) => Ok(false),
+        Err(gone) => Err(gone),
+    }
+}
+
+/// Gives a store a publisher, unless it has one by what its server says now.
+fn connect(lane: &mut Lane, store: &EventStore) -> std::result::Result<(), Failure> {
+    let service = service_of(store)?;
     if lane.service.as_ref() != Some(&service) {
         lane.publisher = None;
     }
@@ -495,14 +527,17 @@ fn connect(lane: &mut Lane, store: &EventStore) -> std::result::Result<(), Failu
 }
 
 /// Notes how many partitions topics have, where that is not known yet, or where there are fewer than before: the topic was made
-/// anew then.
+/// anew then. False: somebody is about to change the store.
 fn note_topics(
     store_id: i32,
     topics: &[Arc<str>],
     counts: &[i32],
     doubts: bool,
-) -> std::result::Result<(), Failure> {
+) -> std::result::Result<bool, Failure> {
     xact::worker(|| {
+        if !event_store::try_lock(store_id)? {
+            return Ok(false);
+        }
         let known = event_store::topics(View::Current, store_id)?;
         for (topic, &count) in topics.iter().zip(counts) {
             let before = known.iter().find(|(name, _)| **name == **topic);
@@ -510,7 +545,7 @@ fn note_topics(
                 event_store::note_topic(store_id, topic, count)?;
             }
         }
-        Ok(())
+        Ok(true)
     })
 }
 
@@ -526,20 +561,9 @@ fn bury(batch: &Assigned, rows: &[TailRow], packed: &Packed, refused: &[Refused]
         return Ok(());
     }
     for (place, _, row, event) in parcel::events(batch, rows) {
-        let Some(error) = why.get(&place) else {
-            continue;
-        };
-        dead_letter::insert(&NewLetter {
-            project_id: row.project_id,
-            collection: &row.collection,
-            payload: event,
-            error,
-            received_at_us: row.received_at_us,
-            shift_us: row.shift_us,
-            // It has been mapped.
-            stage: Stage::Stored,
-            is_row: false,
-        })?;
+        if let Some(error) = why.get(&place) {
+            dead_letter::keep(row, event, error, false)?;
+        }
     }
     Ok(())
 }

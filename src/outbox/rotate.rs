@@ -12,8 +12,8 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{Result, failpoint, locks, relation};
 
-/// A table takes no more rows at this size (8 kB blocks), or at this age if it has any.
-const BLOCKS: u64 = 2048;
+/// A table takes no more rows at this size, or at this age if it has any.
+const BYTES: u64 = 16 << 20;
 const AGE: Duration = Duration::from_secs(60);
 
 /// Does whatever is due. One process at a time.
@@ -27,11 +27,11 @@ pub fn run() -> std::result::Result<(), Failure> {
 
 fn switch() -> Result<()> {
     let (current, switched_at_us) = outbox::state(View::Current)?;
-    let blocks = u64::from(relation::blocks(outbox::table_oid(current)));
     let is_old = xact::now_us() - switched_at_us >= AGE.as_micros() as i64;
     let next = (current + 1) % 3;
     let is_free = |k: usize| relation::blocks(outbox::table_oid(k)) == 0;
-    if blocks >= BLOCKS || is_old && blocks > 0 {
+    // Long events are in the TOAST table.
+    if relation::disk_bytes(outbox::table_oid(current)) >= BYTES || is_old && !is_free(current) {
         // One of the others may be held by a long transaction that has written it.
         if let Some(free) = [next, (next + 1) % 3].into_iter().find(|&k| is_free(k)) {
             outbox::switch_to(free)?;

@@ -131,13 +131,15 @@ impl Handle {
 
 /// What ALTER DATABASE and ALTER ROLE may have set for everybody, and would change what a worker does, as autovacuum
 /// pins its own.
-const PINNED: [(&CStr, &CStr); 11] = [
+const PINNED: &[(&CStr, &CStr)] = &[
     (c"default_transaction_isolation", c"read committed"),
     (c"default_transaction_read_only", c"off"),
     (c"default_transaction_deferrable", c"off"),
     (c"statement_timeout", c"0"),
     (c"lock_timeout", c"0"),
     (c"idle_in_transaction_session_timeout", c"0"),
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    (c"transaction_timeout", c"0"),
     (c"session_replication_role", c"origin"),
     (c"row_security", c"on"),
     (c"transform_null_equals", c"off"),

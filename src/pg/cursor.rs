@@ -103,6 +103,7 @@ impl Column {
             pg_sys::BOOLARRAYOID => FieldType::BoolArray,
             pg_sys::FLOAT4ARRAYOID | pg_sys::FLOAT8ARRAYOID => FieldType::Float8Array,
             pg_sys::TEXTARRAYOID => FieldType::TextArray,
+            pg_sys::JSONBOID | pg_sys::JSONOID => FieldType::Jsonb,
             _ => FieldType::Text,
         }
     }

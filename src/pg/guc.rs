@@ -354,9 +354,10 @@ pub fn init() {
     );
     bool_guc(
         c"rakam.allow_project_drop",
-        c"Allows rakam.drop_project.",
+        c"Allows rakam.drop_project, to those who may call it.",
         &ALLOW_PROJECT_DROP,
-        GucContext::Suset,
+        // Who may drop projects need not be a superuser.
+        GucContext::Userset,
         plain,
     );
     GucRegistry::define_string_guc(

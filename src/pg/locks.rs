@@ -6,12 +6,18 @@ use std::time::Duration;
 
 use pgrx::pg_sys;
 
+use super::error::Result;
+use super::spi::{self, View, arg};
+
 /// What a lock is on. The discriminant is the tag's field4: the compiler lets no two have the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum LockOn {
     /// The one resident worker of this database.
     Resident = 100,
+    /// A project that a transaction is dropping. Taken before everything else and kept to its end; who works on projects in the
+    /// background asks whether it [`is_free`] and passes the project over while it is not, so that nobody waits for that end.
+    Project(i32) = PROJECT_TAG,
     /// Digest, seal and truncate of the inbox.
     Digest = 101,
     /// Chunk merge and flush of a collection exclude each other.
@@ -32,8 +38,14 @@ pub enum LockOn {
     Check(i32) = 107,
     /// The owner object of a storage: this database's sessions change it one after the other.
     Owner(i32) = 112,
-    /// The description of a storage: it is written, or read to rebuild a catalogue.
+    /// The description of a storage: it is written.
     Describe(i32) = 109,
+    /// Which places are storages: changed by one transaction at a time.
+    Storages = 116,
+    /// Orphans of a storage: they are deleted, or files among them attached.
+    Orphans(i32) = 114,
+    /// Making the catalogue of a storage anew.
+    Rebuild(i32) = 115,
     /// Reading of sources by a called tick, where there are no consumers.
     Consume = 111,
     /// The relay of the event stores.
@@ -45,22 +57,33 @@ pub enum LockOn {
 /// How many locks the writers of event ids share: few enough that one transaction may take all of them.
 pub const ID_SLOTS: i32 = 64;
 
+/// The fourth field of [`LockOn::Project`]: `pg_locks` shows it as `objsubid`, and the project's id as `classid`.
+pub const PROJECT_TAG: u16 = 113;
+
 impl LockOn {
     fn tag(self) -> pg_sys::LOCKTAG {
         // SAFETY: the enum is `repr(u16)`: a value begins with its discriminant.
         let field4 = unsafe { *std::ptr::from_ref(&self).cast::<u16>() };
         let key = match self {
-            Self::CollectionJob(id)
-            | Self::Compaction(id)
+            Self::Project(id)
+            | Self::CollectionJob(id)
             | Self::Manifest(id)
             | Self::Gc(id)
             | Self::Ids(id)
             | Self::IdMerge(id)
+            | Self::Load(id)
             | Self::Check(id)
-            | Self::Owner(id)
+            | Self::Compaction(id)
             | Self::Describe(id)
-            | Self::Load(id) => id,
-            Self::Resident | Self::Digest | Self::Ddl | Self::Consume | Self::Relay => 0,
+            | Self::Owner(id)
+            | Self::Orphans(id)
+            | Self::Rebuild(id) => id,
+            Self::Resident
+            | Self::Digest
+            | Self::Ddl
+            | Self::Relay
+            | Self::Consume
+            | Self::Storages => 0,
         };
         pg_sys::LOCKTAG {
             // SAFETY: reads a backend variable.
@@ -120,6 +143,18 @@ impl Drop for SessionLock {
     }
 }
 
+/// Whether nobody has it at this moment (nor waits for it).
+pub fn is_free(on: LockOn) -> bool {
+    let tag = on.tag();
+    // SAFETY: the tag is a plain value; what was taken is given back at once. Shared, so that those who ask do not meet.
+    unsafe {
+        let mode = pg_sys::ShareLock as i32;
+        let taken = pg_sys::LockAcquire(&tag, mode, true, true);
+        taken != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+            && pg_sys::LockRelease(&tag, mode, true)
+    }
+}
+
 fn acquire(on: LockOn, session: bool, no_wait: bool) -> bool {
     let tag = on.tag();
     // SAFETY: the tag is a plain value that LockAcquire copies.
@@ -150,12 +185,23 @@ pub fn try_relation(relation: pg_sys::Oid, mode: Mode) -> bool {
     unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
 }
 
+/// Whether this session has some lock on a relation.
+pub fn held_here(relation: pg_sys::Oid) -> Result<bool> {
+    let held = spi::first(
+        View::Current,
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = $1
+           AND l.pid = pg_catalog.pg_backend_pid() AND l.database =
+             (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))",
+        &[arg(relation)],
+        |row| row.must(1),
+    )?;
+    Ok(held.unwrap_or(false))
+}
+
 /// Locks the extension's own catalog row in share mode, so that DROP EXTENSION and this transaction exclude
-/// each other. False: the extension is not there (any more).
-pub fn extension() -> bool {
-    let Some(oid) = super::security::extension_oid() else {
-        return false;
-    };
+/// each other. Its oid; None: the extension is not there (any more).
+pub fn extension() -> Option<pg_sys::Oid> {
+    let oid = super::security::extension_oid()?;
     // SAFETY: lock by oid; waits for a DROP EXTENSION in progress.
     unsafe {
         pg_sys::LockDatabaseObject(
@@ -165,5 +211,5 @@ pub fn extension() -> bool {
             pg_sys::AccessShareLock as i32,
         );
     }
-    super::security::extension_oid() == Some(oid)
+    (super::security::extension_oid() == Some(oid)).then_some(oid)
 }

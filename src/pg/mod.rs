@@ -2,6 +2,7 @@
 //! wrappers. Outside of it, `pg_sys` is named only by the callbacks of `fdw` and `workers`.
 
 pub mod activity;
+pub mod analyzed;
 pub mod bgworker;
 pub mod bytea;
 pub mod cache;

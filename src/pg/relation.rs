@@ -84,6 +84,13 @@ pub fn free_bytes(relation: pg_sys::Oid) -> u64 {
     }
 }
 
+/// Whether policies say which of its rows the effective user sees.
+pub fn is_bound_by_policies(relation: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-ups by oid; no error is asked for.
+    let standing = unsafe { pg_sys::check_enable_rls(relation, pg_sys::InvalidOid, true) };
+    standing == pg_sys::CheckEnableRlsResult::RLS_ENABLED as i32
+}
+
 /// Whether a schema of this name exists.
 pub fn schema_exists(name: &str) -> bool {
     let Ok(name) = CString::new(name) else {

@@ -120,6 +120,31 @@ impl Drop for Settings {
     }
 }
 
+/// Has foreign keys unchecked, as a replica has them, or checked again: in the rest of the transaction. False: it is so already.
+pub fn put_off_checks(off: bool) -> bool {
+    let wanted = if off { c"replica" } else { c"origin" };
+    // SAFETY: a variable that exists; the answer is a NUL-terminated text that is not kept. The new value is copied, and
+    // taken back with the transaction. It is set for this statement, whoever the user is.
+    unsafe {
+        let name = c"session_replication_role";
+        let now = pg_sys::GetConfigOption(name.as_ptr(), true, false);
+        if !now.is_null() && CStr::from_ptr(now) == wanted {
+            return false;
+        }
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            wanted.as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_LOCAL,
+            true,
+            0,
+            false,
+        );
+    }
+    true
+}
+
 /// The value of a setting as SHOW gives it; None if there is no such setting.
 pub fn get(name: &CStr) -> Option<String> {
     // SAFETY: NUL-terminated text; missing_ok; the result is a string of the server's, copied at once.

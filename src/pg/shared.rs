@@ -14,8 +14,8 @@ use pgrx::{PGRXSharedMemory, PgAtomic, pg_guard, pg_shmem_init, pg_sys};
 const SLOTS: usize = 128;
 
 /// What a resident worker can be doing; [`Slot::state`] is an index into it.
-pub const STATES: [&str; 9] = [
-    "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase", "compact",
+pub const STATES: [&str; 10] = [
+    "idle", "digest", "merge", "flush", "ddl", "gc", "rewrite", "erase", "compact", "restore",
 ];
 
 /// Consumers that a database can have at a time.
@@ -44,6 +44,8 @@ pub struct Slot {
     pub helper: AtomicI32,
     /// The process id of the helper that compacts; 0 while there is none.
     pub compactor: AtomicI32,
+    /// The process id of the helper that sees after the storages; 0 while there is none.
+    pub carer: AtomicI32,
     /// The process id of the relay; 0 while there is none.
     pub relay: AtomicI32,
     /// Events for event stores were committed since the relay last looked.

@@ -23,6 +23,12 @@ impl Snapshot {
     pub fn as_ptr(self) -> pg_sys::Snapshot {
         self.0
     }
+
+    /// Whether it was taken while this server was a standby.
+    pub fn is_of_recovery(self) -> bool {
+        // SAFETY: valid, as whoever made the value has promised.
+        unsafe { (*self.0).takenDuringRecovery }
+    }
 }
 
 fn active() -> pg_sys::Snapshot {

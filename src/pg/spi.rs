@@ -3,7 +3,7 @@
 //! pgrx' own `Spi` turns a read-only query into a writing one (with a new snapshot) as soon as the
 //! transaction has an xid, so it cannot promise one snapshot over several reads; this one can.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 
@@ -53,13 +53,42 @@ pub fn timestamptz(unix_us: i64) -> Arg {
     )
 }
 
+/// An array of times in microseconds since 1970 as timestamptz, in the caller's memory context; the extremes are infinity.
+pub fn timestamptz_array(unix_us: &[i64]) -> Arg {
+    let mut datums: Vec<pg_sys::Datum> = unix_us
+        .iter()
+        .map(|&us| pg_sys::Datum::from(saturating(us)))
+        .collect();
+    // SAFETY: construct_array copies the elements; timestamptz is 8 bytes, by value, double-aligned.
+    let array = unsafe {
+        pg_sys::construct_array(
+            datums.as_mut_ptr(),
+            datums.len() as i32,
+            pg_sys::TIMESTAMPTZOID,
+            8,
+            true,
+            b'd' as std::ffi::c_char,
+        )
+    };
+    Arg(
+        pg_sys::TIMESTAMPTZARRAYOID,
+        Some(pg_sys::Datum::from(array)),
+    )
+}
+
 /// As [`timestamptz`], with anything beyond its range becoming infinity.
 pub fn timestamptz_saturating(unix_us: i64) -> Arg {
-    let value = match unix_us {
+    Arg(
+        pg_sys::TIMESTAMPTZOID,
+        Some(pg_sys::Datum::from(saturating(unix_us))),
+    )
+}
+
+fn saturating(unix_us: i64) -> i64 {
+    match unix_us {
         i64::MIN | i64::MAX => unix_us,
         us => us.saturating_sub(super::PG_EPOCH_US),
-    };
-    Arg(pg_sys::TIMESTAMPTZOID, Some(pg_sys::Datum::from(value)))
+    }
 }
 
 /// As [`timestamptz`], of a time that may be unknown.
@@ -147,6 +176,11 @@ pub enum View {
 }
 
 impl View {
+    /// Whether its snapshot was taken while this server was a standby.
+    pub fn is_of_recovery(self) -> bool {
+        matches!(self, Self::Under(snapshot) if snapshot.is_of_recovery())
+    }
+
     /// The snapshot, and whether the statement only reads.
     fn for_spi(self) -> (pg_sys::Snapshot, bool) {
         match self {
@@ -340,11 +374,21 @@ fn plan(sql: &'static str, args: &[Arg]) -> pg_sys::SPIPlanPtr {
     saved
 }
 
+thread_local! {
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether a statement of ours is being run.
+pub fn is_inside() -> bool {
+    DEPTH.get() > 0
+}
+
 /// SPI connection as a guard. While an error unwinds, the transaction's own cleanup closes it.
 struct Connection;
 
 impl Connection {
     fn open() -> Self {
+        DEPTH.set(DEPTH.get() + 1);
         // SAFETY: paired with SPI_finish in Drop; errors clean up at (sub)transaction end.
         unsafe { pg_sys::SPI_connect() };
         Self
@@ -353,6 +397,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        DEPTH.set(DEPTH.get().saturating_sub(1));
         if !std::thread::panicking() {
             // SAFETY: the connection opened in `open` is the innermost one.
             unsafe { pg_sys::SPI_finish() };

@@ -7,7 +7,7 @@
 //! deferred: it would run at commit, as whoever commits. Settings that the code changes are put back.
 
 use std::ffi::{CStr, CString, c_int};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use pgrx::pg_sys;
@@ -78,22 +78,21 @@ pub fn attempt<T>(
     // SAFETY: ends the subtransaction begun above; after an error its abort restores user, settings and snapshots.
     unsafe {
         match &outcome {
-            Ok(Ok(_)) => pg_sys::ReleaseCurrentSubTransaction(),
+            Ok(Ok(_)) if !timed_out => pg_sys::ReleaseCurrentSubTransaction(),
             _ => pg_sys::RollbackAndReleaseCurrentSubTransaction(),
         }
         pg_sys::MemoryContextSwitchTo(memory);
         pg_sys::CurrentResourceOwner = owner;
     }
     match outcome {
+        // Whatever the code has made of the cancel.
+        _ if timed_out => Err(Failure::TimedOut(PgError::new(
+            "57014",
+            format!("canceled after {} ms", tenant.timeout.as_millis()),
+        ))),
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(Failure::Tenant(error)),
-        Err(caught) if caught.is_cancel => Err(match timed_out {
-            true => Failure::TimedOut(PgError::new(
-                "57014",
-                format!("canceled after {} ms", tenant.timeout.as_millis()),
-            )),
-            false => Failure::Cancelled(caught.error),
-        }),
+        Err(caught) if caught.is_cancel => Err(Failure::Cancelled(caught.error)),
         Err(caught) => Err(Failure::Tenant(caught.error)),
     }
 }
@@ -208,7 +207,7 @@ const STATEMENT_TIMEOUT: c_int = 3;
 // utils/timeout.h, which pgrx does not bind. None of these raises an error.
 unsafe extern "C" {
     fn RegisterTimeout(id: c_int, handler: Option<unsafe extern "C" fn()>) -> c_int;
-    fn enable_timeout_after(id: c_int, delay_ms: c_int);
+    fn enable_timeout_every(id: c_int, first_at: pg_sys::TimestampTz, delay_ms: c_int);
     fn disable_timeout(id: c_int, keep_indicator: bool);
     fn get_timeout_active(id: c_int) -> bool;
     fn SetLatch(latch: *mut pg_sys::Latch);
@@ -217,15 +216,108 @@ unsafe extern "C" {
 static TIMEOUT_ID: AtomicI32 = AtomicI32::new(-1);
 static EXPIRED: AtomicBool = AtomicBool::new(false);
 static RUNNING: AtomicBool = AtomicBool::new(false);
+/// Cancels that were served since the limit was over, and caught by the code.
+static CAUGHT: AtomicU32 = AtomicU32::new(0);
+
+/// Once the limit is over the code is cancelled again and again: an exception handler may catch a cancel.
+const AGAIN_MS: c_int = 100;
+/// Code that catches so many cancels ends with its process: nothing else ends it.
+const CAUGHT_MAX: u32 = 50;
 
 /// In the signal handler of the server's timers: asks for what a cancel asks for, and notes that it was us.
 unsafe extern "C" fn expired() {
-    EXPIRED.store(true, Ordering::SeqCst);
-    // SAFETY: what the server's own StatementCancelHandler does; all of it may be done in a signal handler.
+    // SAFETY: what the server's own StatementCancelHandler and die() do, and stores to variables of the process; all of it may
+    // be done in a signal handler.
     unsafe {
+        let is_first = !EXPIRED.swap(true, Ordering::SeqCst);
+        if is_first {
+            CAUGHT.store(0, Ordering::Relaxed);
+        } else if pg_sys::QueryCancelPending == 0
+            && CAUGHT.fetch_add(1, Ordering::Relaxed) >= CAUGHT_MAX
+        {
+            pg_sys::ProcDiePending = 1;
+        }
+        plpgsql::refuse_statements();
         pg_sys::InterruptPending = 1;
         pg_sys::QueryCancelPending = 1;
         SetLatch(pg_sys::MyLatch);
+    }
+}
+
+/// PL/pgSQL lets a plugin look at each statement before it runs. Once the limit is over ours cancels there: a block whose handler
+/// catches the cancel is such a statement too, and an error before it begins is not its own to catch.
+mod plpgsql {
+    use std::cell::UnsafeCell;
+    use std::ffi::c_void;
+    use std::sync::atomic::{AtomicPtr, Ordering};
+
+    use pgrx::{check_for_interrupts, pg_guard, pg_sys};
+
+    type OfStatement = unsafe extern "C-unwind" fn(*mut c_void, *mut c_void);
+
+    /// `PLpgSQL_plugin`: five functions of the plugin, then those that PL/pgSQL tells it.
+    #[repr(C)]
+    struct Plugin {
+        func_setup: *mut c_void,
+        func_beg: *mut c_void,
+        func_end: *mut c_void,
+        stmt_beg: Option<OfStatement>,
+        stmt_end: *mut c_void,
+        /// More than any version writes.
+        told: [*mut c_void; 16],
+    }
+
+    struct Own(UnsafeCell<Plugin>);
+    // SAFETY: used by the one thread of a backend that runs PL/pgSQL.
+    unsafe impl Sync for Own {}
+
+    static OWN: Own = Own(UnsafeCell::new(Plugin {
+        func_setup: std::ptr::null_mut(),
+        func_beg: std::ptr::null_mut(),
+        func_end: std::ptr::null_mut(),
+        stmt_beg: Some(cancel),
+        stmt_end: std::ptr::null_mut(),
+        told: [std::ptr::null_mut(); 16],
+    }));
+
+    /// Where PL/pgSQL looks for a plugin.
+    static PLACE: AtomicPtr<*mut c_void> = AtomicPtr::new(std::ptr::null_mut());
+
+    pub(super) fn find() {
+        // SAFETY: a name that PL/pgSQL uses; the place is there for the life of the process.
+        let place = unsafe { pg_sys::find_rendezvous_variable(c"PLpgSQL_plugin".as_ptr()) };
+        PLACE.store(place, Ordering::Relaxed);
+    }
+
+    /// From now on. A debugger that is there already stays.
+    pub(super) fn refuse_statements() {
+        let place = PLACE.load(Ordering::Relaxed);
+        // SAFETY: null or PL/pgSQL's place, a pointer that only this thread reads and writes.
+        unsafe {
+            if !place.is_null() && (*place).is_null() {
+                *place = OWN.0.get().cast();
+            }
+        }
+    }
+
+    pub(super) fn allow_statements() {
+        let place = PLACE.load(Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe {
+            if !place.is_null() && *place == OWN.0.get().cast() {
+                *place = std::ptr::null_mut();
+            }
+        }
+    }
+
+    #[pg_guard]
+    unsafe extern "C-unwind" fn cancel(_state: *mut c_void, _statement: *mut c_void) {
+        // SAFETY: asks for a cancel as the server's own handlers do.
+        unsafe {
+            pg_sys::InterruptPending = 1;
+            pg_sys::QueryCancelPending = 1;
+        }
+        check_for_interrupts!();
     }
 }
 
@@ -242,6 +334,7 @@ impl Timer {
                 // SAFETY: once per process, after the server has set its timers up.
                 let id = unsafe { RegisterTimeout(USER_TIMEOUT, Some(expired)) };
                 TIMEOUT_ID.store(id, Ordering::Relaxed);
+                plpgsql::find();
             }
             RUNNING.store(true, Ordering::Relaxed);
             EXPIRED.store(false, Ordering::SeqCst);
@@ -255,7 +348,10 @@ impl Timer {
         if let Some(timeout) = self.timeout {
             let delay_ms = timeout.as_millis().min(i32::MAX as u128) as c_int;
             // SAFETY: a registered timeout; setting it again replaces it.
-            unsafe { enable_timeout_after(TIMEOUT_ID.load(Ordering::Relaxed), delay_ms) };
+            unsafe {
+                let first_at = pg_sys::GetCurrentTimestamp() + i64::from(delay_ms) * 1_000;
+                enable_timeout_every(TIMEOUT_ID.load(Ordering::Relaxed), first_at, AGAIN_MS);
+            }
         }
     }
 
@@ -272,6 +368,7 @@ impl Timer {
             disable_timeout(TIMEOUT_ID.load(Ordering::Relaxed), false);
             self.statement_timeout_was_active && !get_timeout_active(STATEMENT_TIMEOUT)
         };
+        plpgsql::allow_statements();
         let expired = EXPIRED.swap(false, Ordering::SeqCst);
         if expired && !statement_expired {
             // Expired and not served, because the code ended in the same moment: the request goes with it.

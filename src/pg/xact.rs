@@ -1,5 +1,6 @@
 //! Transactions of background workers, and facts about the current one.
 
+use std::cell::Cell;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys;
@@ -7,12 +8,12 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder};
 
 use super::error::PgError;
-use super::locks;
+use super::{locks, spi};
 
 /// Why a worker's transaction did not commit.
 #[derive(Debug)]
 pub enum Failure {
-    /// The extension is not installed (any more): the worker has nothing to do here.
+    /// The extension is not installed (any more), or is another one by now: the worker has nothing to do here.
     ExtensionGone,
     /// It was rolled back.
     Error(PgError),
@@ -35,7 +36,7 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
             pg_sys::SetCurrentStatementStartTimestamp();
             pg_sys::StartTransactionCommand();
         }
-        if !locks::extension() {
+        if !locks::extension().is_some_and(is_served) {
             // SAFETY: ends the transaction started above.
             unsafe { pg_sys::AbortCurrentTransaction() };
             return Err(Failure::ExtensionGone);
@@ -65,6 +66,34 @@ pub fn worker<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<T, Failure
     });
     report_statistics();
     outcome
+}
+
+thread_local! {
+    /// The extension that this process works for, since its first transaction.
+    static SERVED: Cell<pg_sys::Oid> = const { Cell::new(pg_sys::InvalidOid) };
+}
+
+/// Whether what this process remembers is of this extension: not if it was dropped and created again meanwhile.
+fn is_served(extension: pg_sys::Oid) -> bool {
+    if SERVED.get() == pg_sys::InvalidOid {
+        SERVED.set(extension);
+    }
+    SERVED.get() == extension
+}
+
+/// How long work in passing waits for a lock.
+const PASSING_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
+
+/// As [`worker`], for work that can as well be done later: None, and nothing is done, if somebody's lock is in its way.
+pub fn in_passing<T>(work: impl FnOnce() -> Result<T, PgError>) -> Result<Option<T>, Failure> {
+    let outcome = worker(|| {
+        spi::execute_text(PASSING_LOCK_TIMEOUT)?;
+        work()
+    });
+    match outcome {
+        Err(Failure::Error(error)) if error.sqlstate == "55P03" => Ok(None),
+        outcome => outcome.map(Some),
+    }
 }
 
 /// As [`worker`], for code of users: the transaction is read-only, and rolled back also when the work succeeds, so that
@@ -176,6 +205,24 @@ pub fn has_xid() -> bool {
 pub fn top_xid() -> u64 {
     // SAFETY: assigns the current transaction's id; an error in a read-only one.
     unsafe { pg_sys::GetTopFullTransactionId().value }
+}
+
+/// Whether the statements of an extension's script are being run.
+pub fn is_in_extension_script() -> bool {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::creating_extension }
+}
+
+/// Whether every statement of the current transaction has the snapshot of the first one (REPEATABLE READ, SERIALIZABLE).
+pub fn keeps_snapshot() -> bool {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
+}
+
+/// Whether a COMMIT or ROLLBACK of the user's is still to come.
+pub fn in_block() -> bool {
+    // SAFETY: reads backend state.
+    unsafe { pg_sys::IsTransactionBlock() }
 }
 
 /// Whether this server is a standby.

@@ -12,12 +12,13 @@ use pgrx::iter::TableIterator;
 use pgrx::{default, name, pg_extern};
 use rakam_event::names::ProjectName;
 
-use crate::catalog::audit;
 use crate::catalog::projects::{self as catalog, KeyKind, Right};
+use crate::catalog::{audit, rebuild, restore};
 use crate::catalog::{sources, track};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::security::{self, ActAs};
 use crate::pg::spi::View;
-use crate::pg::{ErrorReport, PgError, Result, activity, guc, locks, not_null, roles, wake, xact};
+use crate::pg::{ErrorReport, PgError, Result, activity, guc, not_null, roles, wake, xact};
 use keys::KeySet;
 
 /// Creates a project: schema, roles, users table, `_all`, one key set, which is shown this once.
@@ -60,6 +61,7 @@ fn create(name: &str, storage: Option<&str>) -> Result<(String, KeySet)> {
     let name = ProjectName::parse(name)?;
     let caller = security::current_user();
     let _owner = ActAs::owner();
+    restore::ensure_over()?;
     let storage_id = match storage {
         None => objects::DEFAULT_STORAGE_ID,
         Some(storage) => objects::storage(storage, caller)?,
@@ -90,21 +92,29 @@ fn drop_by_name(name: &str) -> Result<()> {
         );
     }
     let _owner = ActAs::owner();
-    // No digest or flush may add rows behind the deletion.
-    locks::transaction(locks::LockOn::Digest);
+    restore::ensure_over()?;
+    rebuild::ensure_over(project.storage_id)?;
+    // No digest or flush may add rows behind the deletion: from now on they pass this project over, and what is under way is
+    // awaited. Nothing that others need is held to the end of the transaction, which may be far.
+    locks::transaction(LockOn::Project(project.id));
+    drop(SessionLock::take(LockOn::Digest));
+    if catalog::by_name(&project.name)?.is_none_or(|now| now.id != project.id) {
+        // Somebody else was dropping it.
+        return Err(PgError::no_project(name));
+    }
     for collection in catalog::collection_ids(project.id)? {
-        locks::transaction(locks::LockOn::Manifest(collection));
+        locks::transaction(LockOn::Manifest(collection));
     }
     track::drop_triggers(&project.name, None)?;
-    // First of all rows: what a consumer is storing just now is there before the other rows are deleted.
+    // Before the rows: what somebody inserts, or a consumer stores, just now is there before they are deleted.
+    objects::drop(&project)?;
     sources::drop(project.id, None)?;
     wake::sources_at_commit();
-    catalog::delete(project.id)?;
-    objects::drop(&project)
+    catalog::delete(project.id)
 }
 
-/// Makes the roles of projects that are missing, with the privileges that they have from the start on tables of rakam; members and
-/// other privileges come back with `pg_dumpall -g` only. Returns which.
+/// Makes the roles of projects that are missing, with the privileges that they have from the start on tables of rakam, and
+/// gives these back to roles that have lost them; members and other privileges come back with `pg_dumpall -g` only. Returns which.
 /// SQL: `rakam.repair_roles() → TABLE(project text, role text)`.
 /// Errors: 42501 neither superuser nor rakam_admin, 42710 somebody else has made a role of that name.
 #[pg_extern(volatile, parallel_unsafe)]

@@ -1,12 +1,16 @@
 //! What a project is in Postgres: its schema, roles, users table and `_all`, and the storage it uses.
 //! Everything here runs as the extension's owner.
 
+use pgrx::pg_extern;
 use rakam_lake::storage::StorageUrl;
 
 use crate::catalog::projects::{self as catalog, Lacking, Project};
-use crate::catalog::{rebuild, registry, storages};
+use crate::catalog::{places, rebuild, registry, storages};
+use crate::pg::locks::{self, LockOn};
+use crate::pg::security::ActAs;
+use crate::pg::snapshot::Registered;
 use crate::pg::spi::{self, View, quote_ident, quote_literal};
-use crate::pg::{Oid, PgError, Result, guc, relation, roles, security, server};
+use crate::pg::{ErrorReport, Oid, PgError, Result, guc, relation, roles, security, server};
 
 /// `rakam_local`: the default storage, inside Postgres.
 pub const DEFAULT_STORAGE_ID: i32 = 1;
@@ -41,12 +45,12 @@ pub fn restore(project_id: i32, name: &str, installation: Option<&str>) -> Resul
     make(project_id, name, [&roles[0], &roles[1], &roles[2]])
 }
 
-/// Makes the roles that a project lacks, and gives all three their rights again; the names of those that it lacked. A role of
+/// Makes the roles that a project lacks, and gives all three their rights again; the names of those that lacked something. A role of
 /// that name is taken over as in [`restore`], whichever installation made it: this one may be a restored dump.
 pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
     let project =
         catalog::by_name(&lacking.name)?.ok_or_else(|| PgError::no_project(&lacking.name))?;
-    let mut missing = Vec::new();
+    let mut lost = lacking.robbed.clone();
     let present = [project.read_role, project.write_role, project.admin_role];
     let mut names = lacking.roles.clone();
     for (name, role) in names.iter_mut().zip(present) {
@@ -54,7 +58,7 @@ pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
             Some(present) => *name = present,
             None => {
                 take_over(name, |_| true)?;
-                missing.push(name.clone());
+                lost.push(name.clone());
             }
         }
     }
@@ -82,7 +86,7 @@ pub fn repair(lacking: &Lacking) -> Result<Vec<String>> {
         spi::execute_text(&statement)?;
     }
     catalog::set_roles(project.id, &names[0], &names[1], &names[2])?;
-    Ok(missing)
+    Ok(lost)
 }
 
 /// Makes a role, or takes over one of a project that no other database uses, if its maker (an installation) is `accepted`.
@@ -189,7 +193,7 @@ fn ensure_new_role(role: &str) -> Result<()> {
     Ok(())
 }
 
-/// Drops a project's objects and roles. Its rows are gone by now.
+/// Drops a project's objects and roles, after the transactions that use them.
 pub fn drop(project: &Project) -> Result<()> {
     spi::execute_text(&format!(
         "DROP SCHEMA IF EXISTS {} CASCADE",
@@ -215,7 +219,14 @@ pub fn ensure_usable(name: &str, user: Oid) -> Result<()> {
 }
 
 /// The id of a storage by its server's name, taking the server into use if it is new.
+/// 22023: its place is, holds or lies in that of another storage in use.
 pub fn storage(name: &str, caller: Oid) -> Result<i32> {
+    if let Some(id) = usable(name, caller)?.id {
+        return Ok(id);
+    }
+    // It may be in use under another name, or taken into use by somebody else meanwhile.
+    locks::transaction(LockOn::Storages);
+    storages::follow_renamed_servers()?;
     let storage = usable(name, caller)?;
     if let Some(id) = storage.id {
         return Ok(id);
@@ -227,6 +238,7 @@ pub fn storage(name: &str, caller: Oid) -> Result<i32> {
         );
     };
     let url = StorageUrl::parse(&url)?;
+    places::ensure_apart(View::Under(Registered::latest().get()), name)?;
     if matches!(url, StorageUrl::File(_)) {
         PgError::new(
             "00000",
@@ -236,6 +248,23 @@ pub fn storage(name: &str, caller: Oid) -> Result<i32> {
         .notice();
     }
     catalog::insert_storage(name, url.kind())
+}
+
+/// After a server was made or changed: one that is a storage in use has a place of its own. Called by an event trigger.
+#[pg_extern(schema = "rakam_internal", volatile, parallel_unsafe)]
+fn ensure_server_apart(server: Oid) -> std::result::Result<(), ErrorReport> {
+    Ok(server_apart(server)?)
+}
+
+fn server_apart(server: Oid) -> Result<()> {
+    let _owner = ActAs::owner();
+    locks::transaction(LockOn::Storages);
+    storages::follow_renamed_servers()?;
+    let latest = Registered::latest();
+    match places::storage_of_server(View::Under(latest.get()), server)? {
+        Some(name) => places::ensure_apart(View::Under(latest.get()), &name),
+        None => Ok(()),
+    }
 }
 
 fn usable(name: &str, user: Oid) -> Result<catalog::Storage> {

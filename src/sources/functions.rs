@@ -11,9 +11,6 @@ use crate::pg::jsonb::JsonbText;
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, not_null, server, wake, xact};
 
-/// The longest name of a source, in bytes.
-const NAME_BYTES_MAX: usize = 63;
-
 /// Begins to read a service into a project. Nothing is asked of the service here: the server may be as new as the source.
 /// SQL: `rakam.create_source(project text, name text, server text, options jsonb)`.
 /// Errors: 42501 no such project, not its admin, or no USAGE on the server; 42704 no such server, 42710 the source exists, 42602
@@ -41,7 +38,7 @@ fn create_source(
 fn create(project: &str, name: &str, server: &str, options: &str) -> Result<()> {
     xact::ensure_writable("create a source")?;
     let project = projects::authorize(project, Right::Admin)?;
-    let name = source_name(name)?;
+    let name = sources::name_of(name)?;
     let kind = service::kind(server)?;
     if !server::is_usable(server, security::current_user()) {
         return Err(PgError::new(
@@ -105,7 +102,7 @@ fn change(
     audit::call(call, project, name, || {
         xact::ensure_writable("change a source")?;
         let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-        let name = source_name(not_null(name, "name")?)?;
+        let name = sources::name_of(not_null(name, "name")?)?;
         let _owner = ActAs::owner();
         if !change(&project, &name)? {
             return Err(unknown(&name));
@@ -119,26 +116,4 @@ fn change(
 pub fn unknown(name: &str) -> PgError {
     PgError::new("42704", format!("source \"{name}\" does not exist"))
         .hint("The view rakam.sources lists a project's sources.")
-}
-
-/// The name of a source as it is noted: ASCII letters small, as those of collections.
-pub fn source_name(name: &str) -> Result<String> {
-    let refused = |why: &str| {
-        Err(PgError::new(
-            "42602",
-            format!("\"{name}\" cannot be the name of a source"),
-        )
-        .detail(why.to_owned()))
-    };
-    let name = name.trim();
-    if name.is_empty() {
-        return refused("It is empty.");
-    }
-    if name.len() > NAME_BYTES_MAX {
-        return refused("A name has up to 63 bytes.");
-    }
-    if name.chars().any(char::is_control) {
-        return refused("It has control characters.");
-    }
-    Ok(name.to_ascii_lowercase())
 }

@@ -10,13 +10,14 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytes::Bytes;
 use rakam_lake::footer;
-use rakam_lake::owner::{SYSTEM_PREFIX, Writer, writer_of};
+use rakam_lake::owner::{OWNER_PATH, Writer, is_system, is_table, writer_of};
+use rakam_lake::period;
 use rakam_lake::storage::ObjectInfo;
 
 use super::object::Remote;
 use super::owner;
-use crate::catalog::manifest;
 use crate::catalog::storages::{self, File, Problem};
+use crate::catalog::{manifest, orphans, rebuild};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -52,6 +53,8 @@ struct Check<'a> {
     writers: Vec<Writer>,
     /// Sizes of what was listed, by a hash of the path.
     listed: HashMap<u64, u64>,
+    /// Whether a folder with something that nobody knows is another storage.
+    is_storage: HashMap<String, bool>,
 }
 
 /// Compares a storage with the manifest; notes problems and queues orphans for deletion.
@@ -61,24 +64,15 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
         Some(remote) => owner::look(remote)?,
         None => true,
     };
-    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
-    let mut writers = vec![own];
-    if is_owner {
-        writers.extend(
-            fence
-                .writers
-                .iter()
-                .filter_map(|w| w.parse::<Writer>().ok()),
-        );
-    }
     let mut check = Check {
         storage_id,
         remote,
         began_us: xact::now_us(),
         depth,
         is_owner,
-        writers,
+        writers: writers(storage_id, is_owner)?,
         listed: HashMap::new(),
+        is_storage: HashMap::new(),
     };
     match remote {
         Some(remote) => {
@@ -110,12 +104,48 @@ pub fn storage(storage_id: i32, remote: Option<&Remote>, depth: Depth) -> Outcom
     xact::worker(|| storages::checked(storage_id, check.began_us))
 }
 
+/// Whose objects are this database's: its own and, if the storage is certainly its, those that came with the storage.
+fn writers(storage_id: i32, is_owner: bool) -> Outcome<Vec<Writer>> {
+    let (own, fence) = xact::worker(|| Ok((storages::writer()?, storages::fence(storage_id)?)))?;
+    let mut writers = vec![own];
+    if is_owner {
+        let parsed = fence
+            .writers
+            .iter()
+            .filter_map(|w| w.parse::<Writer>().ok());
+        writers.extend(parsed);
+    }
+    Ok(writers)
+}
+
+/// Hands the data files of this database's that nobody knows to `each`, some at a time. Listed first and looked for then, as
+/// by [`storage`].
+pub fn unknown(remote: &Remote, mut each: impl FnMut(Vec<String>) -> Outcome<()>) -> Outcome<()> {
+    let storage_id = remote.storage_id;
+    let is_owner = xact::worker(|| storages::fence(storage_id))?.is_ours;
+    let writers = writers(storage_id, is_owner)?;
+    remote.list("", |page| {
+        wait::check_interrupts();
+        let is_ours = |path: &str| {
+            period::object_id(path).is_some()
+                && writer_of(path).is_some_and(|writer| writers.contains(&writer))
+        };
+        let paths: Vec<String> = (page.into_iter().map(|object| object.path))
+            .filter(|path| is_ours(path))
+            .collect();
+        match xact::worker(|| orphans::unknown(storage_id, &paths))? {
+            unknown if unknown.is_empty() => Ok(()),
+            unknown => each(unknown),
+        }
+    })
+}
+
 impl Check<'_> {
     /// Takes a page of the list in.
     fn page(&mut self, objects: &[ObjectInfo]) -> Outcome<()> {
         wait::check_interrupts();
         let objects: Vec<(&str, u64)> = (objects.iter())
-            .filter(|o| !o.path.starts_with(SYSTEM_PREFIX))
+            .filter(|o| !is_system(&o.path))
             .map(|o| (o.path.as_str(), o.bytes))
             .collect();
         for (path, bytes) in &objects {
@@ -153,7 +183,7 @@ impl Check<'_> {
                 Some(writer) => self.writers.contains(&writer),
                 None => age.as_secs() > UPLOAD_S,
             };
-            if abandoned && !xact::worker(|| storages::is_announced(self.storage_id, &upload.path))?
+            if abandoned && !xact::worker(|| orphans::is_announced(self.storage_id, &upload.path))?
             {
                 remote.abort_upload(&upload)?;
             }
@@ -162,7 +192,7 @@ impl Check<'_> {
     }
 
     /// Finds and queues those that nobody knows.
-    fn orphans(&self, objects: &[(&str, u64)]) -> Outcome<()> {
+    fn orphans(&mut self, objects: &[(&str, u64)]) -> Outcome<()> {
         let is_ours = |path: &str| match writer_of(path) {
             // What another database wrote is that one's, whatever this one knows of it.
             Some(writer) => self.writers.contains(&writer),
@@ -175,19 +205,17 @@ impl Check<'_> {
         let paths: Vec<String> = candidates.keys().map(|path| (*path).to_owned()).collect();
         let unknown = xact::worker(|| {
             let mut unknown = Vec::new();
-            let found = storages::unknown(self.storage_id, &paths)?;
-            let attached = storages::attached(self.storage_id, &found)?;
-            for path in found {
-                // Somebody's table; what has a name of ours is ours all the same.
-                if writer_of(&path).is_none() && attached.contains(&path) {
-                    continue;
-                }
+            if rebuild::is_rebuilding(self.storage_id)? {
+                // Its files are entered one after the other: what nobody knows yet is no orphan.
+                return Ok(unknown);
+            }
+            for path in orphans::among(self.storage_id, &paths)? {
                 // What is left of an interrupted write goes by the intent of its object while there is one.
                 let whole = path
                     .split_once(".parquet.")
                     .map(|(stem, _)| format!("{stem}.parquet"));
                 if let Some(whole) = whole
-                    && storages::is_announced(self.storage_id, &whole)?
+                    && orphans::is_announced(self.storage_id, &whole)?
                 {
                     continue;
                 }
@@ -197,11 +225,12 @@ impl Check<'_> {
         })?;
         // Between the list and the look at the tables it may have been deleted, or got its final name.
         let present = self.sizes_now(&unknown)?;
-        let orphans: Vec<String> = unknown
+        let mut orphans: Vec<String> = unknown
             .into_iter()
             .zip(present)
             .filter_map(|(path, size)| size.map(|_| path))
             .collect();
+        self.leave_other_storages(&mut orphans)?;
         if orphans.is_empty() {
             return Ok(());
         }
@@ -213,11 +242,36 @@ impl Check<'_> {
             })
             .collect();
         xact::worker(|| {
-            if self.is_owner {
-                storages::queue_orphans(self.storage_id, &orphans)?;
+            if self.is_owner && !rebuild::is_rebuilding(self.storage_id)? {
+                orphans::queue(self.storage_id, &orphans)?;
             }
             storages::note_problems(self.storage_id, self.began_us, &problems)
         })
+    }
+
+    /// Takes out what lies in another storage, whose address is below this one's: of whichever database.
+    fn leave_other_storages(&mut self, paths: &mut Vec<String>) -> Outcome<()> {
+        let Some(remote) = self.remote else {
+            return Ok(());
+        };
+        let above = |path: &str| -> Vec<String> {
+            (path.match_indices('/'))
+                .map(|(end, _)| path[..end].to_owned())
+                .collect()
+        };
+        let mut unseen: Vec<String> = (paths.iter().flat_map(|path| above(path)))
+            .filter(|folder| !self.is_storage.contains_key(folder))
+            .collect();
+        unseen.sort_unstable();
+        unseen.dedup();
+        let owners: Vec<String> = (unseen.iter())
+            .map(|folder| format!("{folder}/{OWNER_PATH}"))
+            .collect();
+        for (folder, size) in unseen.into_iter().zip(remote.sizes(&owners)?) {
+            self.is_storage.insert(folder, size.is_some());
+        }
+        paths.retain(|path| !above(path).iter().any(|folder| self.is_storage[folder]));
+        Ok(())
     }
 
     /// Files that are not there, or not of the size they were written with.
@@ -311,17 +365,6 @@ impl Check<'_> {
             }),
         }
     }
-}
-
-/// Whether a file is of a kind that people load or attach, and rakam never stores events in.
-fn is_table(path: &str) -> bool {
-    let path = path
-        .strip_suffix(".gz")
-        .or(path.strip_suffix(".zst"))
-        .unwrap_or(path);
-    [".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".avro"]
-        .iter()
-        .any(|suffix| path.ends_with(suffix))
 }
 
 fn hash(path: &str) -> u64 {

@@ -27,8 +27,9 @@ use uuid::Uuid;
 
 use crate::catalog::compaction::{self as candidates, Candidate};
 use crate::catalog::deletion::{self, Object};
+use crate::catalog::dropping;
 use crate::catalog::progress::{self, Progress};
-use crate::catalog::{manifest, registry, retention};
+use crate::catalog::{manifest, rebuild, registry, retention};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -66,16 +67,25 @@ impl AddAssign for Compacted {
 /// Merges all small files of a collection, and removes what is kept no longer. Waits for another compaction of it.
 pub fn collection(collection_id: i32) -> Outcome<Compacted> {
     let _compaction = SessionLock::take(LockOn::Compaction(collection_id));
-    let before_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
+    let before_us = xact::worker(|| {
+        rebuild::ensure_over_of(collection_id)?;
+        retention::removable_before(View::Current, collection_id)
+    })?;
     expire(collection_id, before_us)?;
     merge_all(collection_id, Extent::All, (before_us, 0.0))
 }
 
 /// Merges what the bound of small files over a day needs, unless another compaction has the collection.
 pub fn try_collection(collection_id: i32) -> Outcome<Compacted> {
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(Compacted::default());
+    }
     let Some(_compaction) = SessionLock::try_take(LockOn::Compaction(collection_id)) else {
         return Ok(Compacted::default());
     };
+    if xact::worker(|| rebuild::is_rebuilding_of(collection_id))? {
+        return Ok(Compacted::default());
+    }
     let before_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
     expire(collection_id, before_us)?;
     merge_all(collection_id, Extent::Bound, (before_us, EXPIRED_SHARE))
@@ -84,16 +94,19 @@ pub fn try_collection(collection_id: i32) -> Outcome<Compacted> {
 /// Removes the events of files from before a time, every one.
 pub fn remove_before(collection_id: i32, before_us: i64) -> Outcome<()> {
     let _compaction = SessionLock::take(LockOn::Compaction(collection_id));
+    xact::worker(|| rebuild::ensure_over_of(collection_id))?;
     expire(collection_id, Some(before_us))?;
     let files = xact::worker(|| candidates::files(View::Current, collection_id))?;
+    let by_id = by_id(&files);
     for merge in partly_expired(&files, Some(before_us), 0.0) {
-        merge_once(collection_id, &merge, &files, Some(before_us))?;
+        merge_once(collection_id, &merge, &by_id, Some(before_us))?;
     }
     Ok(())
 }
 
-/// The collections for which the background has something to do: those that got files since an entry of the manifest's log
-/// (None: of all), and those with expired events. With the entry from which to look on the next time.
+/// The collections for which the background may have something to do: those with many small files, of those that got files
+/// since an entry of the manifest's log (None: of all), and those with expired events. With the entry from which to look on
+/// the next time. What there is to do of each, [`try_collection`] finds out, by all of its files.
 pub fn due(after: Option<i64>) -> Outcome<(Vec<i32>, i64)> {
     let bounds = bounds();
     xact::worker(|| {
@@ -101,14 +114,7 @@ pub fn due(after: Option<i64>) -> Outcome<(Vec<i32>, i64)> {
         let newest = candidates::newest_entry(view)?;
         // A day has files of three periods at most.
         let least = (bounds.max_files_per_day + 1).div_ceil(3);
-        let mut due = Vec::new();
-        for id in candidates::crowded(view, bounds.target_bytes / 2, least, after)? {
-            wait::check_interrupts();
-            let files = spans(&candidates::files(view, id)?);
-            if !compaction::plan(&files, bounds, Extent::Bound).is_empty() {
-                due.push(id);
-            }
-        }
+        let mut due = candidates::crowded(view, bounds.target_bytes / 2, least, after)?;
         for id in retention::collections_with_expired(view, EXPIRED_SHARE)? {
             if !due.contains(&id) {
                 due.push(id);
@@ -143,10 +149,7 @@ fn expire(collection_id: i32, before_us: Option<i64>) -> Outcome<()> {
         };
         locks::transaction(LockOn::Manifest(collection_id));
         let (mut events, mut bytes, mut files) = (0, 0, 0);
-        for file in candidates::files(view, collection_id)? {
-            if file.max_time_us >= before_us {
-                continue;
-            }
+        for file in candidates::files_before(view, collection_id, before_us)? {
             wait::check_interrupts();
             if manifest::remove_file(file.span.id, "kept no longer")? {
                 events -= file.span.n as i64;
@@ -237,29 +240,34 @@ fn pass(
 ) -> Outcome<Compacted> {
     let mut total = Compacted::default();
     let mut read = 0;
+    let by_id = by_id(files);
     for merge in merges {
         wait::check_interrupts();
-        total += merge_once(collection_id, merge, files, before_us)?;
-        let inputs = files
-            .iter()
-            .filter(|file| merge.inputs.contains(&file.span.id));
+        total += merge_once(collection_id, merge, &by_id, before_us)?;
+        let inputs = merge.inputs.iter().filter_map(|id| by_id.get(id));
         read += inputs.map(|file| file.span.bytes).sum::<u64>();
         shown.set(read)?;
     }
     Ok(total)
 }
 
+type ById<'a> = HashMap<i64, &'a Candidate>;
+
+fn by_id(files: &[Candidate]) -> ById<'_> {
+    files.iter().map(|file| (file.span.id, file)).collect()
+}
+
 /// Does one merge. What it was to merge may not be there any more: then nothing is done.
 fn merge_once(
     collection_id: i32,
     merge: &Merge,
-    files: &[Candidate],
+    files: &ById<'_>,
     before_us: Option<i64>,
 ) -> Outcome<Compacted> {
-    let inputs: Vec<&Candidate> = files
-        .iter()
-        .filter(|file| merge.inputs.contains(&file.span.id))
+    let mut inputs: Vec<&Candidate> = (merge.inputs.iter())
+        .filter_map(|id| files.get(id).copied())
         .collect();
+    inputs.sort_by_key(|file| file.span.id);
     match attempt(collection_id, merge, &inputs, before_us, None) {
         Err(Failure::Error(error)) if error.sqlstate == CHANGED => {}
         outcome => return outcome,
@@ -311,9 +319,7 @@ fn attempt(
         Ok(staged) => staged,
         Err(failure) => {
             // Perhaps somebody has written it anew, and it was deleted since.
-            let now = xact::worker(|| candidates::files(View::Current, collection_id))?;
-            let there = |file: &&&Candidate| now.iter().any(|f| f.span.id == file.span.id);
-            return Err(match inputs.iter().filter(there).count() == inputs.len() {
+            return Err(match xact::worker(|| are_present(inputs))? {
                 true => failure,
                 false => Failure::Error(changed()),
             });
@@ -336,8 +342,7 @@ fn prepare<'a>(collection_id: i32, inputs: &'a [&'a Candidate]) -> Result<Option
     };
     let storage = manifest::storage(view, project.storage_id)?
         .ok_or_else(|| PgError::internal("a project's storage is not registered"))?;
-    let now = candidates::files(view, collection_id)?;
-    if !(inputs.iter()).all(|file| now.iter().any(|f| f.span.id == file.span.id)) {
+    if !are_present(inputs)? {
         return Ok(None);
     }
     let schema = registry::schema(view, &collection)?;
@@ -354,6 +359,12 @@ fn prepare<'a>(collection_id: i32, inputs: &'a [&'a Candidate]) -> Result<Option
         inputs,
         outputs: Vec::new(),
     }))
+}
+
+/// Whether all of these are still in the manifest.
+fn are_present(inputs: &[&Candidate]) -> Result<bool> {
+    let ids: Vec<i64> = inputs.iter().map(|file| file.span.id).collect();
+    Ok(candidates::present(View::Current, &ids)? == ids.len())
 }
 
 fn objects(inputs: &[&Candidate]) -> HashMap<Object, u64> {

@@ -91,17 +91,29 @@ fn pending(put_off: &[i32]) -> Result<Vec<i32>> {
     )
 }
 
+/// Excludes other DDL of ours to the end of the transaction, in which locks are waited for as in [`sync`] from now on.
+pub fn lock() -> Result<()> {
+    locks::transaction(LockOn::Ddl);
+    spi::execute_text(LOCK_TIMEOUT)
+}
+
+/// Locks a collection's table against its readers, if it has been made.
+pub fn lock_table(collection: &Collection) {
+    if let Some(table) = collection.ft {
+        locks::relation(table, locks::Mode::AccessExclusive);
+    }
+}
+
 /// Brings one collection's table up to its registered fields.
 pub fn sync(collection_id: i32) -> Result<()> {
     // Before anything is read: a called function may be at the same table as the resident worker.
-    locks::transaction(LockOn::Ddl);
+    lock()?;
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(());
     };
     let Some(project) = registry::project_by_id(View::Current, collection.project_id)? else {
         return Ok(());
     };
-    spi::execute_text(LOCK_TIMEOUT)?;
     // A table that its owner has renamed or moved is the collection's all the same; one that was dropped is made again.
     match collection.ft.and_then(relation::qualified_name) {
         None => create(&project, &collection),
@@ -299,8 +311,11 @@ fn restricted(table: Option<Oid>, statement: impl FnOnce(&str) -> String) -> Res
     }
 }
 
-/// Makes a collection's table now, for a caller who waits for it. Nothing happens if it is there.
+/// Registers a collection and makes its table now, for a caller who waits for it. Nothing happens if it is there; 42710 if
+/// something else has its name.
 pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
+    // The name is locked from here on for as long as the table takes.
+    lock()?;
     if !registry::add_collection(project_id, name)? {
         let project = registry::project_by_id(View::Current, project_id)?
             .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
@@ -308,5 +323,16 @@ pub fn ensure_table(project_id: i32, name: &str) -> Result<()> {
     }
     let collection = registry::collection_named(View::Current, project_id, name)?
         .ok_or_else(|| PgError::internal("a collection just registered is not there"))?;
+    if collection.ft.and_then(relation::qualified_name).is_some() {
+        // Columns that are still to be made may have to wait for whoever reads it.
+        return Ok(());
+    }
+    if let Some(what) = registry::obstacle(View::Current, &collection)? {
+        return Err(
+            PgError::new("42710", format!("{what} \"{name}\" already exists")).hint(
+                "A collection's table cannot have its name: choose another name, or rename what has it.",
+            ),
+        );
+    }
     sync(collection.id)
 }

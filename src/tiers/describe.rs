@@ -6,6 +6,10 @@
 //! storage when it sees after it (every ten seconds, while anything changes), however many projects do. A crash in between
 //! leaves an object of which the next one says everything again.
 //!
+//! What was noted here of the last log may be older than what lies in the storage: the disk was set back, or another copy of
+//! the database wrote under the same mark. Then, after each adoption, and where the notes are another writer's, everything is
+//! said anew, behind all that is there.
+//!
 //! No object of a file is deleted before the storage says that the file does not count: see `manifest::deferred_due`.
 
 use bytes::Bytes;
@@ -20,7 +24,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
 use crate::tiers::object::Remote;
-use crate::tiers::owner;
+use crate::tiers::{check, owner};
 
 /// Changes of one log.
 const LOG_CHANGES: i64 = 10_000;
@@ -51,9 +55,20 @@ pub fn left_behind(collection_id: i32) -> Outcome<()> {
     Ok(())
 }
 
-/// Brings the description of a storage up to date.
+/// Brings the description of a storage up to date. Waits for somebody else who does so.
 pub fn storage(storage_id: i32) -> Outcome<()> {
-    let _turn = SessionLock::take(LockOn::Describe(storage_id));
+    up_to_date(storage_id, &SessionLock::take(LockOn::Describe(storage_id)))
+}
+
+/// As [`storage`], unless somebody else does so.
+pub fn try_storage(storage_id: i32) -> Outcome<()> {
+    match SessionLock::try_take(LockOn::Describe(storage_id)) {
+        Some(turn) => up_to_date(storage_id, &turn),
+        None => Ok(()),
+    }
+}
+
+fn up_to_date(storage_id: i32, _turn: &SessionLock) -> Outcome<()> {
     if xact::worker(|| rebuild::is_rebuilding(storage_id))? {
         return Ok(());
     }
@@ -67,8 +82,20 @@ pub fn storage(storage_id: i32) -> Outcome<()> {
         return Ok(());
     }
     let writer = xact::worker(storages::writer)?.to_string();
-    let mut progress = xact::worker(|| description::progress(View::Current, storage_id))?;
-    if progress.state.is_none() || progress.log_bytes > progress.state_bytes.max(LOGS_MIN_BYTES) {
+    let mut progress = xact::worker(|| description::progress(View::Current, storage_id, &writer))?;
+    let is_large = |of: &Progress| of.log_bytes > of.state_bytes.max(LOGS_MIN_BYTES);
+    if progress.state.is_some()
+        && !is_large(&progress)
+        && !xact::worker(|| description::is_due(storage_id))?
+    {
+        return Ok(());
+    }
+    let newest = newest(&remote, &writer)?;
+    if newest > progress.number {
+        progress.number = newest + 1;
+        progress.state = None;
+    }
+    if progress.state.is_none() || is_large(&progress) {
         write_state(&remote, &writer, &mut progress)?;
     }
     while let Some((log, ids)) = xact::worker(|| next_log(storage_id))? {
@@ -80,10 +107,21 @@ pub fn storage(storage_id: i32) -> Outcome<()> {
         failpoint::hit("describe.after_put");
         xact::worker(|| {
             description::described(&ids)?;
-            description::set_progress(storage_id, &progress)
+            description::set_progress(storage_id, &writer, &progress)
         })?;
     }
     Ok(())
+}
+
+/// The highest number in a writer's folder; 0: it has nothing.
+fn newest(remote: &Remote, writer: &str) -> Outcome<i64> {
+    let mut newest = 0;
+    remote.list(&format!("{PREFIX}{writer}"), |page| {
+        let names = page.iter().filter_map(|object| Name::parse(&object.path));
+        newest = names.map(|name| name.number).fold(newest, u64::max);
+        Ok(())
+    })?;
+    i64::try_from(newest).map_err(|_| Failure::Error(too_large()))
 }
 
 fn name(writer: &str, number: i64, part: Option<u32>) -> Name {
@@ -121,7 +159,8 @@ fn next_log(storage_id: i32) -> Result<Option<(Bytes, Vec<i64>)>> {
     Ok(Some((log.finish()?, ids)))
 }
 
-/// Writes everything, each collection as it is at some moment from now on: what changes meanwhile comes in the next log.
+/// Writes everything, each collection as it is at some moment from now on: what changes meanwhile comes in the next log. That
+/// includes which of our objects nobody knows, which a catalogue made of this must not take for files that came later.
 /// States before the last one are deleted, and the logs before that.
 fn write_state(remote: &Remote, writer: &str, progress: &mut Progress) -> Outcome<()> {
     let storage_id = remote.storage_id;
@@ -142,6 +181,20 @@ fn write_state(remote: &Remote, writer: &str, progress: &mut Progress) -> Outcom
     };
     let begin = || xact::worker(|| Ok(Writer::new(&header(View::Current)?)?));
     let mut open = begin()?;
+    check::unknown(remote, |paths| {
+        let none = |path| Record::File {
+            path,
+            collection_id: 0,
+            file: None,
+        };
+        let records: Vec<Record> = paths.into_iter().map(none).collect();
+        add(&mut open, &records)?;
+        if open.len() >= PART_BYTES {
+            let full = std::mem::replace(&mut open, begin()?);
+            write(parts.next(), finish(full)?)?;
+        }
+        Ok(())
+    })?;
     let projects = xact::worker(|| description::projects(View::Current, storage_id))?;
     for project in projects {
         let Record::Project { project_id, .. } = project else {
@@ -170,7 +223,7 @@ fn write_state(remote: &Remote, writer: &str, progress: &mut Progress) -> Outcom
     let before = progress.state.replace(progress.number);
     progress.state_bytes = bytes;
     progress.log_bytes = 0;
-    xact::worker(|| description::set_progress(storage_id, progress))?;
+    xact::worker(|| description::set_progress(storage_id, writer, progress))?;
     match before {
         Some(before) => delete_before(remote, writer, before as u64),
         None => Ok(()),

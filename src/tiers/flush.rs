@@ -19,6 +19,7 @@ use rakam_lake::sort::{SortedRows, count_days, since};
 use rakam_lake::write::FileWriter;
 use uuid::Uuid;
 
+use crate::catalog::dropping;
 use crate::catalog::load;
 use crate::catalog::manifest;
 use crate::catalog::progress::{self, Progress};
@@ -47,8 +48,10 @@ pub struct Flushed {
 
 /// Writes all chunks that a collection has when called. Waits for another job on the collection.
 pub fn collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
+    let job = SessionLock::take(LockOn::CollectionJob(collection_id));
+    // Under the lock: it may have been lengthened by who had it.
     let from_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
-    collection_since(collection_id, from_us)
+    flush_locked(collection_id, false, from_us, job)
 }
 
 /// As [`collection`], leaving out events from before a time.
@@ -60,10 +63,10 @@ pub fn collection_since(
     flush_locked(collection_id, false, from_us, job)
 }
 
-/// As [`collection`], unless another job has the collection or its storage is away. While history is loaded into it, only the months of which
+/// As [`collection`], unless another job has the collection, its storage is away or its project is being dropped. While history is loaded into it, only the months of which
 /// there is most: the others wait for more.
 pub fn try_collection(collection_id: i32) -> std::result::Result<Flushed, Failure> {
-    if !reach::is_open(collection_id)? {
+    if !reach::is_open(collection_id)? || xact::worker(|| dropping::concerns(collection_id))? {
         return Ok(Flushed::default());
     }
     let Some(job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
@@ -303,8 +306,11 @@ fn prepare(collection_id: i32, chunk_ids: &[i64], write: Write) -> Result<Prepar
         .split_beyond
         .is_some_and(|most| plan.files().len() > most)
     {
-        split(&collection, &schema, chunk_ids, &batches)?;
-        return Ok(Prepared::Split);
+        return Ok(if split(&collection, &schema, chunk_ids, &batches)? {
+            Prepared::Split
+        } else {
+            Prepared::Nothing
+        });
     }
     let home = Home {
         storage_id: project.storage_id,
@@ -352,13 +358,18 @@ fn read(
     Ok(batches)
 }
 
-/// Rewrites chunks of many months as chunks of one month each.
+/// Rewrites chunks of many months as chunks of one month each. False: the collection was dropped meanwhile.
 fn split(
     collection: &Collection,
     schema: &Schema,
     chunk_ids: &[i64],
     batches: &[RecordBatch],
-) -> Result<()> {
+) -> Result<bool> {
+    // A project is dropped under this lock: nothing is stored for it behind that.
+    locks::transaction(LockOn::Manifest(collection.id));
+    if registry::collection_by_id(View::Current, collection.id)?.is_none() {
+        return Ok(false);
+    }
     let target = Target {
         project_id: collection.project_id,
         collection_id: collection.id,
@@ -372,7 +383,7 @@ fn split(
     })?;
     delete_chunks(collection, chunk_ids)?;
     failpoint::hit("flush.after_split");
-    Ok(())
+    Ok(true)
 }
 
 fn write_files(
@@ -414,9 +425,13 @@ fn write_files(
 /// Last transaction: the same rows leave the chunks and enter the manifest.
 fn commit(step: &Step) -> Result<Flushed> {
     let collection = &step.home.collection;
-    locks::transaction(LockOn::Manifest(collection.id));
-    delete_chunks(collection, &step.chunk_ids)?;
     let mut flushed = Flushed::default();
+    locks::transaction(LockOn::Manifest(collection.id));
+    if registry::collection_by_id(View::Current, collection.id)?.is_none() {
+        // Dropped meanwhile; the objects go by their intents.
+        return Ok(flushed);
+    }
+    delete_chunks(collection, &step.chunk_ids)?;
     for output in &step.outputs {
         wait::check_interrupts();
         step.home.enter(output, step.schema.version)?;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::catalog::{load, manifest, mapper, session, storages};
+use crate::catalog::{load, manifest, mapper, orphans, rebuild, session, storages};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
@@ -23,14 +23,15 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(15);
 /// And compared with the manifest so often.
 const CHECK_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Rows that were appended so that nobody waits are added up or forgotten.
+/// Rows that were appended so that nobody waits are added up or forgotten; later, if somebody is dropping some of them.
 pub fn tables() -> std::result::Result<(), Failure> {
-    xact::worker(|| {
+    xact::in_passing(|| {
         mapper::fold_dropped()?;
         load::tidy()?;
         manifest::forget_log()?;
         session::tidy((2 * guc::session_gap() + LATE_VISITS).as_secs_f64())
     })
+    .map(drop)
 }
 
 /// Whether [`storages`] would find something to do.
@@ -85,7 +86,7 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
     };
     let remote = match Remote::open(storage_id) {
         Ok(Some(remote)) => remote,
-        Ok(None) => return deferred(storage_id, None),
+        Ok(None) => return out_of_use(storage_id, None, asked),
         Err(failure) => {
             // Its server is gone, or has no address that can be used.
             if let Failure::Error(error) = &failure {
@@ -98,6 +99,10 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
         return Ok(0);
     }
     owner::look(&remote)?;
+    if xact::worker(|| rebuild::is_rebuilding(storage_id))? {
+        // What counts there is not known before that is through.
+        return Ok(0);
+    }
     if asked == Asked::ByTime {
         let check_s = CHECK_INTERVAL.as_secs_f64();
         if xact::worker(|| storages::check_is_due(storage_id, check_s))? {
@@ -106,8 +111,11 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
     }
     let abandoned = abandoned(storage_id, &remote)?;
     // Before files go: that they do not count any more.
-    describe::storage(storage_id)?;
-    Ok(abandoned + deferred(storage_id, Some(&remote))?)
+    match asked {
+        Asked::ByCall => describe::storage(storage_id)?,
+        Asked::ByTime => describe::try_storage(storage_id)?,
+    }
+    Ok(abandoned + out_of_use(storage_id, Some(&remote), asked)?)
 }
 
 /// Deletes what was announced and never entered the manifest.
@@ -142,23 +150,57 @@ fn abandoned(storage_id: i32, remote: &Remote) -> std::result::Result<u64, Failu
     Ok(deleted)
 }
 
-/// Deletes what is out of use before the horizon and for longer than the retention.
-fn deferred(storage_id: i32, remote: Option<&Remote>) -> std::result::Result<u64, Failure> {
+/// Deletes what is out of use, and what a comparison found that nobody knows.
+fn out_of_use(
+    storage_id: i32,
+    remote: Option<&Remote>,
+    asked: Asked,
+) -> std::result::Result<u64, Failure> {
+    let deleted = deferred(storage_id, remote, false)?;
+    // While files are being attached nobody knows yet which of them are somebody's.
+    let lock = LockOn::Orphans(storage_id);
+    let _still = match asked {
+        Asked::ByCall => SessionLock::take(lock),
+        Asked::ByTime => match SessionLock::try_take(lock) {
+            Some(lock) => lock,
+            None => return Ok(deleted),
+        },
+    };
+    Ok(deleted + deferred(storage_id, remote, true)?)
+}
+
+/// Deletes what is out of use before the horizon and for longer than the retention, or the orphans that still are some.
+fn deferred(
+    storage_id: i32,
+    remote: Option<&Remote>,
+    orphans: bool,
+) -> std::result::Result<u64, Failure> {
     let mut deleted = 0;
     loop {
         wait::check_interrupts();
         let paths = xact::worker(|| {
-            let retention_s = guc::file_retention().as_secs_f64();
-            let due =
-                manifest::deferred_due(View::Current, storage_id, horizon(), retention_s, BATCH)?;
-            if !due.is_empty() {
-                // What took them out of use must not come back by a crash, whatever synchronous_commit is.
-                xact::settle();
+            if rebuild::is_rebuilding(storage_id)? {
+                return Ok(None);
             }
-            Ok(due)
+            let retention_s = guc::file_retention().as_secs_f64();
+            let since = (horizon(), retention_s);
+            let queued = manifest::deferred_due(View::Current, storage_id, orphans, since, BATCH)?;
+            if queued.is_empty() {
+                return Ok(None);
+            }
+            // What took them out of use must not come back by a crash, whatever synchronous_commit is.
+            xact::settle();
+            if orphans {
+                orphans::unqueue(storage_id, &queued).map(Some)
+            } else {
+                Ok(Some(queued))
+            }
         })?;
-        if paths.is_empty() {
+        let Some(paths) = paths else {
             return Ok(deleted);
+        };
+        if paths.is_empty() {
+            continue;
         }
         if let Some(remote) = remote {
             if !owner::may_delete(remote)? {

@@ -13,7 +13,7 @@ use rakam_lake::id_run::{Ids, Node, PART_IDS};
 
 use crate::catalog::ids::{self, Bucket, Crowd, RunRow};
 use crate::ingest::dedupe::{self, IdEntry};
-use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
@@ -32,7 +32,7 @@ const PREPARE_WITHIN_US: i64 = 3_600_000_000;
 pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
     let deadline = budget.map(|budget| Instant::now() + budget);
     let is_over = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-    while xact::worker(forget)? > 0 {
+    while xact::in_passing(forget)?.is_some_and(|dropped| dropped > 0) {
         wait::check_interrupts();
         if is_over() {
             return Ok(true);
@@ -69,22 +69,25 @@ pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
     settle(&is_over)
 }
 
-/// Runs a step in a transaction, unless another worker merges the project's runs.
+/// Runs a step in a transaction, unless another worker merges the project's runs or somebody is dropping the project.
 fn locked(
     project_id: i32,
     step: impl FnOnce() -> Result<bool>,
 ) -> std::result::Result<bool, Failure> {
     wait::check_interrupts();
+    if !locks::is_free(LockOn::Project(project_id)) {
+        return Ok(false);
+    }
     let Some(_job) = SessionLock::try_take(LockOn::IdMerge(project_id)) else {
         return Ok(false);
     };
-    xact::worker(step)
+    Ok(xact::in_passing(step)? == Some(true))
 }
 
 /// Drops some runs that no event can be a copy of any more; returns how many.
 fn forget() -> Result<u64> {
     let Some(window_us) = guc::dedupe_window_us() else {
-        return ids::forget(i64::MAX, i64::MAX, FORGET_RUNS);
+        return ids::forget(i64::MAX, i64::MAX, &[], 0, FORGET_RUNS);
     };
     let kept_us = xact::now_us() - window_us;
     if !ids::any_older(kept_us)? {
@@ -92,9 +95,9 @@ fn forget() -> Result<u64> {
     }
     // In this order: what commits in between is seen as waiting.
     let in_progress = ids::oldest_in_progress(window_us.max(PREPARE_WITHIN_US))?;
-    let waiting = ids::oldest_waiting()?.unwrap_or(i64::MAX);
-    let received_us = in_progress.min(waiting).saturating_sub(window_us);
-    ids::forget(kept_us, received_us, FORGET_RUNS)
+    let waiting = ids::oldest_waiting()?;
+    let received_us = in_progress.saturating_sub(window_us);
+    ids::forget(kept_us, received_us, &waiting, window_us, FORGET_RUNS)
 }
 
 /// Merges runs of one class. False: there are not enough any more.

@@ -10,9 +10,9 @@ use rakam_lake::period::{Period, day_of};
 use rakam_lake::row_chunk::{MAX_ROWS, Rows};
 
 use crate::catalog::manifest::{self, ChunkRow};
-use crate::catalog::registry;
-use crate::ingest::append::{Target, append, append_rows};
-use crate::pg::locks::{LockOn, SessionLock};
+use crate::catalog::{dropping, registry};
+use crate::ingest::append::{CHUNK_BYTES, Target, append, append_rows};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
@@ -25,8 +25,10 @@ const SMALL_BYTES: i32 = 256 << 10;
 const FAN_IN: usize = 8;
 /// The same for row chunks, which are opened faster and are merged into columns soon.
 const ROWS_FAN_IN: usize = 32;
-/// A merge takes at most so much.
+/// A merge takes at most so much as it is stored, and about so much as values, of which few bytes can be many: a query has
+/// all of a chunk in memory.
 const MERGE_BYTES: i64 = 16 << 20;
+const MERGE_VALUES: usize = 3 * CHUNK_BYTES;
 
 /// Merges what is worth it in one collection. Returns the number of merges.
 pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
@@ -34,8 +36,12 @@ pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
     let Some(_job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
         return Ok(0);
     };
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(0);
+    }
     let mut merges = 0;
-    while xact::worker(|| one(collection_id))? {
+    // In the resident worker: nobody's transaction may hold it up.
+    while xact::in_passing(|| one(collection_id))? == Some(true) {
         merges += 1;
     }
     Ok(merges)
@@ -55,11 +61,13 @@ struct Choice<'a> {
 }
 
 fn one(collection_id: i32) -> Result<bool> {
+    // A project is dropped under this lock: nothing is stored for it behind that.
+    locks::transaction(LockOn::Manifest(collection_id));
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(false);
     };
     let chunks = manifest::chunks(View::Current, collection_id, None)?;
-    let Some(choice) = choose(&chunks) else {
+    let Some(mut choice) = choose(&chunks) else {
         return Ok(false);
     };
     // A merge that a crash takes back leaves what it merged: nothing waits for it to be on disk.
@@ -101,14 +109,21 @@ fn one(collection_id: i32) -> Result<bool> {
         }
     } else {
         let mut batches = Vec::with_capacity(choice.inputs.len());
+        let mut bytes = 0;
         for input in &choice.inputs {
             let batch = chunk::read(input.format, data(input)?.into(), &schema)?;
+            bytes += batch.get_array_memory_size();
+            // One alone goes to the next level, where it is not in the way of the others.
+            if bytes > MERGE_VALUES && !batches.is_empty() {
+                break;
+            }
             batches.push(delete::without_deleted(
                 collection_id,
                 input.chunk_id,
                 batch,
             )?);
         }
+        choice.inputs.truncate(batches.len());
         append(target, &chunk::merge(&batches, schema.arrow())?)?;
     }
     let ids: Vec<i64> = choice.inputs.iter().map(|c| c.chunk_id).collect();

@@ -13,9 +13,6 @@ use crate::pg::xact::{self, Failure};
 use crate::tiers::object::Remote;
 use crate::tiers::owner;
 
-/// The longest pause between two attempts on a storage that fails, seconds: one small request each.
-const PAUSE_MAX_S: f64 = 15.0;
-
 /// While a storage answers, this is noted so often by a process.
 const NOTE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -49,7 +46,7 @@ pub fn note(storage_id: i32, error: Option<&LakeError>) {
         Some(error) => {
             ANSWERED.with_borrow_mut(|answered| answered.remove(&storage_id));
             let told = told(error);
-            xact::worker(|| storages::failed(storage_id, &told, PAUSE_MAX_S))
+            xact::worker(|| storages::failed(storage_id, &told))
         }
     };
     // That the extension is gone the next step will find out.
@@ -60,7 +57,7 @@ pub fn note(storage_id: i32, error: Option<&LakeError>) {
 
 /// Notes that a storage cannot even be asked.
 pub fn note_undefined(storage_id: i32, error: &str) -> Result<(), Failure> {
-    xact::worker(|| storages::failed(storage_id, error, PAUSE_MAX_S))
+    xact::worker(|| storages::failed(storage_id, error))
 }
 
 /// The error without the name of any object: members of all projects on the storage may see it.

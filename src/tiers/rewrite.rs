@@ -15,8 +15,9 @@ use rakam_lake::write::{FileWriter, Replaces};
 use uuid::Uuid;
 
 use crate::catalog::deletion::{self, Reduced};
+use crate::catalog::dropping;
 use crate::catalog::manifest;
-use crate::catalog::registry;
+use crate::catalog::{rebuild, registry};
 use crate::ingest::append::{Target, append};
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -50,6 +51,9 @@ pub fn try_collection(collection_id: i32) -> std::result::Result<u64, Failure> {
         share: SHARE,
         age_s: AGE_S,
     };
+    if xact::worker(|| dropping::concerns(collection_id))? {
+        return Ok(0);
+    }
     match SessionLock::try_take(LockOn::CollectionJob(collection_id)) {
         Some(job) => {
             let mut chunks = 0;
@@ -80,6 +84,9 @@ pub fn collection(collection_id: i32) -> std::result::Result<u64, Failure> {
 }
 
 fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Result<u64, Failure> {
+    if xact::worker(|| rebuild::is_rebuilding_of(collection_id))? {
+        return Ok(0);
+    }
     let (mut after, mut files) = (0, 0);
     while let Some(last) = one(collection_id, worth, after)? {
         after = last;
@@ -91,6 +98,8 @@ fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Res
 /// Writes one chunk anew, under the collection's job lock; false: there is none to be written.
 fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
     let view = View::Current;
+    // A project is dropped under this lock: nothing is stored for it behind that.
+    locks::transaction(LockOn::Manifest(collection_id));
     let due = deletion::next_reduced_chunk(view, collection_id, worth.share, worth.age_s)?;
     let Some(chunk_id) = due else {
         return Ok(false);
@@ -217,6 +226,10 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
 fn commit(step: &Step) -> Result<()> {
     let (old, home) = (&step.old, &step.home);
     locks::transaction(LockOn::Manifest(home.collection.id));
+    if registry::collection_by_id(View::Current, home.collection.id)?.is_none() {
+        // Dropped meanwhile; the object goes by its intent.
+        return Ok(());
+    }
     if !manifest::remove_file(old.file_id, "rewritten without deleted events")? {
         return Err(PgError::new(
             "40001",

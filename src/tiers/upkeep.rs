@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use crate::catalog::{backlog, former, inbox, logs, projects, storages, usage};
+use crate::catalog::{backlog, event_store, former, inbox, logs, projects, storages, usage};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{server, wait};
@@ -12,12 +12,12 @@ thread_local! {
     static KEPT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Cleans up. The caller holds a lock that lets only one do so.
+/// Cleans up; later, if somebody is changing some of it. The caller holds a lock that lets only one do so.
 pub fn run() -> Result<(), Failure> {
-    xact::worker(|| {
+    let done = xact::in_passing(|| {
+        backlog::forget_dropped()?;
         usage::sum_up()?;
-        projects::follow_renamed_roles()?;
-        storages::follow_renamed_servers()?;
+        storages::forget_gone()?;
         if !KEPT.get() {
             for (table, storage) in storages::without_dependency(None)? {
                 server::keep_for(table, &storage);
@@ -31,8 +31,21 @@ pub fn run() -> Result<(), Failure> {
         }
         former::forget(digested_below)
     })?;
-    KEPT.set(true);
-    while xact::worker(logs::run)? {
+    if done.is_some() {
+        KEPT.set(true);
+    }
+    Ok(())
+}
+
+/// Takes over new names of roles and servers, and drops what is old in the logs. Several may do so at once: each leaves to the
+/// others what they are at.
+pub fn names_and_logs() -> Result<(), Failure> {
+    xact::in_passing(|| {
+        projects::follow_renamed_roles()?;
+        event_store::follow_renamed_servers()?;
+        storages::follow_renamed_servers()
+    })?;
+    while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();
     }
     Ok(())

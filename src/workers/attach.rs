@@ -20,15 +20,15 @@ use super::task::{self, Task};
 use crate::catalog::attached::{self, New};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, ProjectRow};
-use crate::catalog::{audit, progress};
+use crate::catalog::{audit, dropping, manifest, orphans, places, progress};
 use crate::files::place::{self, Access, Keep, Place, Root};
 use crate::files::reading::Readers;
 use crate::ingest::digest;
-use crate::pg::locks::{self, LockOn};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{
-    ErrorReport, INVALID_OID, PgError, Result, guc, not_null, relation, runtime, wait,
+    ErrorReport, INVALID_OID, PgError, Result, failpoint, guc, not_null, relation, runtime, wait,
 };
 use crate::tiers::ddl;
 
@@ -73,8 +73,8 @@ fn attach(
     url: Option<&str>,
     format: default!(Option<&str>, "NULL"),
 ) -> std::result::Result<(), ErrorReport> {
-    let left_out = audit::call("attach", project, name, || {
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let left_out = audit::at_once("attach", project, name, |note| {
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let name = CollectionName::parse(not_null(name, "name")?)?.into_string();
         let url = not_null(url, "url")?;
         let format = format.map(Format::parse).transpose()?;
@@ -84,14 +84,15 @@ fn attach(
             (Root::Bucket(bucket), Some(_)) => bucket.url(&place.pattern),
             _ => url.to_owned(),
         };
-        task::run(&Task::Attach(Request {
+        let task = Task::Attach(Request {
             project_id: project.id,
             name,
             url,
             place,
             storage,
             format: format.map(|format| format.name().to_owned()),
-        }))
+        });
+        task::run_noted(task, note)
     })?;
     let left_out: Vec<String> = serde_json::from_value(left_out)
         .map_err(|e| PgError::internal(format!("malformed reply of a task: {e}")))?;
@@ -111,14 +112,15 @@ fn attach(
 /// it, or `lock_timeout` is over.
 #[pg_extern(volatile, parallel_unsafe)]
 fn detach(project: Option<&str>, name: Option<&str>) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("detach", project, name, || {
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    Ok(audit::at_once("detach", project, name, |note| {
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let name = CollectionName::parse(not_null(name, "name")?)?.into_string();
-        task::run(&Task::Detach(Detach {
+        let task = Task::Detach(Detach {
             project_id: project.id,
             name,
             patience: locks::timeout(),
-        }))?;
+        });
+        task::run_noted(task, note)?;
         Ok(())
     })?)
 }
@@ -127,7 +129,14 @@ fn detach(project: Option<&str>, name: Option<&str>) -> std::result::Result<(), 
 pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     // What was collected under the name before the call has a collection then.
     digest::catch_up(Some(&[request.project_id]))?;
-    xact::worker(|| ensure_free(request).map(drop))?;
+    let storages = xact::worker(|| {
+        ensure_free(request)?;
+        storages_of(request)
+    })?;
+    // What is queued there as orphans may be these files: nothing of it is deleted until they are known.
+    let _still: Vec<SessionLock> = (storages.iter())
+        .map(|storage_id| SessionLock::take(LockOn::Orphans(*storage_id)))
+        .collect();
     let error = |e: FilesError| Failure::Error(e.into());
     let format = match &request.format {
         Some(name) => Some(Format::parse(name).map_err(error)?),
@@ -178,8 +187,10 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
     if columns.is_empty() {
         return Err(error(FilesError::NoColumns));
     }
+    failpoint::hit("attach.before_commit");
     xact::worker(|| {
         locks::transaction(LockOn::Digest);
+        dropping::ensure_stays(request.project_id)?;
         locks::transaction(LockOn::Ddl);
         let project = ensure_free(request)?;
         attached::insert(&New {
@@ -190,9 +201,35 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
             format: request.format.as_deref(),
             n: found.rows as i64,
         })?;
-        ddl::create_attached(&project, &request.name, &columns)
+        for storage_id in &storages {
+            orphans::unqueue_known(*storage_id)?;
+        }
+        ddl::create_attached(&project, &request.name, &columns)?;
+        audit::store_expected()
     })?;
     Ok(left_out.into_iter().map(|(name, _)| name).collect())
+}
+
+/// The storages in which the files may lie, by their ids.
+fn storages_of(request: &Request) -> Result<Vec<i32>> {
+    let gone = || PgError::new("42704", "the project was dropped");
+    let view = View::Current;
+    let project = registry::project_by_id(view, request.project_id)?.ok_or_else(gone)?;
+    let own = manifest::storage(view, project.storage_id)?.ok_or_else(gone)?;
+    let files = places::AttachedUrl {
+        url: &request.url,
+        server: request.storage.as_deref(),
+        project: &project.name,
+        own: &own.name,
+    };
+    let Some(files) = files.place() else {
+        return Ok(Vec::new());
+    };
+    let storages = places::storages(view)?;
+    Ok((storages.into_iter())
+        .filter(|storage| files.position(&storage.place).is_some())
+        .map(|storage| storage.storage_id)
+        .collect())
 }
 
 /// The project, in which nothing has the name yet.
@@ -228,7 +265,8 @@ pub fn undo(request: &Detach) -> std::result::Result<(), Failure> {
     loop {
         let outcome = xact::worker(|| {
             locks::transaction(LockOn::Ddl);
-            take_away(request)
+            take_away(request)?;
+            audit::store_expected()
         });
         match outcome {
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => {

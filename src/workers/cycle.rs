@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::consumer::supply::Supply;
 use super::helper::{self, Helper};
 use super::relay;
+use crate::catalog::restore::{self, Waits};
 use crate::catalog::{audit, job, storages};
 use crate::ingest::digest::{self, Watch, When};
 use crate::pg::locks::{LockOn, SessionLock};
@@ -72,6 +73,9 @@ impl Step {
     }
 }
 
+/// What the resident does while a restore is under way, among [`crate::pg::shared::STATES`].
+const RESTORE: u32 = 9;
+
 /// When a failing step (of a collection, or as a whole: 0) may be tried again.
 struct BackOff {
     failures: u32,
@@ -99,8 +103,11 @@ pub struct Cycle<'a> {
     last_upkeep: Instant,
     /// Collections with files to be written anew without deleted events.
     rewrites: Vec<i32>,
-    /// The storages are to be seen after.
+    /// A restore was under way at the last look.
+    restoring: bool,
+    /// The storages are to be seen after, and the helper that does so.
     care: bool,
+    carer: Option<Helper>,
     /// Collections to be compacted, the helper that does so, and the entry of the manifest's log from which to look on.
     compactions: BTreeSet<i32>,
     compactor: Option<Helper>,
@@ -135,7 +142,9 @@ impl<'a> Cycle<'a> {
             ids_pending: false,
             last_upkeep: past,
             rewrites: Vec::new(),
+            restoring: false,
             care: false,
+            carer: None,
             compactions: BTreeSet::new(),
             compactor: None,
             compacted_to: None,
@@ -150,6 +159,20 @@ impl<'a> Cycle<'a> {
 
     /// Does what is due and says how long to sleep (a commit wakes earlier).
     pub fn run(&mut self) -> Result<Duration, Failure> {
+        if !xact::worker(|| restore::is_over(Waits::No))? {
+            self.slot.state.store(RESTORE, Ordering::Relaxed);
+            // What is known of the tables is of before.
+            self.restoring = true;
+            return Ok(IDLE_PAUSE);
+        }
+        if std::mem::take(&mut self.restoring) {
+            *self = Self {
+                helper: self.helper.take(),
+                carer: self.carer.take(),
+                compactor: self.compactor.take(),
+                ..Self::new(self.slot)
+            };
+        }
         let news = self.slot.waiting.load(Ordering::Acquire) > 0;
         let interval = guc::digest_interval();
         if news && !self.behind && self.last_look.elapsed() < interval {
@@ -278,6 +301,7 @@ impl<'a> Cycle<'a> {
                 self.digested = true;
             }
         }
+        self.care()?;
         let mut rewrites = std::mem::take(&mut self.rewrites);
         rewrites.retain(|id| self.may(Step::Rewrite, *id));
         if self.helper.is_some() {
@@ -286,8 +310,7 @@ impl<'a> Cycle<'a> {
         // Those whose storage is away are not tried one by one.
         let held_up = xact::worker(storages::collections_held_up)?;
         slow.retain(|(id, work)| *work == Work::Merge || !held_up.contains(id));
-        let care = std::mem::take(&mut self.care);
-        if slow.is_empty() && rewrites.is_empty() && !care {
+        if slow.is_empty() && rewrites.is_empty() {
             return Ok(());
         }
         slow.truncate(helper::MOST);
@@ -296,17 +319,29 @@ impl<'a> Cycle<'a> {
             // Forgotten once there is nothing to rewrite any more.
             self.put_off(Step::Rewrite, *id);
         }
-        match Helper::start(slow, &rewrites, care) {
+        match Helper::start(slow, &rewrites) {
             Ok(helper) => self.helper = Some(helper),
             Err(slow) => {
                 // No free slot for a worker: the digest waits meanwhile, and rewrites wait for a slot.
                 for (id, work) in slow {
                     self.work_on(id, work)?;
                 }
-                if care && self.may(Step::Gc, 0) {
-                    self.attempt(Step::Gc, 0, || gc::storages(Asked::ByTime))?;
-                }
             }
+        }
+        Ok(())
+    }
+
+    /// Has the storages seen after where that is due: by a helper of its own, since a large bucket takes its time.
+    fn care(&mut self) -> Result<(), Failure> {
+        let _ended = Helper::ended(&mut self.carer);
+        if !self.care || self.carer.is_some() {
+            return Ok(());
+        }
+        self.care = false;
+        self.carer = Helper::care();
+        // Without a free slot for a worker the digest waits meanwhile.
+        if self.carer.is_none() && self.may(Step::Gc, 0) {
+            self.attempt(Step::Gc, 0, || gc::storages(Asked::ByTime))?;
         }
         Ok(())
     }
@@ -346,6 +381,7 @@ impl<'a> Cycle<'a> {
                     rotate::run()?;
                     upkeep::run()?;
                 }
+                upkeep::names_and_logs()?;
                 gc::tables()
             })?;
             self.care |= self.attempt(Step::Gc, 0, gc::is_due)?.unwrap_or(false);

@@ -2,7 +2,8 @@
 //!
 //! Each is one transaction that excludes the collection's flush and merge, the digest, other DDL of ours, and at last
 //! whoever reads the table. Readers are waited for as DDL of the background waits: 100 ms at a time, with nothing held in between, so that
-//! neither new readers nor the digest stand behind a query that takes hours.
+//! neither new readers nor the digest stand behind a query that takes hours. They take effect whatever becomes of the caller's
+//! transaction, and say so inside a transaction block.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,10 @@ use rakam_event::schema::SYSTEM_FIELDS;
 use serde::{Deserialize, Serialize};
 
 use super::task::{self, Task};
+use crate::catalog::audit::Note;
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, Collection};
-use crate::catalog::{attached, audit, collections};
+use crate::catalog::{attached, audit, collections, dropping, rebuild};
 use crate::ingest::digest;
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -52,9 +54,11 @@ fn drop_collection(
     project: Option<&str>,
     collection: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("drop_collection", project, collection, || {
-        change(project, collection, || Ok(What::Drop))
-    })?)
+    audit::at_once("drop_collection", project, collection, |note| {
+        change(project, collection, note, || Ok(What::Drop))
+    })?;
+    task::tell_at_once("drop_collection");
+    Ok(())
 }
 
 /// Gives a collection another name; its events, also those under way, follow.
@@ -66,12 +70,12 @@ fn rename_collection(
     collection: Option<&str>,
     new_name: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call(
+    Ok(audit::at_once(
         "rename_collection",
         project,
         collection,
-        || {
-            change(project, collection, || {
+        |note| {
+            change(project, collection, note, || {
                 let name = CollectionName::parse(not_null(new_name, "new_name")?)?;
                 Ok(What::Rename(name.into_string()))
             })
@@ -89,41 +93,38 @@ fn drop_field(
     field: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
     let object = collection.zip(field).map(|(c, f)| format!("{c}.{f}"));
-    Ok(audit::call(
-        "drop_field",
-        project,
-        object.as_deref(),
-        || {
-            change(project, collection, || {
-                let field = names::field_name(not_null(field, "field")?).into_owned();
-                if SYSTEM_FIELDS.iter().any(|(_, name, _)| *name == field) {
-                    return Err(PgError::new(
-                        "42939",
-                        format!("cannot drop system field \"{field}\""),
-                    )
-                    .hint(
+    audit::at_once("drop_field", project, object.as_deref(), |note| {
+        change(project, collection, note, || {
+            let field = names::field_name(not_null(field, "field")?).into_owned();
+            if SYSTEM_FIELDS.iter().any(|(_, name, _)| *name == field) {
+                return Err(
+                    PgError::new("42939", format!("cannot drop system field \"{field}\"")).hint(
                         "Every collection has the fields that begin with _time, _user and so on.",
-                    ));
-                }
-                Ok(What::DropField(field))
-            })
-        },
-    )?)
+                    ),
+                );
+            }
+            Ok(What::DropField(field))
+        })
+    })?;
+    task::tell_at_once("drop_field");
+    Ok(())
 }
 
 fn change(
     project: Option<&str>,
     collection: Option<&str>,
+    note: Note,
     what: impl FnOnce() -> Result<What>,
 ) -> Result<()> {
-    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
     let collection = CollectionName::parse(not_null(collection, "collection")?)?;
-    task::run(&Task::Change(Change {
+    let task = Task::Change(Change {
         project_id: project.id,
         collection: collection.into_string(),
         what: what()?,
         patience: locks::timeout(),
-    }))?;
+    });
+    task::run_noted(task, note)?;
     Ok(())
 }
 
@@ -137,9 +138,12 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
     loop {
         let outcome = xact::worker(|| {
             locks::transaction(LockOn::Digest);
+            // Else this would wait for the end of another transaction, and every project's digest with it.
+            dropping::ensure_stays(change.project_id)?;
             locks::transaction(LockOn::Manifest(found.id));
             locks::transaction(LockOn::Ddl);
-            apply(change)
+            apply(change, found.id)?;
+            audit::store_expected()
         });
         match outcome {
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
@@ -182,11 +186,22 @@ fn in_use(change: &Change) -> PgError {
     .hint("A query or an open transaction uses it: try again later, or raise lock_timeout.")
 }
 
-fn apply(change: &Change) -> Result<()> {
-    // Again, under the locks.
+fn apply(change: &Change, locked_id: i32) -> Result<()> {
+    // Again, under the locks. They are those of the collection that had the name before.
     let collection = find(change)?;
+    if collection.id != locked_id {
+        return Err(PgError::new(
+            "40001",
+            format!(
+                "another collection was named \"{}\" at the same moment",
+                change.collection
+            ),
+        )
+        .hint("Look at the view rakam.collections, and call it again if it is still to be done."));
+    }
     match &change.what {
         What::Drop => {
+            rebuild::ensure_over_of(collection.id)?;
             ddl::drop_table(&collection)?;
             collections::delete(&collection)
         }

@@ -16,9 +16,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::task::{self, Task};
+use crate::catalog::audit::Note;
 use crate::catalog::deletion::{self, Object};
 use crate::catalog::projects::{self, Right};
-use crate::catalog::{audit, manifest, registry};
+use crate::catalog::{audit, dropping, manifest, rebuild, registry};
 use crate::fdw::identity::{self, OBJECTS_MAX, Objects, PARKED};
 use crate::ingest::digest;
 use crate::pg::condition::Condition;
@@ -72,13 +73,20 @@ fn delete_events(
     condition: Option<&str>,
 ) -> std::result::Result<i64, ErrorReport> {
     // The condition is left out of the log: it names values.
-    Ok(audit::call("delete_events", project, collection, || {
-        delete(project, collection, condition)
-    })?)
+    let deleted = audit::at_once("delete_events", project, collection, |note| {
+        delete(project, collection, condition, note)
+    })?;
+    task::tell_at_once("delete_events");
+    Ok(deleted)
 }
 
-fn delete(project: Option<&str>, collection: Option<&str>, condition: Option<&str>) -> Result<i64> {
-    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+fn delete(
+    project: Option<&str>,
+    collection: Option<&str>,
+    condition: Option<&str>,
+    note: Note,
+) -> Result<i64> {
+    let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
     let name = CollectionName::parse(not_null(collection, "collection")?)?;
     let condition = not_null(condition, "condition")?;
     xact::ensure_writable("delete events")?;
@@ -86,7 +94,7 @@ fn delete(project: Option<&str>, collection: Option<&str>, condition: Option<&st
         Some(table) => table,
         None => {
             // Perhaps it was collected a moment ago.
-            task::run(&Task::CreateTables)?;
+            task::run(Task::CreateTables)?;
             table(project.id, name.as_str())?.ok_or_else(|| unknown(name.as_str()))?
         }
     };
@@ -95,13 +103,14 @@ fn delete(project: Option<&str>, collection: Option<&str>, condition: Option<&st
         let _path = Settings::set(&settings[..1])?;
         Condition::new(table, condition)?.check()?;
     }
-    let deleted = task::run(&Task::Delete(Deletion {
+    let task = Task::Delete(Deletion {
         project_id: project.id,
         collection: name.as_str().to_owned(),
         condition: condition.to_owned(),
         user: security::current_user().into(),
         settings,
-    }))?;
+    });
+    let deleted = task::run_noted(task, note)?;
     deleted
         .as_i64()
         .ok_or_else(|| PgError::internal("malformed reply of a deletion"))
@@ -169,6 +178,7 @@ impl Work<'_> {
             return Ok(0);
         }
         let _digest = SessionLock::take(LockOn::Digest);
+        dropping::ensure_stays(self.deletion.project_id).map_err(Failure::Error)?;
         let ids = xact::worker(list)?;
         let found = xact::read_only(|| {
             let mut found = Vec::new();
@@ -184,18 +194,27 @@ impl Work<'_> {
         if found.is_empty() {
             return Ok(0);
         }
-        xact::worker(|| delete_parked(&self.collection, &found))
+        xact::worker(|| {
+            let deleted = delete_parked(&self.collection, &found)?;
+            audit::store_expected()?;
+            Ok(deleted)
+        })
     }
 
     /// Rows of chunks and data files.
     fn stored(&self) -> std::result::Result<u64, Failure> {
         let _job = SessionLock::take(LockOn::CollectionJob(self.collection.id));
+        xact::worker(|| rebuild::ensure_over_of(self.collection.id))?;
         let hits = xact::read_only(|| self.find())?;
         failpoint::hit("delete.before_hide");
         if hits.is_empty() {
             return Ok(0);
         }
-        xact::worker(|| hide(&self.collection, &hits))
+        xact::worker(|| {
+            let hidden = hide(&self.collection, &hits)?;
+            audit::store_expected()?;
+            Ok(hidden)
+        })
     }
 
     fn find(&self) -> Result<Vec<Hit>> {

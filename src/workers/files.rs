@@ -32,8 +32,9 @@ fn copy_from(
     format: default!(Option<&str>, "NULL"),
     options: default!(Option<JsonbText>, "'{}'"),
 ) -> std::result::Result<i64, ErrorReport> {
-    let events = audit::call("copy_from", project, collection, || {
+    let events = audit::at_once("copy_from", project, collection, |note| {
         let project = writable_project(not_null(project, "project")?)?;
+        project.ensure_committed()?;
         let collection = CollectionName::parse(not_null(collection, "collection")?)?.into_string();
         if project.attached.contains(&collection) {
             return Err(EventError::AttachedTable(collection).into());
@@ -46,7 +47,7 @@ fn copy_from(
             parsed.ensure_for(format)?;
         }
         let place = place::resolve(&project, url, Access::Read)?;
-        task::run(&Task::CopyFrom(Request {
+        let task = Task::CopyFrom(Request {
             project_id: project.id,
             collection,
             url: url.to_owned(),
@@ -55,7 +56,8 @@ fn copy_from(
             options,
             admin: project.allows(security::current_user(), Right::Admin),
             fixed: project.is_fixed,
-        }))
+        });
+        task::run_noted(task, note)
     })?;
     let events = events
         .as_i64()

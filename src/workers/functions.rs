@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-use rakam_event::error::EventError;
-use rakam_event::names::{self, CollectionName};
-use rakam_event::types::FieldType;
+use rakam_event::names::CollectionName;
 use serde_json::json;
 
+use super::declare::{self, collection_name, sync_until};
 use super::task::{self, Scope, Task};
 use super::{attach, consumer, definitions, delete, rebuild, relay, storages};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
+use crate::catalog::restore::{self, Waits};
 use crate::catalog::retention::{self, Keep};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
@@ -21,7 +21,7 @@ use crate::ingest::digest;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, guc, not_null, security, shared, types, wait};
+use crate::pg::{PgError, Result, failpoint, not_null, security, shared, wait};
 use crate::sources::seek;
 use crate::tiers::gc::{self, Asked};
 use crate::tiers::hot::{Hot, Work};
@@ -46,7 +46,7 @@ fn tick() -> std::result::Result<(), ErrorReport> {
             .hint("The current role needs membership in a role of some project.")
             .into());
     }
-    task::run(&Task::Tick { projects })?;
+    task::run(Task::Tick { projects })?;
     Ok(())
 }
 
@@ -113,8 +113,8 @@ fn set_retention(
     collection: Option<&str>,
     keep: Option<Interval>,
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("set_retention", project, collection, || {
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
+    audit::at_once("set_retention", project, collection, |note| {
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
         let collection = collection_name(collection)?;
         let keep = keep.map(|keep| Keep {
             months: keep.months(),
@@ -128,13 +128,15 @@ fn set_retention(
             )
             .hint("Give an interval such as '90 days'; NULL keeps all events."));
         }
-        task::run(&Task::Keep {
+        let task = Task::Keep {
             project_id: project.id,
             collection: collection.into_string(),
             keep,
-        })?;
-        Ok(())
-    })?)
+        };
+        task::run_noted(task, note)
+    })?;
+    task::tell_at_once("set_retention");
+    Ok(())
 }
 
 /// Runs a task over what the caller may of what it asked for, and gives what it wrote: collection, events, files, bytes.
@@ -144,8 +146,8 @@ fn by_collection(
     collection: Option<&str>,
     task: impl FnOnce(Scope) -> Task,
 ) -> Result<Vec<(String, i64, i64, i64)>> {
-    let rows = audit::call(call, project, collection, || {
-        task::run(&task(scope(project, collection)?))
+    let rows = audit::at_once(call, project, collection, |note| {
+        task::run_noted(task(scope(project, collection)?), note)
     })?;
     serde_json::from_value(rows)
         .map_err(|e| PgError::internal(format!("malformed reply of {call}: {e}")))
@@ -154,7 +156,7 @@ fn by_collection(
 /// What the caller may flush or compact of what it asked for.
 fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
     let projects = match project {
-        Some(name) => Some(vec![projects::authorize(name, Right::Admin)?.id]),
+        Some(name) => Some(vec![projects::authorize_committed(name, Right::Admin)?.id]),
         None if security::is_server_admin(security::current_user()) => None,
         None => Some(projects::administered()?),
     };
@@ -177,100 +179,11 @@ fn scope(project: Option<&str>, collection: Option<&str>) -> Result<Scope> {
     })
 }
 
-/// Creates a collection ahead of its first event; nothing happens if it exists.
-/// SQL: `rakam.create_collection(project text, collection text)`.
-/// Errors: 42501 no such project or no right, 42602 / 42939 the name is not usable, 42710 it is an attached table's.
-#[pg_extern(volatile, parallel_unsafe)]
-fn create_collection(
-    project: Option<&str>,
-    collection: Option<&str>,
-) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call(
-        "create_collection",
-        project,
-        collection,
-        || {
-            let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-            let name = collection_name(collection)?;
-            if project.attached.contains(name.as_str()) {
-                return Err(EventError::AttachedTable(name.into_string()).into());
-            }
-            task::run(&Task::CreateCollection {
-                project_id: project.id,
-                name: name.as_str().to_owned(),
-            })?;
-            Ok(())
-        },
-    )?)
-}
-
-/// Declares a field ahead of use; nothing happens if it exists with this type.
-/// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
-/// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
-/// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota.
-#[pg_extern(sql = "
-CREATE FUNCTION rakam.add_field(project text, collection text, field text, type text) RETURNS void
-LANGUAGE c VOLATILE PARALLEL UNSAFE
-AS 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
-fn add_field(
-    project: Option<&str>,
-    collection: Option<&str>,
-    field: Option<&str>,
-    type_name: Option<&str>,
-) -> std::result::Result<(), ErrorReport> {
-    let object = collection.zip(field).map(|(c, f)| format!("{c}.{f}"));
-    Ok(audit::call(
-        "add_field",
-        project,
-        object.as_deref(),
-        || declare_field(project, collection, field, type_name),
-    )?)
-}
-
-fn declare_field(
-    project: Option<&str>,
-    collection: Option<&str>,
-    field: Option<&str>,
-    type_name: Option<&str>,
-) -> Result<()> {
-    let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-    let name = collection_name(collection)?;
-    let field = names::field_name(not_null(field, "field")?).into_owned();
-    if !names::can_be_column(&field) {
-        return Err(PgError::new(
-            "42602",
-            format!("field name \"{field}\" cannot be a column"),
-        )
-        .hint("Names of system columns and names over 63 bytes stay in \"_extra\"."));
-    }
-    let ty = field_type(not_null(type_name, "type")?)?;
-    task::run(&Task::AddField {
-        project_id: project.id,
-        collection: name.as_str().to_owned(),
-        field,
-        ty: ty.to_string(),
-    })?;
-    Ok(())
-}
-
-/// The argument `collection`, as a name.
-fn collection_name(collection: Option<&str>) -> Result<CollectionName> {
-    Ok(CollectionName::parse(not_null(collection, "collection")?)?)
-}
-
-/// A type as in CREATE TABLE that a field may have.
-fn field_type(text: &str) -> Result<FieldType> {
-    let name = types::canonical_name(text)?;
-    FieldType::parse(&name).ok_or_else(|| {
-        PgError::new("22023", format!("type \"{text}\" cannot be the type of a field")).hint(
-            "Types are boolean, integer, bigint, real, double precision, numeric(p,s) with p up to 38, text, date, \
-             timestamptz, uuid, inet, jsonb, boolean[], double precision[] and text[].",
-        )
-    })
-}
-
 /// In the task worker: does it, and gives the value the caller waits for.
 pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
+    if !xact::worker(|| restore::is_over(Waits::Yes))? {
+        return Err(Failure::Error(restore::under_way()));
+    }
     match task {
         Task::Tick { projects } => perform_tick(projects.as_deref()).map(|()| json!(null)),
         Task::Flush { scope } => perform_flush(scope),
@@ -292,18 +205,14 @@ pub fn perform(task: &Task) -> std::result::Result<serde_json::Value, Failure> {
         }
         Task::Rebuild { storage } => rebuild::perform(storage),
         Task::CreateCollection { project_id, name } => {
-            xact::worker(|| registry::add_collection(*project_id, name))?;
-            sync_until(Duration::from_secs(5), || {
-                ddl::ensure_table(*project_id, name)
-            })?;
-            Ok(json!(null))
+            declare::perform_create_collection(*project_id, name).map(|()| json!(null))
         }
         Task::AddField {
             project_id,
             collection,
             field,
             ty,
-        } => perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
+        } => declare::perform_add_field(*project_id, collection, field, ty).map(|()| json!(null)),
         Task::Change(change) => {
             definitions::perform(change)?;
             describe::all()?;
@@ -339,6 +248,7 @@ fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
         rotate::run()?;
         upkeep::run()?;
     }
+    upkeep::names_and_logs()?;
     reach::ask_failing()?;
     let mut hot = Hot::default();
     hot.refresh()?;
@@ -464,7 +374,7 @@ fn perform_keep(
     keep: Option<Keep>,
 ) -> std::result::Result<(), Failure> {
     digest::catch_up(Some(&[project_id]))?;
-    let (id, hidden_before) = xact::worker(|| {
+    let id = xact::worker(|| {
         let found = registry::collection_named(View::Current, project_id, collection)?.ok_or_else(
             || {
                 PgError::new(
@@ -474,17 +384,28 @@ fn perform_keep(
                 .hint("The view rakam.collections lists a project's collections.")
             },
         )?;
-        let hidden_before = match retention::lengthens(View::Current, found.id, keep)? {
-            true => retention::hidden_before(View::Current, found.id)?,
-            false => None,
-        };
-        Ok((found.id, hidden_before))
+        Ok(found.id)
     })?;
-    if let Some(before_us) = hidden_before {
+    // Who removes events by the time of before does so before this, or finds the new one.
+    let locks = match xact::worker(|| retention::lengthens(View::Current, id, keep))? {
+        true => Some((
+            SessionLock::take(LockOn::Compaction(id)),
+            SessionLock::take(LockOn::CollectionJob(id)),
+        )),
+        false => None,
+    };
+    if locks.is_some()
+        && let Some(before_us) = xact::worker(|| retention::hidden_before(View::Current, id))?
+    {
         flush::collection_since(id, Some(before_us))?;
         compact::remove_before(id, before_us)?;
+        failpoint::hit("keep.before_set");
     }
-    xact::worker(|| retention::set(id, keep))?;
+    xact::worker(|| {
+        retention::set(id, keep)?;
+        audit::store_expected()
+    })?;
+    drop(locks);
     describe::all()
 }
 
@@ -497,60 +418,6 @@ fn rotate_inbox() -> std::result::Result<(), Failure> {
     rotate::run().map(drop)
 }
 
-fn perform_add_field(
-    project_id: i32,
-    collection: &str,
-    field: &str,
-    ty: &str,
-) -> std::result::Result<(), Failure> {
-    let parsed = FieldType::parse(ty)
-        .ok_or_else(|| Failure::Error(PgError::internal("a task has an unknown type")))?;
-    let id = xact::worker(|| {
-        let found = registry::collection_named(View::Current, project_id, collection)?.ok_or_else(
-            || {
-                PgError::new(
-                    "42704",
-                    format!("collection \"{collection}\" does not exist"),
-                )
-                .hint("rakam.create_collection makes it ahead of its first event.")
-            },
-        )?;
-        let known = registry::schema(View::Current, &found)?;
-        let fields = known.fields.iter().filter(|field| field.is_user()).count();
-        if known.field(field).is_none() && fields >= guc::max_fields() {
-            return Err(PgError::new(
-                "53400",
-                format!(
-                    "collection \"{collection}\" has as many fields as rakam.max_fields allows"
-                ),
-            )
-            .detail(format!("It has {fields} fields."))
-            .hint("Raise rakam.max_fields, or drop a field with rakam.drop_field."));
-        }
-        registry::add_fields(found.id, &[(field.to_owned(), parsed)], true)?;
-        let schema = registry::schema(View::Current, &found)?;
-        match schema.field(field) {
-            Some(existing) if existing.ty == parsed => Ok(found.id),
-            Some(existing) => Err(PgError::new(
-                "42710",
-                format!(
-                    "field \"{field}\" of collection \"{collection}\" exists with type {}",
-                    existing.ty
-                ),
-            )
-            .hint(
-                "A field never changes its type: values that do not fit are kept in \"_extra\".",
-            )),
-            None => {
-                let project = registry::project_by_id(View::Current, project_id)?;
-                let most = project.and_then(|p| p.fields_max).unwrap_or(0);
-                Err(EventError::TooManyFields(most).into())
-            }
-        }
-    })?;
-    sync_until(Duration::from_secs(5), || ddl::sync(id))
-}
-
 /// Makes pending tables and columns for a while: a table that is being read may come free.
 fn sync_for(patience: Duration) -> std::result::Result<(), Failure> {
     let deadline = Instant::now() + patience;
@@ -558,23 +425,4 @@ fn sync_for(patience: Duration) -> std::result::Result<(), Failure> {
         wait::wait(None, Duration::from_millis(100));
     }
     Ok(())
-}
-
-/// Tries one step again while its lock is not to be had. What is still pending then is made in the background.
-fn sync_until(
-    patience: Duration,
-    step: impl Fn() -> Result<()>,
-) -> std::result::Result<(), Failure> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match xact::worker(&step) {
-            Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
-                if Instant::now() >= deadline {
-                    return Ok(());
-                }
-                wait::wait(None, Duration::from_millis(100));
-            }
-            outcome => return outcome,
-        }
-    }
 }

@@ -1,6 +1,9 @@
 //! The findings of `rakam.health`, from the tables.
 
-use crate::catalog::{deletion, event_store, inbox, mapper, projects, registry, sources, storages};
+use crate::catalog::{
+    deletion, dropping, event_store, inbox, mapper, projects, rebuild, registry, restore, sources,
+    storages,
+};
 use crate::ingest::room;
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Snapshot;
@@ -107,7 +110,17 @@ pub fn of_projects() -> Result<Vec<Finding>> {
     )?
     .unwrap_or((0, 0));
     let in_the_way = registry::obstructed(view)?;
-    findings.push(if !in_the_way.is_empty() {
+    let dropped = registry::without_table(view)?;
+    findings.push(if !dropped.is_empty() {
+        Finding::warning(
+            "schema",
+            format!("tables that were dropped by hand: {}", dropped.join(", ")),
+        )
+        .hint(
+            "Their events are kept, and \"_all\" has them. rakam.create_collection makes such a table again, \
+             rakam.drop_collection drops its events, too.",
+        )
+    } else if !in_the_way.is_empty() {
         Finding::warning(
             "schema",
             format!("tables that cannot be made: {}", in_the_way.join(", ")),
@@ -251,25 +264,59 @@ pub fn of_server() -> Result<Vec<Finding>> {
                 .hint("It is tried again by itself, later each time."),
         );
     }
+    if let Some(lack) = restore::lack(view)? {
+        findings.push(
+            Finding::error(
+                "restore",
+                format!(
+                    "a restore is under way, or was interrupted: {lack}. Nothing is digested, written or deleted before it is through"
+                ),
+            )
+            .hint(
+                "Wait for it. If it has failed, restore what is missing, or all of it into an empty database; to go on without: \
+                 DELETE FROM rakam_internal.restore.",
+            ),
+        );
+    }
     findings.extend(storage_findings(view)?);
     findings.push(hot_finding()?);
     findings.push(deletion_finding(view)?);
     findings.push(horizon_finding(view)?);
     findings.push(memory_finding());
+    findings.extend(dropping_finding(view)?);
     let missing: Vec<String> = projects::lacking_roles(view)?
         .into_iter()
         .map(|project| project.name)
         .collect();
     findings.push(if missing.is_empty() {
-        Finding::ok("roles", "every project has its roles")
+        Finding::ok("roles", "every project has its roles, and they their privileges")
     } else {
         Finding::error(
             "roles",
-            format!("roles are missing of: {}", missing.join(", ")),
+            format!("roles, or their privileges, are missing of: {}", missing.join(", ")),
         )
-        .hint("rakam.repair_roles() makes them again; until then only superusers can use all of these projects.")
+        .hint("rakam.repair_roles() gives them back; until then only superusers can use all of these projects.")
     });
     Ok(findings)
+}
+
+/// Which transactions have dropped a project and have not ended.
+fn dropping_finding(view: View) -> Result<Option<Finding>> {
+    let dropping: Vec<String> = dropping::all(view)?
+        .into_iter()
+        .map(|d| match (d.pid, d.prepared) {
+            (Some(pid), _) => format!("{} by process {pid}", d.project),
+            (None, Some(gid)) => format!("{} by prepared transaction \"{gid}\"", d.project),
+            (None, None) => d.project,
+        })
+        .collect();
+    if dropping.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(
+        Finding::warning("projects being dropped", dropping.join(", "))
+            .hint("Their events wait until that transaction commits or is rolled back; other projects do not."),
+    ))
 }
 
 /// How the storages stand, as the workers noted it: nothing is asked of a storage here.
@@ -317,6 +364,18 @@ fn storage_findings(view: View) -> Result<Vec<Finding>> {
                 .hint("rakam.check_storage lists them; restore them from a backup of the storage."),
             );
         }
+    }
+    for name in rebuild::unfinished_storages(view)? {
+        findings.push(
+            Finding::warning(
+                "rebuild",
+                format!("the catalog of {name} is not rebuilt to its end, so nothing of it is compacted or deleted"),
+            )
+            .hint(format!(
+                "Wait for it; if it was interrupted: SELECT * FROM rakam.rebuild_catalog({}).",
+                spi::quote_literal(&name)
+            )),
+        );
     }
     if bucket {
         findings.push(cache_finding());

@@ -1,6 +1,6 @@
 //! The resident's helpers: workers that flush and merge some collections, write files with deleted events anew, take care of
 //! the storages, or compact, and end, so that nobody's digest waits for files or for a network. They exist while there is
-//! something to do: one for compaction, which may take long, and one for the rest.
+//! something to do: one for compaction and one for the storages, which both may take long, and one for the rest.
 
 use std::sync::atomic::Ordering;
 
@@ -25,14 +25,13 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts one for this work, and to write files of some collections anew, at most [`MOST`] together, and with `care`
-    /// to see after the storages; gives the work back if there is no free slot for a worker.
+    /// Starts one for this work, and to write files of some collections anew, at most [`MOST`] together; gives the work back
+    /// if there is no free slot for a worker.
     pub fn start(
         work: Vec<(i32, Work)>,
         rewrites: &[i32],
-        care: bool,
     ) -> std::result::Result<Self, Vec<(i32, Work)>> {
-        match launch(&work, rewrites, &[], care) {
+        match launch(&work, rewrites, &[], false) {
             Some(handle) => Ok(Self { handle, work }),
             None => Err(work),
         }
@@ -41,6 +40,15 @@ impl Helper {
     /// Starts one that compacts these collections, at most [`MOST`]; None: there is no free slot for a worker.
     pub fn compact(collections: &[i32]) -> Option<Self> {
         let handle = launch(&[], &[], collections, false)?;
+        Some(Self {
+            handle,
+            work: Vec::new(),
+        })
+    }
+
+    /// Starts one that sees after the storages; None: there is no free slot for a worker.
+    pub fn care() -> Option<Self> {
+        let handle = launch(&[], &[], &[], true)?;
         Some(Self {
             handle,
             work: Vec::new(),
@@ -82,8 +90,9 @@ fn launch(
         .chain(compactions.iter().copied())
         .flat_map(i32::to_ne_bytes)
         .collect();
-    let kind = match compactions {
-        [] => "rakam flush",
+    let kind = match (compactions, care) {
+        (_, true) => "rakam gc",
+        ([], false) => "rakam flush",
         _ => "rakam compact",
     };
     bgworker::start(&Worker {
@@ -111,8 +120,9 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     let (works, rewrites, compactions, care) = (count(), count(), count(), count() > 0);
     let numbers: Vec<i32> = numbers.take(works + rewrites + compactions).collect();
     if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
-        let place = match compactions {
-            0 => &slot.helper,
+        let place = match (compactions, care) {
+            (_, true) => &slot.carer,
+            (0, false) => &slot.helper,
             _ => &slot.compactor,
         };
         place.store(bgworker::my_pid(), Ordering::Release);
@@ -167,7 +177,7 @@ fn note(step: &'static str, id: i32, outcome: Result<(), Failure>) -> bool {
 fn leave() {
     if let Some(slot) = shared::get().and_then(|s| s.find(bgworker::my_database())) {
         let me = bgworker::my_pid();
-        for place in [&slot.helper, &slot.compactor] {
+        for place in [&slot.helper, &slot.compactor, &slot.carer] {
             let _ = place.compare_exchange(me, 0, Ordering::AcqRel, Ordering::Acquire);
         }
     }

@@ -66,12 +66,18 @@ fn look(shared: &Shared) {
         };
         let idle = slot.pid.load(Ordering::Acquire) == 0;
         let wanted = !slot.absent.load(Ordering::Acquire);
-        if !idle || !wanted || now_ms < slot.not_before_ms.load(Ordering::Acquire) {
+        let not_before_ms = slot.not_before_ms.load(Ordering::Acquire);
+        if !idle || !wanted || is_early(now_ms, not_before_ms) {
             continue;
         }
         back_off(slot, now_ms);
         start(database, slot);
     }
+}
+
+/// Whether a start is to wait. No wait is as long as one that a clock set back would make.
+fn is_early(now_ms: i64, not_before_ms: i64) -> bool {
+    (1..=RESTART_MAX_MS).contains(&(not_before_ms - now_ms))
 }
 
 /// Counts a start after the first, and says when the next may be.
@@ -119,4 +125,19 @@ pub fn start(database: pg_sys::Oid, slot: &Slot) {
 /// The databases that take connections. The launcher's own transaction: no extension is locked here.
 fn databases() -> Vec<pg_sys::Oid> {
     xact::plain(relation::databases)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_stops_no_worker() {
+        let now_ms = 1_800_000_000_000;
+        assert!(is_early(now_ms, now_ms + 1));
+        assert!(is_early(now_ms, now_ms + RESTART_MAX_MS));
+        assert!(!is_early(now_ms, now_ms));
+        assert!(!is_early(now_ms, 0));
+        assert!(!is_early(now_ms - 3_600_000, now_ms + RESTART_MIN_MS));
+    }
 }

@@ -8,7 +8,8 @@
 pub mod attach;
 pub mod consumer;
 pub mod cycle;
-pub mod definitions;
+pub mod declare;
+mod definitions;
 pub mod delete;
 mod files;
 pub mod functions;
@@ -18,6 +19,7 @@ pub mod launcher;
 mod rebuild;
 pub mod relay;
 pub mod resident;
+mod restore;
 mod sources;
 pub mod status;
 pub mod stop;

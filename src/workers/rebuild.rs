@@ -69,7 +69,7 @@ fn rebuild_catalog(
     >,
     ErrorReport,
 > {
-    let answer = audit::call("rebuild_catalog", None, storage, || {
+    let answer = audit::at_once("rebuild_catalog", None, storage, |note| {
         if !security::is_server_admin(security::current_user()) {
             return Err(
                 PgError::new("42501", "permission denied to rebuild a catalog")
@@ -78,9 +78,10 @@ fn rebuild_catalog(
         }
         let name = not_null(storage, "storage")?;
         objects::ensure_usable(name, security::current_user())?;
-        task::run(&Task::Rebuild {
+        let task = Task::Rebuild {
             storage: name.to_owned(),
-        })
+        };
+        task::run_noted(task, note)
     })?;
     let rebuilt: Rebuilt = serde_json::from_value(answer)
         .map_err(|e| PgError::internal(format!("malformed reply of a rebuild: {e}")))?;
@@ -93,7 +94,7 @@ fn rebuild_catalog(
 /// In the task worker.
 pub fn perform(storage: &str) -> Outcome<serde_json::Value> {
     let storage_id = xact::worker(|| objects::storage(storage, security::current_user()))?;
-    let _turn = SessionLock::take(LockOn::Describe(storage_id));
+    let _turn = SessionLock::take(LockOn::Rebuild(storage_id));
     let Some(remote) = Remote::open(storage_id)? else {
         return Err(Failure::Error(
             PgError::new(
@@ -104,7 +105,11 @@ pub fn perform(storage: &str) -> Outcome<serde_json::Value> {
         ));
     };
     remote.check().map_err(error)?;
-    xact::worker(|| catalog::begin_rebuild(storage_id, storage))?;
+    {
+        // Who describes the storage now ends before; later nobody begins.
+        let _describing = SessionLock::take(LockOn::Describe(storage_id));
+        xact::worker(|| catalog::begin_rebuild(storage_id, storage))?;
+    }
     let mut rebuild = Rebuild {
         remote,
         warnings: Vec::new(),
@@ -234,6 +239,15 @@ impl Rebuild {
         }
         let mut state = State::default();
         let chain = (writers.iter().rev()).find_map(|w| describe::chain(&listing.names, w));
+        if let (Some(owner), Some(of)) = (writers.last(), chain.as_ref().and_then(|c| c.first()))
+            && of.writer != *owner
+        {
+            self.warnings.push(
+                "the owner of the storage has not described it yet: what an earlier owner said is taken, and what has \
+                 changed since may be missing"
+                    .to_owned(),
+            );
+        }
         let Some(chain) = chain else {
             self.warnings.push(
                 "the storage has no description: what its files say is all that is known, and events that were \
@@ -348,7 +362,7 @@ impl Rebuild {
     ) -> Outcome<()> {
         let paths: Vec<String> = files.iter().map(|(path, ..)| path.clone()).collect();
         // Those of an earlier attempt.
-        let known = xact::worker(|| catalog::known_files(&paths))?;
+        let known = xact::worker(|| catalog::known_files(self.remote.storage_id, &paths))?;
         let new: Vec<_> = files
             .iter()
             .filter(|(path, ..)| !known.contains(path))

@@ -9,7 +9,7 @@ use super::cycle::Cycle;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::{self, Slot};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{bgworker, exit, notes, wait};
+use crate::pg::{bgworker, exit, notes, security, wait};
 
 /// How long a resident waits for a CREATE EXTENSION that is not committed yet.
 const WAIT_FOR_EXTENSION: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
         slot.absent.store(true, Ordering::Release);
         return;
     }
-    let Some(_lock) = SessionLock::try_take(LockOn::Resident) else {
+    let Some(lock) = SessionLock::try_take(LockOn::Resident) else {
         return;
     };
     slot.absent.store(false, Ordering::Release);
@@ -42,7 +42,8 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
         match cycle.run() {
             Ok(pause) => wait::wait(None, pause),
             Err(Failure::ExtensionGone) => {
-                slot.absent.store(true, Ordering::Release);
+                drop(lock);
+                follow(database, slot);
                 return;
             }
             Err(Failure::Error(error)) => {
@@ -50,6 +51,21 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
                 error.warn();
                 wait::wait(None, Duration::from_secs(5));
             }
+        }
+    }
+}
+
+/// Nobody works on for an extension that is gone. If it was dropped and created again in one transaction, CREATE EXTENSION
+/// has found this process here, which remembers the old one: another one begins anew.
+fn follow(database: pg_sys::Oid, slot: &Slot) {
+    let created_again = xact::catch(|| xact::plain(security::extension_oid));
+    match created_again {
+        Ok(Some(_)) => super::launcher::start(database, slot),
+        Ok(None) => slot.absent.store(true, Ordering::Release),
+        Err(error) => {
+            // The launcher starts another one, which finds out.
+            xact::abort();
+            error.warn();
         }
     }
 }

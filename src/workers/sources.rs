@@ -10,7 +10,7 @@ use crate::catalog::{audit, sources};
 use crate::pg::security::ActAs;
 use crate::pg::spi::View;
 use crate::pg::{ErrorReport, PgError, not_null, xact};
-use crate::sources::functions::{source_name, unknown};
+use crate::sources::functions::unknown;
 use crate::sources::seek::Request;
 
 /// Lets a source go on elsewhere: at `earliest`, `latest`, a timestamp, or for single splits at the offsets of a JSON object. Splits
@@ -28,10 +28,10 @@ fn seek_source(
     target: Option<&str>,
     force: default!(Option<bool>, "false"),
 ) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("seek_source", project, name, || {
+    Ok(audit::at_once("seek_source", project, name, |note| {
         xact::ensure_writable("seek a source")?;
-        let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
-        let name = source_name(not_null(name, "name")?)?;
+        let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
+        let name = sources::name_of(not_null(name, "name")?)?;
         let target = not_null(target, "target")?;
         let force = not_null(force, "force")?;
         let source = {
@@ -40,12 +40,13 @@ fn seek_source(
         };
         let source = source.ok_or_else(|| unknown(&name))?;
         seek_target(source.kind, target).map_err(PgError::from)?;
-        task::run(&Task::Seek(Request {
+        let task = Task::Seek(Request {
             project_id: project.id,
             name,
             target: target.to_owned(),
             force,
-        }))?;
+        });
+        task::run_noted(task, note)?;
         Ok(())
     })?)
 }

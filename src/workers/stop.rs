@@ -232,7 +232,7 @@ fn stop(database: pg_sys::Oid) {
     slot.not_before_ms
         .store(xact::now_us() / 1000 + 15_000, Ordering::Release);
     wait::terminate(pid);
-    let helpers: Vec<_> = ([&slot.helper, &slot.compactor, &slot.relay].into_iter())
+    let helpers: Vec<_> = ([&slot.helper, &slot.compactor, &slot.carer, &slot.relay].into_iter())
         .chain(slot.consumers.iter().map(|consumer| &consumer.pid))
         .map(|place| (place, place.load(Ordering::Acquire)))
         .collect();

@@ -4,16 +4,16 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::task::{self, Task};
-use crate::catalog::{audit, storages};
+use crate::catalog::{audit, description, rebuild, storages};
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::security::{self, ActAs};
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::xact::Failure;
+use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, not_null};
 use crate::tiers::check::Depth;
 use crate::tiers::object::Remote;
-use crate::tiers::{check, owner};
+use crate::tiers::{check, describe, owner};
 
 /// Compares a storage with the manifest, now: data files that are missing, objects that nobody knows, files whose size or
 /// metadata is not what was written. Orphans are queued for deletion, if the storage is this database's.
@@ -35,9 +35,9 @@ fn check_storage(
     >,
     ErrorReport,
 > {
-    let storage_id = audit::call("check_storage", None, storage, || {
+    let storage_id = audit::at_once("check_storage", None, storage, |note| {
         let storage_id = permitted(storage, "check")?;
-        task::run(&Task::CheckStorage { storage_id })?;
+        task::run_noted(Task::CheckStorage { storage_id }, note)?;
         Ok(storage_id)
     })?;
     let _owner = ActAs::owner();
@@ -48,12 +48,13 @@ fn check_storage(
 
 /// Makes a storage this database's: from now on it deletes there what it does not need any more, and whoever owned it does
 /// not. SQL: `rakam.adopt_storage(storage text)`.
-/// Errors: as [`check_storage`]; 0A000 the store has no conditional writes, 40001 somebody adopted it at the same moment.
+/// Errors: as [`check_storage`]; 0A000 the store has no conditional writes, 40001 somebody adopted it at the same moment, 55000
+/// its catalog is being rebuilt.
 #[pg_extern(volatile, parallel_unsafe)]
 fn adopt_storage(storage: Option<&str>) -> std::result::Result<(), ErrorReport> {
-    Ok(audit::call("adopt_storage", None, storage, || {
+    Ok(audit::at_once("adopt_storage", None, storage, |note| {
         let storage_id = permitted(storage, "adopt")?;
-        task::run(&Task::AdoptStorage { storage_id })?;
+        task::run_noted(Task::AdoptStorage { storage_id }, note)?;
         Ok(())
     })?)
 }
@@ -88,5 +89,9 @@ pub fn adopt(storage_id: i32) -> std::result::Result<(), Failure> {
         return Ok(());
     };
     let _lock = SessionLock::take(LockOn::Gc(storage_id));
-    owner::adopt(&remote)
+    xact::worker(|| rebuild::ensure_over(storage_id))?;
+    owner::adopt(&remote)?;
+    // What the storage says of itself is somebody else's word until this database has said everything.
+    xact::worker(|| description::begin_anew(storage_id))?;
+    describe::storage(storage_id)
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::delete::Deletion;
 use super::{attach, definitions, functions};
+use crate::catalog::audit::{self, Note};
 use crate::catalog::retention::Keep;
 use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
@@ -88,6 +89,24 @@ pub struct Scope {
     pub collection: Option<String>,
 }
 
+/// Tells who is inside a transaction block that this call, which takes something away, was not part of it.
+pub fn tell_at_once(call: &str) {
+    if xact::in_block() {
+        PgError::new(
+            "00000",
+            format!("rakam.{call} takes effect at once; ROLLBACK does not undo it"),
+        )
+        .notice();
+    }
+}
+
+/// What a worker is handed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    task: Task,
+    note: Note,
+}
+
 /// A task's answer: a value, or the error to raise in the caller.
 #[derive(Debug, Serialize, Deserialize)]
 enum Reply {
@@ -104,9 +123,14 @@ enum Reply {
 const BLOCKED_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Runs a task in a worker and waits for it.
-pub fn run(task: &Task) -> Result<serde_json::Value> {
+pub fn run(task: Task) -> Result<serde_json::Value> {
+    run_noted(task, Note::default())
+}
+
+/// As [`run`]; the worker notes the call that the task is for.
+pub fn run_noted(task: Task, note: Note) -> Result<serde_json::Value> {
     xact::ensure_writable("run background work")?;
-    let request = serde_json::to_vec(task)
+    let request = serde_json::to_vec(&Request { task, note })
         .map_err(|e| PgError::internal(format!("could not encode a task: {e}")))?;
     let block = Block::create(&request)?;
     let mut extra = [0; 8];
@@ -207,13 +231,18 @@ fn ensure_not_in_the_way(worker: i32) -> Result<()> {
     )?
     .unwrap_or(false);
     if blocked {
-        return Err(PgError::new(
-            "55P03",
-            "the current transaction holds a lock that the background work needs",
-        )
-        .hint("Commit or roll back first, then call it in a transaction of its own."));
+        return Err(in_the_way());
     }
     Ok(())
+}
+
+/// The caller holds what its task needs.
+pub fn in_the_way() -> PgError {
+    PgError::new(
+        "55P03",
+        "the current transaction holds a lock that the background work needs",
+    )
+    .hint("Commit or roll back first, then call it in a transaction of its own.")
 }
 
 #[pg_guard]
@@ -227,8 +256,8 @@ pub extern "C-unwind" fn rakam_task_main(argument: pg_sys::Datum) {
         return;
     };
     bgworker::show(Some(c"rakam task"));
-    let reply = match serde_json::from_slice::<Task>(&block.read()) {
-        Ok(task) => match functions::perform(&task) {
+    let reply = match serde_json::from_slice::<Request>(&block.read()) {
+        Ok(Request { task, note }) => match perform(&task, note) {
             Ok(value) => Reply::Done(value),
             Err(Failure::ExtensionGone) => failed(PgError::new("55000", "the extension rakam is not installed")
                 .hint("It was created in a transaction that has not committed yet, or has been dropped.")),
@@ -245,6 +274,14 @@ pub extern "C-unwind" fn rakam_task_main(argument: pg_sys::Datum) {
         block.reply(&serde_json::to_vec(&short).unwrap_or_default());
     }
     failpoint::hit("task.after_reply");
+}
+
+fn perform(task: &Task, note: Note) -> std::result::Result<serde_json::Value, Failure> {
+    audit::expect(note);
+    let value = functions::perform(task)?;
+    // Unless the transaction that took effect has noted it.
+    xact::worker(audit::store_expected)?;
+    Ok(value)
 }
 
 fn failed(error: PgError) -> Reply {

@@ -124,6 +124,7 @@ mod tests {
             name: "color".to_owned(),
             xid: 10,
             at_us: 1_000,
+            own_since_us: i64::MIN,
         };
         let schema = Schema::new(1, Vec::new()).with_dropped(vec![dropped]);
         let found = |xid, at_us| {

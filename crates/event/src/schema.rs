@@ -85,13 +85,17 @@ pub struct DroppedField {
     /// The transaction that dropped it, and when.
     pub xid: i64,
     pub at_us: i64,
+    /// What was received before may have come from another server, with a dump or a storage: its transaction ids mean nothing
+    /// beside those of this one.
+    pub own_since_us: i64,
 }
 
 impl DroppedField {
     /// Whether the field was dropped after the event: what the event has under the name is gone. Both marks have
-    /// to say so, since a transaction that began before the drop may still send events after it.
+    /// to say so, since a transaction that began before the drop may still send events after it; of what may be from another
+    /// server the clock alone.
     pub fn hides(&self, xid: i64, received_at_us: i64) -> bool {
-        xid < self.xid && received_at_us <= self.at_us
+        received_at_us <= self.at_us && (xid < self.xid || received_at_us < self.own_since_us)
     }
 }
 

@@ -268,9 +268,17 @@ fn text_by_text(
             continue;
         }
         raw.clear();
-        if untyped && spells_json(text, ty) {
+        let is_json = match untyped {
+            true => spells_json(text, ty),
+            // Text of a file of types may say `1` or `true`; what is an object or a list is JSON.
+            false => {
+                ty == FieldType::Jsonb && text.trim_start().starts_with(['{', '[']) && is_json(text)
+            }
+        };
+        if is_json {
             raw.push_str(text);
-        } else {
+        } else if !(untyped && array_literal(text, ty, &mut raw)) {
+            raw.clear();
             json::write_string(text, &mut raw);
         }
         let mut cutter = Cutter::new(max_string_bytes);
@@ -343,6 +351,71 @@ fn spells_json(text: &str, ty: FieldType) -> bool {
         _ => false,
     };
     holds && is_json(text)
+}
+
+/// Appends the JSON of an array as Postgres prints one of a dimension: `{a,NULL,"b c"}`. False if it is none, or the field
+/// cannot hold it; what was appended then means nothing.
+fn array_literal(text: &str, ty: FieldType, out: &mut String) -> bool {
+    if !matches!(
+        ty,
+        FieldType::BoolArray | FieldType::Float8Array | FieldType::TextArray
+    ) {
+        return false;
+    }
+    let Some(mut rest) = text.trim().strip_prefix('{') else {
+        return false;
+    };
+    out.push('[');
+    if rest.trim() == "}" {
+        out.push(']');
+        return true;
+    }
+    let mut element = String::new();
+    loop {
+        element.clear();
+        let start = rest.trim_start();
+        let (quoted, after) = match start.strip_prefix('"') {
+            Some(inner) => (true, unescaped(inner, true, &mut element)),
+            None => (false, unescaped(start, false, &mut element)),
+        };
+        let Some(after) = after.map(str::trim_start) else {
+            return false;
+        };
+        let plain = element.trim_end();
+        match ty {
+            _ if !quoted && plain.is_empty() => return false,
+            _ if !quoted && plain.eq_ignore_ascii_case("null") => out.push_str("null"),
+            FieldType::BoolArray if matches!(plain, "t" | "true") => out.push_str("true"),
+            FieldType::BoolArray if matches!(plain, "f" | "false") => out.push_str("false"),
+            FieldType::Float8Array if is_literal(plain) => out.push_str(plain),
+            _ if quoted => json::write_string(&element, out),
+            _ => json::write_string(plain, out),
+        }
+        if after.trim_end() == "}" {
+            out.push(']');
+            return true;
+        }
+        let Some(next) = after.strip_prefix(',') else {
+            return false;
+        };
+        out.push(',');
+        rest = next;
+    }
+}
+
+/// Appends an element up to its end, without escapes; what comes behind it. None: it has no end, or is an array itself.
+fn unescaped<'a>(text: &'a str, quoted: bool, element: &mut String) -> Option<&'a str> {
+    let mut chars = text.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => element.push(chars.next()?.1),
+            '"' if quoted => return text.get(at + 1..),
+            ',' | '}' if !quoted => return text.get(at..),
+            '{' | '"' if !quoted => return None,
+            c => element.push(c),
+        }
+    }
+    None
 }
 
 /// Whether the text is JSON that an event may hold.

@@ -13,9 +13,31 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use rakam_event::types::FieldType;
 use rakam_event::{json, print, time};
 
+/// As Arrow marks a column whose text is JSON.
+const EXTENSION: &str = "ARROW:extension:name";
+const JSON: &str = "arrow.json";
+
 /// The type of a field that a column of a typed file declares.
 pub fn field_type(field: &Field) -> FieldType {
-    of_type(field.data_type())
+    match of_type(field.data_type()) {
+        FieldType::Text if is_json(field) => FieldType::Jsonb,
+        ty => ty,
+    }
+}
+
+/// Whether the column is text that is JSON.
+pub fn is_json(field: &Field) -> bool {
+    field
+        .metadata()
+        .get(EXTENSION)
+        .is_some_and(|name| name == JSON)
+}
+
+/// The column as one whose text is JSON.
+pub fn as_json(field: &Field) -> Field {
+    let mut metadata = field.metadata().clone();
+    metadata.insert(EXTENSION.to_owned(), JSON.to_owned());
+    Field::clone(field).with_metadata(metadata)
 }
 
 fn of_type(ty: &DataType) -> FieldType {
@@ -73,7 +95,7 @@ pub fn plain(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
         | DataType::UInt16
         | DataType::UInt32 => DataType::Int64,
         DataType::Float16 => DataType::Float32,
-        DataType::Date64 => DataType::Timestamp(TimeUnit::Millisecond, None),
+        DataType::Date64 => DataType::Date32,
         DataType::Decimal32(p, s) | DataType::Decimal64(p, s) => DataType::Decimal128(*p, *s),
         _ => return Ok(array.clone()),
     };

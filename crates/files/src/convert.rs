@@ -297,7 +297,11 @@ impl Converter {
         let mut times = vec![stamp.received_at_us; rows];
         let mut received = vec![stamp.received_at_us; rows];
         let mut fields: Vec<Option<ArrayRef>> = vec![None; self.schema.fields.len()];
-        for (source, target) in sources.iter().zip(&targets) {
+        let schema = batch.schema();
+        let columns = sources.iter().zip(&targets).zip(schema.fields());
+        for ((source, target), column) in columns {
+            // Text that the file says is JSON may be any value.
+            let untyped_as = |ty| untyped || (ty == FieldType::Jsonb && cell::is_json(column));
             match target {
                 Target::Skip => {}
                 Target::Time => making.times(source, stamp, &mut times),
@@ -309,8 +313,9 @@ impl Converter {
                 Target::Keep(name) => making.keep(name, source, untyped),
                 Target::Field(position) => {
                     let field = &self.schema.fields[*position];
-                    let cast = cast::cast(source, field.ty, untyped, self.limits.max_string_bytes)
-                        .map_err(failed)?;
+                    let most = self.limits.max_string_bytes;
+                    let cast =
+                        cast::cast(source, field.ty, untyped_as(field.ty), most).map_err(failed)?;
                     making.refused.extend(cast.refused);
                     if field.name == ID {
                         making.check_ids(&cast.array);

@@ -296,11 +296,7 @@ impl CsvSource {
                 "the header has no end",
             ));
         }
-        let fields: Vec<Field> = names
-            .into_iter()
-            .map(|name| Field::new(name, DataType::Utf8, true))
-            .collect();
-        self.schema = Some(Arc::new(Schema::new(fields)));
+        self.schema = Some(schema_of(&names));
         Ok(())
     }
 
@@ -342,6 +338,51 @@ impl CsvSource {
     }
 }
 
+/// One record on its own, as a file with these columns has it, however large; `Err`: what is wrong with it.
+pub fn record_again(bytes: &[u8], names: &[String], options: &CsvOptions) -> Result<Rows, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| NOT_UTF8.to_owned())?;
+    let mut record = Record::default();
+    let length = read_record(bytes, true, options, Marks::new(options), &mut record);
+    let found = record.cells.len();
+    if found == 0 {
+        return Err(NOT_CLOSED.to_owned());
+    }
+    if found != names.len() {
+        return Err(wrong_width(names.len(), found));
+    }
+    if length != Some(text.len()) {
+        return Err("it is more than one record".to_owned());
+    }
+    let null = options.null.as_bytes();
+    let columns = record.iter(bytes).map(|(cell, quoted)| {
+        let mut column = TextColumn::default();
+        column.push((quoted || cell != null).then_some(cell));
+        column.finish()
+    });
+    let columns = columns
+        .collect::<Result<_, _>>()
+        .map_err(|error| error.to_string())?;
+    let batch =
+        RecordBatch::try_new(schema_of(names), columns).map_err(|error| error.to_string())?;
+    Ok(Rows::Columns {
+        batch,
+        lines: vec![1],
+        untyped: true,
+    })
+}
+
+const NOT_UTF8: &str = "invalid UTF-8 text";
+const NOT_CLOSED: &str = "a quote is not closed";
+
+fn wrong_width(width: usize, found: usize) -> String {
+    format!("expected {width} columns, found {found}")
+}
+
+fn schema_of(names: &[String]) -> SchemaRef {
+    let text = |name: &String| Field::new(name, DataType::Utf8, true);
+    Arc::new(Schema::new(names.iter().map(text).collect::<Vec<_>>()))
+}
+
 impl Source for CsvSource {
     fn next(&mut self) -> Result<Option<Piece>, FilesError> {
         let Some(schema) = self.schema.clone() else {
@@ -375,7 +416,7 @@ impl Source for CsvSource {
                         format!("record of {length} bytes is over the limit of {limit} bytes");
                     bad.push(BadRow::new(line, raw, error));
                 } else if !is_utf8 {
-                    bad.push(BadRow::new(line, raw, "invalid UTF-8 text"));
+                    bad.push(BadRow::new(line, raw, NOT_UTF8));
                 } else {
                     let null = self.options.null.as_bytes();
                     for (column, (cell, quoted)) in columns.iter_mut().zip(record.iter(raw)) {
@@ -384,10 +425,9 @@ impl Source for CsvSource {
                     lines.push(line);
                 }
             } else if found == 0 {
-                bad.push(BadRow::new(line, raw, "a quote is not closed"));
+                bad.push(BadRow::new(line, raw, NOT_CLOSED));
             } else if !blank {
-                let error = format!("expected {width} columns, found {found}");
-                bad.push(BadRow::new(line, raw, error));
+                bad.push(BadRow::new(line, raw, wrong_width(width, found)));
             }
             bytes += length;
             self.position.row += u64::from(!blank || width == 1);

@@ -10,22 +10,42 @@ use flate2::read::MultiGzDecoder;
 use crate::error::FilesError;
 use crate::format::Compression;
 use crate::locate::{Found, Location};
+use crate::object::Stop;
 
 const BUFFER_BYTES: usize = 256 << 10;
 /// The decompressor may keep this much of what it wrote, as log2: what `zstd` itself accepts without being told.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// Bytes read of the file itself, for progress.
+/// Between who reads a file and who waits for it: bytes read of the file itself, for progress, and whether anybody does wait
+/// any more. Clones share both.
 #[derive(Debug, Clone, Default)]
-pub struct Meter(Arc<AtomicU64>);
+pub struct Meter {
+    bytes: Arc<AtomicU64>,
+    stop: Option<Stop>,
+}
 
 impl Meter {
+    /// Of a file whose reading ends when it is told to.
+    pub fn of(stop: &Stop) -> Self {
+        Self {
+            bytes: Arc::default(),
+            stop: Some(stop.clone()),
+        }
+    }
+
     pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::Relaxed)
     }
 
     pub fn set(&self, bytes: u64) {
-        self.0.store(bytes, Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        match &self.stop {
+            Some(stop) if stop.is_stopped() => Err(io::Error::other(FilesError::Cancelled)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -36,9 +56,23 @@ struct Counting {
 
 impl Read for Counting {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.read.go_on()?;
         let n = self.file.read(buffer)?;
-        self.read.0.fetch_add(n as u64, Ordering::Relaxed);
+        self.read.bytes.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
+    }
+}
+
+/// Decompressed bytes, which may be many times those of the file: who passes over them looks up, too.
+struct Plain {
+    decoder: Box<dyn Read + Send>,
+    read: Meter,
+}
+
+impl Read for Plain {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.read.go_on()?;
+        self.decoder.read(buffer)
     }
 }
 
@@ -66,7 +100,7 @@ pub fn open(file: &Found, from: u64, read: &Meter) -> Result<Box<dyn Read + Send
         file,
         read: read.clone(),
     };
-    let mut plain: Box<dyn Read + Send> = match compression {
+    let decoder: Box<dyn Read + Send> = match compression {
         Compression::None => return Ok(Box::new(file)),
         Compression::Gzip => Box::new(MultiGzDecoder::new(BufReader::with_capacity(
             BUFFER_BYTES,
@@ -77,6 +111,10 @@ pub fn open(file: &Found, from: u64, read: &Meter) -> Result<Box<dyn Read + Send
             decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(failed)?;
             Box::new(decoder)
         }
+    };
+    let mut plain = Plain {
+        decoder,
+        read: read.clone(),
     };
     if from > 0 {
         let skipped = io::copy(&mut plain.by_ref().take(from), &mut io::sink())
@@ -89,7 +127,7 @@ pub fn open(file: &Found, from: u64, read: &Meter) -> Result<Box<dyn Read + Send
             ));
         }
     }
-    Ok(plain)
+    Ok(Box::new(plain))
 }
 
 /// A window over a stream of bytes, whose records are taken off its front.
@@ -155,6 +193,8 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Options;
+    use crate::source::{self, Position, Spec};
     use std::io::Write;
 
     #[test]
@@ -196,5 +236,36 @@ mod tests {
         let beyond = Found::file(path("a.gz"), "a.gz");
         let beyond = open(&beyond, 1 << 40, &Meter::default());
         assert!(beyond.is_err());
+    }
+
+    #[test]
+    fn nobody_reads_on_for_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        // One line without an end, which is passed over once it is too long.
+        let line = vec![b'x'; 4 << 20];
+        std::fs::write(path("a.ndjson"), &line).unwrap();
+        let compressed = zstd::encode_all(&line[..], 1).unwrap();
+        std::fs::write(path("a.ndjson.zst"), compressed).unwrap();
+        let spec = Spec {
+            format: None,
+            options: Options::default(),
+            max_record_bytes: 1 << 10,
+        };
+        for name in ["a.ndjson", "a.ndjson.zst"] {
+            let file = Found::file(path(name), name);
+            let stop = Stop::new();
+            let meter = Meter::of(&stop);
+            let mut source = source::open(&file, &spec, Position::default(), &meter).unwrap();
+            stop.stop();
+            assert_eq!(source.next().unwrap_err(), FilesError::Cancelled, "{name}");
+            let from = Position {
+                byte: 1 << 20,
+                ..Position::default()
+            };
+            let opened = source::open(&file, &spec, from, &meter);
+            let next = opened.and_then(|mut source| source.next());
+            assert_eq!(next.unwrap_err(), FilesError::Cancelled, "{name}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! Pure code: no server. [`format`](mod@format) says what a file is, [`locate`] which files a URL means, [`object`] how those
 //! in a bucket are read, [`source`] reads one piece by piece (columns, or events as JSON text), [`convert`] makes a piece the stored layout of a collection by
 //! the same rules by which events are typed, and [`sink`] writes the rows of a query. [`table`] reads files as they are, as
-//! the rows of a table. [`avro_records`] reads Avro that is in no file.
+//! the rows of a table. [`avro_records`] reads Avro that is in no file, [`csv_record`] a record of CSV out of its file.
 #![forbid(unsafe_code)]
 
 mod avro;
@@ -20,9 +20,11 @@ pub mod log;
 pub mod object;
 mod parquet_file;
 mod parquet_object;
+mod parquet_rows;
 pub mod sink;
 pub mod source;
 pub mod table;
 
 pub use avro::records as avro_records;
+pub use csv::record_again as csv_record;
 pub use error::FilesError;

@@ -377,7 +377,7 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
         }
     }
     if found.is_empty() {
-        return Err(FilesError::NoFile(pattern.to_owned()));
+        return Err(FilesError::NoFile(called(&root, &root.join(pattern))));
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
@@ -413,7 +413,7 @@ fn data_below(
     (format, most): (Option<Format>, usize),
     go_on: &dyn Fn() -> bool,
 ) -> Result<Vec<Found>, FilesError> {
-    let gone = || FilesError::NoFile(prefix.to_owned());
+    let gone = || FilesError::NoFile(called(root, &root.join(prefix)));
     let root = match fs::canonicalize(root) {
         Ok(root) => root,
         Err(_) if confined => return Err(gone()),
@@ -429,7 +429,7 @@ fn data_below(
     let base = fs::canonicalize(plain).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => gone(),
         _ if confined => gone(),
-        _ => FilesError::io("open", prefix, &e),
+        _ => FilesError::io("open", &called(&root, plain), &e),
     })?;
     if confined && !base.starts_with(&root) {
         return Err(gone());
@@ -450,8 +450,7 @@ fn data_below(
     let mut found = Vec::new();
     let mut folders = vec![whole];
     while let Some(folder) = folders.pop() {
-        let name = folder.strip_prefix(&root).unwrap_or(&folder).display();
-        let failed = |e: io::Error| FilesError::io("open", &name.to_string(), &e);
+        let failed = |e: io::Error| FilesError::io("open", &called(&root, &folder), &e);
         for entry in fs::read_dir(&folder).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             if !go_on() {
@@ -494,6 +493,16 @@ fn is_data(name: &str, format: Option<Format>) -> bool {
     }
 }
 
+/// What a path is called in messages: relative to its root, unless it is the whole of the server.
+pub fn called(root: &Path, path: &Path) -> String {
+    let whole = Path::new("/");
+    let name = match path.strip_prefix(root) {
+        Ok(name) if root != whole => name,
+        _ => path,
+    };
+    name.display().to_string()
+}
+
 /// The file at this path; None if there is no file that may be read.
 fn file(root: &Path, path: &Path, confined: bool) -> Result<Option<Found>, FilesError> {
     let Ok(real) = fs::canonicalize(path) else {
@@ -502,8 +511,7 @@ fn file(root: &Path, path: &Path, confined: bool) -> Result<Option<Found>, Files
     if confined && !real.starts_with(root) {
         return Ok(None);
     }
-    let name = path.strip_prefix(root).unwrap_or(path);
-    let name = name.display().to_string();
+    let name = called(root, path);
     let metadata = fs::metadata(&real).map_err(|e| FilesError::io("open", &name, &e))?;
     if !metadata.is_file() {
         return Ok(None);

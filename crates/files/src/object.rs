@@ -50,7 +50,7 @@ pub async fn blocking<T: Send + 'static>(
 }
 
 /// Tells readers to end, wherever they wait. The last of its clones need not do anything.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Stop(watch::Sender<bool>);
 
 impl Stop {

@@ -1,17 +1,21 @@
 //! Parquet: columns as they are.
 //!
-//! The file is anybody's: see [`rakam_lake::untrusted`].
+//! The file is anybody's: see [`rakam_lake::untrusted`]. Its footer does not say how long its texts are: a value that a
+//! dictionary has once may be that of every row. Texts are therefore read as views of the file's pages, and only so many
+//! rows are handed on as are short enough when they are written out ([`super::parquet_rows`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
+use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, FieldRef, Schema, SchemaRef};
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
-    ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use parquet::basic::LogicalType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 use rakam_event::types::FieldType;
@@ -22,10 +26,16 @@ use crate::error::FilesError;
 use crate::input::Meter;
 use crate::locate::{Found, Location};
 use crate::parquet_object::{ParquetObject, ParquetRead};
+use crate::parquet_rows::{self, Batches, Bound};
 use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
-/// A piece of long rows has fewer of them: so many bytes, as the file counts its columns before compression.
-const PIECE_BYTES_MAX: u64 = 16 << 20;
+/// A piece of long rows has fewer of them.
+const PIECE: Bound = Bound {
+    rows: PIECE_ROWS,
+    bytes: 16 << 20,
+};
+/// A row that takes more is no event, whatever its columns are.
+const ROW_BYTES_MAX: u64 = 128 << 20;
 
 /// The bytes of a file, wherever it is.
 #[derive(Clone)]
@@ -99,33 +109,43 @@ impl ParquetFile {
         };
         let builder = own.contained(|| {
             let bytes = Checked::new(own.bytes.clone())?;
-            Builder::try_new_with_options(bytes, ArrowReaderOptions::new())
+            let told = ArrowReaderMetadata::load(&bytes, ArrowReaderOptions::new())?;
+            let options =
+                ArrowReaderOptions::new().with_schema(parquet_rows::with_views(told.schema()));
+            // As they are, if the library does not take its own types back.
+            let viewed = ArrowReaderMetadata::try_new(told.metadata().clone(), options);
+            Ok(Builder::new_with_metadata(bytes, viewed.unwrap_or(told)))
         })?;
         let builder = builder.map_err(|e| own.failed(e))?;
         Ok((own, builder))
     }
 
-    /// A reader of these row groups, of which only these columns are wanted.
+    /// A reader of these row groups, of which only these columns are wanted, as many rows at a time as the bound allows.
     pub fn build(
         &self,
         builder: Builder,
         groups: Vec<usize>,
         mask: ProjectionMask,
-    ) -> Result<ParquetRecordBatchReader, FilesError> {
+        bound: Bound,
+    ) -> Result<Batches, FilesError> {
         if let Bytewise::Object(object) = &self.bytes {
             object.expect(builder.metadata(), &groups, &mask);
         }
-        let builder = builder.with_projection(mask).with_row_groups(groups);
-        self.contained(|| builder.build())?
-            .map_err(|e| self.failed(e))
+        let row_bytes = parquet_rows::row_bytes(builder.metadata(), &groups, &mask);
+        let rows = bound.rows_of(row_bytes);
+        let builder = builder
+            .with_batch_size(rows)
+            .with_projection(mask)
+            .with_row_groups(groups);
+        let reader = self
+            .contained(|| builder.build())?
+            .map_err(|e| self.failed(e))?;
+        Ok(Batches::new(reader, bound, row_bytes))
     }
 
-    /// The next rows.
-    pub fn next(
-        &self,
-        reader: &mut ParquetRecordBatchReader,
-    ) -> Result<Option<RecordBatch>, FilesError> {
-        self.contained(|| reader.next())?
+    /// The next rows. Their texts are views: [`crate::cell::plain`] makes plain columns of them.
+    pub fn next(&self, batches: &mut Batches) -> Result<Option<RecordBatch>, FilesError> {
+        self.contained(|| batches.next())?
             .transpose()
             .map_err(|e| self.because(|name| FilesError::malformed(name, "parquet", e)))
     }
@@ -164,9 +184,26 @@ pub fn compressed(name: &str) -> FilesError {
     }
 }
 
+/// The schema of the file's batches, in which columns of JSON are marked as such.
+fn annotated(builder: &Builder) -> SchemaRef {
+    let roots = builder.parquet_schema().root_schema().get_fields();
+    let fields = builder.schema().fields().iter().zip(roots);
+    let fields: Vec<FieldRef> = fields
+        .map(
+            |(field, root)| match root.get_basic_info().logical_type_ref() {
+                Some(LogicalType::Json) => Arc::new(cell::as_json(field)),
+                _ => Arc::clone(field),
+            },
+        )
+        .collect();
+    Arc::new(Schema::new(fields))
+}
+
 pub struct ParquetSource {
     file: ParquetFile,
-    reader: ParquetRecordBatchReader,
+    batches: Batches,
+    /// Of the batches, with what the file says of its columns beyond their Arrow types.
+    schema: SchemaRef,
     declared: Vec<(String, FieldType)>,
     row: u64,
     rows: u64,
@@ -177,8 +214,8 @@ pub struct ParquetSource {
 impl ParquetSource {
     pub fn open(found: &Found, from: Position, meter: &Meter) -> Result<Self, FilesError> {
         let (file, builder) = ParquetFile::open(found)?;
-        let declared = builder
-            .schema()
+        let schema = annotated(&builder);
+        let declared = schema
             .fields()
             .iter()
             .filter(|field| *field.data_type() != DataType::Null)
@@ -186,11 +223,6 @@ impl ParquetSource {
             .collect();
         let groups = builder.metadata().row_groups();
         let rows = builder.metadata().file_metadata().num_rows().max(0) as u64;
-        let plain: i64 = groups
-            .iter()
-            .map(|g| g.total_byte_size())
-            .fold(0, i64::saturating_add);
-        let row_bytes = (plain.max(0) as u64 / rows.max(1)).max(1);
         // What lies in whole groups before the position is not read again.
         let (mut first, mut skip) = (0, from.row);
         for group in groups {
@@ -203,13 +235,19 @@ impl ParquetSource {
         }
         let kept = (first..groups.len()).collect();
         let bytes = file.bytes.len();
-        let builder = builder
-            .with_batch_size(((PIECE_BYTES_MAX / row_bytes) as usize).clamp(64, PIECE_ROWS))
-            .with_offset(usize::try_from(skip).unwrap_or(usize::MAX));
-        let reader = file.build(builder, kept, ProjectionMask::all())?;
+        let builder = builder.with_offset(usize::try_from(skip).unwrap_or(usize::MAX));
+        let batches = file.build(builder, kept, ProjectionMask::all(), PIECE)?;
+        if batches.row_bytes() > ROW_BYTES_MAX {
+            return Err(FilesError::RecordTooLarge {
+                name: found.name.clone(),
+                line: from.row + 1,
+                limit: ROW_BYTES_MAX as usize,
+            });
+        }
         Ok(Self {
             file,
-            reader,
+            batches,
+            schema,
             declared,
             row: from.row,
             rows,
@@ -221,9 +259,12 @@ impl ParquetSource {
 
 impl Source for ParquetSource {
     fn next(&mut self) -> Result<Option<Piece>, FilesError> {
-        let Some(batch) = self.file.next(&mut self.reader)? else {
+        let Some(batch) = self.file.next(&mut self.batches)? else {
             return Ok(None);
         };
+        let batch = batch
+            .with_schema(Arc::clone(&self.schema))
+            .map_err(|e| FilesError::malformed(&self.file.name, "parquet", e))?;
         let first = self.row + 1;
         self.row += batch.num_rows() as u64;
         let part = self.row as f64 / self.rows.max(1) as f64;

@@ -25,8 +25,10 @@ use rakam_event::types::FieldType;
 use crate::error::FilesError;
 use crate::format::{Compression, Format};
 
-/// Rows of a batch of columns, and of a row group.
+/// Rows of a batch of columns, and of a row group; and about the bytes of a batch's values, which no column can have more
+/// than 2 GB of.
 const BATCH_ROWS: usize = 8192;
+const BATCH_BYTES: usize = 16 << 20;
 const BUFFER_BYTES: usize = 256 << 10;
 const ROW_GROUP_ROWS: usize = 131_072;
 const ROW_GROUP_BYTES: usize = 64 << 20;
@@ -83,6 +85,23 @@ pub enum Cell<'a> {
     Integers(Vec<Option<i64>>),
 }
 
+impl Cell<'_> {
+    /// About the bytes of a value that may be long.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Value(Value::Text(text) | Value::Json(text)) => text.len(),
+            Self::Value(Value::TextArray(items)) => items
+                .iter()
+                .map(|item| size_of::<u64>() + item.as_ref().map_or(0, |text| text.len()))
+                .sum(),
+            Self::Value(Value::Float8Array(items)) => size_of_val(items.as_slice()),
+            Self::Value(Value::BoolArray(items)) => items.len(),
+            Self::Value(_) => 0,
+            Self::Integers(items) => size_of_val(items.as_slice()),
+        }
+    }
+}
+
 /// A column in the making.
 enum Making {
     Field(Column),
@@ -121,7 +140,7 @@ impl Making {
     }
 }
 
-/// The Parquet schema that Arrow's conversion gives, with uuids marked as such.
+/// The Parquet schema that Arrow's conversion gives, with uuids and JSON marked as such.
 fn parquet_schema(
     arrow: &Schema,
     columns: &[(String, ColumnType)],
@@ -133,15 +152,20 @@ fn parquet_schema(
         .iter()
         .zip(columns)
         .map(|(field, (name, ty))| {
-            if *ty != ColumnType::Field(FieldType::Uuid) {
-                return Ok(Arc::clone(field));
-            }
-            Type::primitive_type_builder(name, PhysicalType::FIXED_LEN_BYTE_ARRAY)
-                .with_length(16)
-                .with_repetition(Repetition::OPTIONAL)
-                .with_logical_type(Some(LogicalType::Uuid))
-                .build()
-                .map(Arc::new)
+            let marked = match ty {
+                ColumnType::Field(FieldType::Uuid) => {
+                    Type::primitive_type_builder(name, PhysicalType::FIXED_LEN_BYTE_ARRAY)
+                        .with_length(16)
+                        .with_logical_type(Some(LogicalType::Uuid))
+                }
+                ColumnType::Field(FieldType::Jsonb) => {
+                    Type::primitive_type_builder(name, PhysicalType::BYTE_ARRAY)
+                        .with_logical_type(Some(LogicalType::Json))
+                }
+                _ => return Ok(Arc::clone(field)),
+            };
+            let marked = marked.with_repetition(Repetition::OPTIONAL);
+            marked.build().map(Arc::new)
         })
         .collect::<Result<Vec<_>, ParquetError>>()?;
     let root = Type::group_type_builder(root.name())
@@ -250,6 +274,8 @@ struct Rows {
     types: Vec<ColumnType>,
     columns: Vec<Making>,
     rows: usize,
+    /// Of the long values among them.
+    bytes: usize,
 }
 
 impl Rows {
@@ -260,6 +286,7 @@ impl Rows {
     fn take(&mut self) -> Result<RecordBatch, FilesError> {
         let done = std::mem::replace(&mut self.columns, Self::columns(&self.types)?);
         let rows = std::mem::take(&mut self.rows);
+        self.bytes = 0;
         let arrays = done
             .into_iter()
             .map(|c| c.finish(rows))
@@ -282,6 +309,9 @@ pub struct Sink {
     name: String,
     kind: Kind,
     line: Vec<u8>,
+    /// There is one column only.
+    is_single: bool,
+    bytes: u64,
 }
 
 impl Sink {
@@ -301,6 +331,12 @@ impl Sink {
                     message: "Parquet inside of another compression cannot be written".to_owned(),
                     hint: "Parquet compresses its columns itself: leave the suffix away."
                         .to_owned(),
+                });
+            }
+            if columns.is_empty() {
+                return Err(FilesError::Unsupported {
+                    message: "rows without columns cannot be written as Parquet".to_owned(),
+                    hint: "Select at least one column.".to_owned(),
                 });
             }
             let fields: Vec<Field> = columns
@@ -334,6 +370,7 @@ impl Sink {
                     types,
                     schema,
                     rows: 0,
+                    bytes: 0,
                 },
             }
         } else {
@@ -343,6 +380,8 @@ impl Sink {
             name: name.to_owned(),
             kind,
             line: Vec::new(),
+            is_single: columns.len() == 1,
+            bytes: 0,
         };
         if form == RowForm::Cells {
             let names = columns.iter().map(|(name, _)| Some(name.as_str()));
@@ -360,10 +399,13 @@ impl Sink {
             return Err(FilesError::Arrow("rows of another form".to_owned()));
         };
         for (column, value) in rows.columns.iter_mut().zip(values) {
+            let bytes = value.as_ref().map_or(0, Cell::bytes);
+            rows.bytes += bytes;
+            self.bytes += bytes as u64;
             column.append(rows.rows, value);
         }
         rows.rows += 1;
-        if rows.rows == BATCH_ROWS {
+        if rows.rows == BATCH_ROWS || rows.bytes >= BATCH_BYTES {
             let batch = rows.take()?;
             writer
                 .write(&batch)
@@ -385,8 +427,9 @@ impl Sink {
             let Some(text) = cell else {
                 continue;
             };
-            // An empty cell without quotes is no value.
+            // An empty cell without quotes is no value; a line of `\.` ends the data for COPY.
             let quoted = text.is_empty()
+                || (self.is_single && text == "\\.")
                 || text
                     .bytes()
                     .any(|b| matches!(b, b',' | b'"' | b'\r' | b'\n'));
@@ -413,8 +456,14 @@ impl Sink {
         self.end_line()
     }
 
+    /// About the bytes of all rows so far, before compression; of typed values those of the long ones.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     fn end_line(&mut self) -> Result<(), FilesError> {
         self.line.push(b'\n');
+        self.bytes += self.line.len() as u64;
         let Kind::Text(output) = &mut self.kind else {
             return Err(FilesError::Arrow("rows of another form".to_owned()));
         };
@@ -511,7 +560,8 @@ mod tests {
                 let Piece::Columns { batch, .. } = piece.rows else {
                     panic!("{name} gives columns");
                 };
-                let text = batch.column_by_name("a").unwrap().as_string::<i32>();
+                let text = crate::cell::plain(batch.column_by_name("a").unwrap()).unwrap();
+                let text = text.as_string::<i32>();
                 rows += text.len();
                 nulls += text.null_count();
                 empty += text.iter().flatten().filter(|t| t.is_empty()).count();
@@ -528,8 +578,54 @@ mod tests {
                 "{name}"
             );
         }
-        let file = File::create(folder.path().join("y")).unwrap();
-        let refused = Sink::new(Destination::File(file), "y.avro", Format::Avro, &columns);
-        assert_eq!(refused.map(drop).map_err(|e| e.sqlstate()), Err("0A000"));
+        for (name, columns) in [("y.avro", &columns[..]), ("y.parquet", &[])] {
+            let file = Destination::File(File::create(folder.path().join("y")).unwrap());
+            let refused = Sink::new(file, name, Format::of_name(name).unwrap(), columns);
+            assert_eq!(refused.map(drop).map_err(|e| e.sqlstate()), Err("0A000"));
+        }
+    }
+
+    fn gathered(
+        name: &str,
+        columns: &[(String, ColumnType)],
+        write: impl FnOnce(&mut Sink),
+    ) -> Bytes {
+        let to = Gathered::default();
+        let format = Format::of_name(name).unwrap();
+        let mut sink = Sink::new(Destination::Gathered(to.clone()), name, format, columns).unwrap();
+        write(&mut sink);
+        sink.finish().unwrap();
+        to.take_rest()
+    }
+
+    #[test]
+    fn a_line_that_copy_takes_for_the_end_is_quoted() {
+        let column = |name: &str| (name.to_owned(), ColumnType::Field(FieldType::Text));
+        let end = Some("\\.");
+        let one = gathered("x.csv", &[column("a")], |sink| {
+            sink.cells([end].into_iter()).unwrap();
+            sink.cells([Some("\\.x")].into_iter()).unwrap();
+        });
+        assert_eq!(one, "a\n\"\\.\"\n\\.x\n");
+        let two = gathered("x.csv", &[column("a"), column("b")], |sink| {
+            sink.cells([end, end].into_iter()).unwrap();
+        });
+        assert_eq!(two, "a,b\n\\.,\\.\n");
+    }
+
+    #[test]
+    fn long_values_do_not_wait_for_others() {
+        let text = "x".repeat(BATCH_BYTES / 4);
+        let columns = [("a".to_owned(), ColumnType::Field(FieldType::Text))];
+        gathered("x.parquet", &columns, |sink| {
+            for n in 0..10 {
+                let value = Value::Text(Cow::Borrowed(&text));
+                sink.values([Some(Cell::Value(value))].into_iter()).unwrap();
+                let Kind::Parquet { rows, .. } = &sink.kind else {
+                    panic!("a file of columns");
+                };
+                assert_eq!(rows.rows, (n + 1) % 4);
+            }
+        });
     }
 }

@@ -67,6 +67,39 @@ pub fn object_id(writer: Writer) -> Uuid {
     Uuid::from_bytes(bytes)
 }
 
+/// Whether an object is one of those that rakam keeps about a storage: about this one, or one whose address lies below it.
+pub fn is_system(path: &str) -> bool {
+    let of_another = |(at, _): (usize, &str)| {
+        let rest = &path[at + 1..];
+        rest == OWNER_PATH || SYSTEM_FOLDERS.iter().any(|folder| rest.starts_with(folder))
+    };
+    path.starts_with(SYSTEM_PREFIX) || path.match_indices("/_rakam/").any(of_another)
+}
+
+/// What tells the folder of another storage from a collection of this name.
+const SYSTEM_FOLDERS: [&str; 2] = ["_rakam/description/", "_rakam/probe-"];
+
+/// The name under which a data file is known, wherever it lies: that of the object, also of what an interrupted write left
+/// of it. None: the name is none of ours.
+pub fn file_name_of(path: &str) -> Option<&str> {
+    writer_of(path)?;
+    path.rsplit('/').next()?.get(..FILE_NAME_BYTES)
+}
+
+/// The length of such a name: an id and `.parquet`.
+pub const FILE_NAME_BYTES: usize = 44;
+
+/// Whether a file is of a kind that people load or attach, and rakam never stores events in.
+pub fn is_table(path: &str) -> bool {
+    let path = path
+        .strip_suffix(".gz")
+        .or(path.strip_suffix(".zst"))
+        .unwrap_or(path);
+    [".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".avro"]
+        .iter()
+        .any(|suffix| path.ends_with(suffix))
+}
+
 /// Who wrote the object of this path, remains of an interrupted write included; None: the name is none of ours.
 pub fn writer_of(path: &str) -> Option<Writer> {
     let name = path.rsplit('/').next()?;
@@ -232,6 +265,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_about_storages_is_told_apart() {
+        for path in [
+            "_rakam/anything",
+            "_rakam/owner.json",
+            "sub/_rakam/owner.json",
+            "a/b/_rakam/description/x",
+            "_rakam_/_rakam/probe-1",
+        ] {
+            assert!(is_system(path), "{path}");
+        }
+        for path in [
+            "a/_rakam/2026/x.parquet",
+            "a_rakam/owner.json",
+            "a/_rakam",
+            "a",
+        ] {
+            assert!(!is_system(path), "{path}");
+        }
+    }
+
+    #[test]
     fn names_tell_their_writer() {
         let writer = identity().writer();
         assert_eq!(writer.to_string().parse::<Writer>().unwrap(), writer);
@@ -244,6 +298,7 @@ mod tests {
             format!("p/{id}.parquet.{}.tmp", Uuid::now_v7()),
         ] {
             assert_eq!(writer_of(&path), Some(writer), "{path}");
+            assert_eq!(file_name_of(&path), Some(format!("{id}.parquet").as_str()));
         }
         for path in [
             "",
@@ -256,6 +311,7 @@ mod tests {
             &format!("{id}.parquet/x"),
         ] {
             assert_eq!(writer_of(path), None, "{path}");
+            assert_eq!(file_name_of(path), None);
         }
         let other = Identity {
             timeline: 2,

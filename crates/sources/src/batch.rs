@@ -61,11 +61,21 @@ pub struct Move {
     /// Behind all of the batch. Equal to `from` if the split has only ended.
     pub to: Position,
     pub records: u64,
+    /// Records without a value, which are skipped.
+    pub tombstones: u64,
     pub bytes: u64,
     /// Nothing comes after `to`, ever.
     pub ended: bool,
     /// Of the last record.
     pub timestamp_ms: Option<i64>,
+}
+
+/// A time of a record in microseconds since 1970. None: a timestamptz does not hold it, as records may say what they like.
+pub fn written_us(ms: i64) -> Option<i64> {
+    // From the year 1 to 9999.
+    (-62_135_596_800_000..=253_402_300_799_999)
+        .contains(&ms)
+        .then(|| ms * 1000)
 }
 
 /// A split that is read no further.
@@ -166,6 +176,7 @@ impl Batch {
             from: from.clone(),
             to: from.clone(),
             records: 0,
+            tombstones: 0,
             bytes: 0,
             ended: false,
             timestamp_ms: None,
@@ -179,6 +190,7 @@ impl Batch {
         let collection = record.collection.map(|name| self.append(name));
         if let Some(moved) = self.moves.get_mut(split) {
             moved.records += 1;
+            moved.tombstones += u64::from(value.is_none());
             moved.bytes += value.as_ref().map_or(0, |v| v.len() as u64);
             moved.timestamp_ms = record.timestamp_ms.or(moved.timestamp_ms);
         }

@@ -13,7 +13,7 @@ use rakam_files::source::Rows;
 use crate::batch::{Batch, Limits};
 use crate::error::SourceError;
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Splits, Start};
+use crate::source::{Fetch, Lag, Splits, Start, lag_now};
 
 /// A service that can be written to.
 #[async_trait]
@@ -157,7 +157,8 @@ pub(crate) async fn conforms(world: &mut dyn World) {
                 fetch.ack(&batch);
                 caught_up = true;
                 for id in &ids {
-                    let lag = fetch.lag(id).await.unwrap_or_else(|e| panic!("{e}"));
+                    let lag = lag_now(&mut *fetch, id).await;
+                    let lag = lag.unwrap_or_else(|e| panic!("{e}"));
                     caught_up &= matches!(
                         lag,
                         None | Some(Lag::Records(0)) | Some(Lag::Milliseconds(0))

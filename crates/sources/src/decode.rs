@@ -141,8 +141,6 @@ pub struct Decoded<'a> {
     pub dead: Vec<DeadLetter>,
     /// Fields whose type is declared by a schema that events were written with.
     pub declared: Vec<Vec<(String, FieldType)>>,
-    /// Records without a value.
-    pub tombstones: u64,
 }
 
 impl<'a> Decoded<'a> {
@@ -295,7 +293,7 @@ impl Decoder {
         };
         for (at, record) in batch.records().iter().enumerate() {
             let Some(value) = batch.value(record) else {
-                making.done.tombstones += 1;
+                // A tombstone: it is counted by its split.
                 continue;
             };
             if let Err(error) = making.record(at, record, value) {
@@ -506,8 +504,8 @@ impl<'a> Making<'_, 'a> {
     /// The collection of a record that does not name one in its value.
     fn default_collection(&mut self, record: &Record) -> Result<usize, EventError> {
         if let Some(name) = self.batch.collection(record) {
-            let name = String::from_utf8_lossy(name);
-            return CollectionName::parse(&name).map(|name| self.done.collections.index_of(name));
+            return CollectionName::parse(&collection_text(name))
+                .map(|name| self.done.collections.index_of(name));
         }
         let Some(Some(known)) = self.by_split.get(record.split) else {
             let name = match &self.decoder.route {
@@ -537,6 +535,14 @@ fn check_size(value: &[u8], limits: &Limits) -> Result<(), EventError> {
         });
     }
     Ok(())
+}
+
+/// The name that a record gives beside its value, as text of Postgres, which has no NUL: what has one names no collection.
+pub fn collection_text(name: &[u8]) -> Cow<'_, str> {
+    match name.contains(&0) {
+        true => Cow::Borrowed(""),
+        false => String::from_utf8_lossy(name),
+    }
 }
 
 /// The schema's id and the body of a record in Confluent's framing.

@@ -1,5 +1,6 @@
 //! What can go wrong with a source, as Postgres reports it.
 
+use rakam_event::error::EventError;
 use rakam_files::FilesError;
 use rakam_lake::error::LakeError;
 
@@ -24,6 +25,9 @@ pub enum SourceError {
     /// There is no such stream, or none of the topics.
     #[error("{what} \"{name}\" does not exist")]
     Missing { what: &'static str, name: String },
+    /// No collection can have the name that an option gives.
+    #[error("{0}")]
+    Collection(EventError),
     /// A call that does not fit what the source is.
     #[error("{0}")]
     Misuse(String),
@@ -43,6 +47,7 @@ impl SourceError {
             Self::Option { .. } => "22023",
             Self::Unreachable { .. } | Self::Refused { .. } => "58030",
             Self::Missing { .. } => "58P01",
+            Self::Collection(error) => error.sqlstate(),
             Self::Misuse(_) => "XX000",
         }
     }
@@ -59,6 +64,7 @@ impl SourceError {
                 "Check the options of the server, the user mapping of its owner, and what the service allows."
                     .to_owned()
             }
+            Self::Collection(error) => return error.hint().map(Into::into),
             Self::Missing { .. } | Self::Misuse(_) => return None,
         })
     }
@@ -68,7 +74,7 @@ impl SourceError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Refused { .. } | Self::Missing { .. } => true,
-            Self::Option { .. } | Self::Misuse(_) => false,
+            Self::Option { .. } | Self::Collection(_) | Self::Misuse(_) => false,
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::batch::{Batch, FilePiece, Limits, Stop};
 use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
 use crate::position::{Position, version_hash};
-use crate::source::{Fetch, Lag, Split, Splits, Start};
+use crate::source::{Ends, Fetch, Lag, Split, Splits, Start};
 
 /// Most objects of a source: each is a row of the checkpoint table.
 const MOST_OBJECTS: usize = 1_000_000;
@@ -77,7 +77,8 @@ impl Objects {
             _ => source::Position::default(),
         };
         let spec = self.spec.clone();
-        let open = move || source::open(&found, &spec, from, &Meter::default());
+        let meter = Meter::of(&self.stop);
+        let open = move || source::open(&found, &spec, from, &meter);
         let source = object::blocking(open).await??;
         Ok(Reading {
             split: split.to_owned(),
@@ -385,9 +386,9 @@ impl Fetch for FileFetch {
         Ok(())
     }
 
-    async fn lag(&mut self, _split: &str) -> Result<Option<Lag>, SourceError> {
+    fn lag(&mut self, _split: &str, _ends: &Ends) -> Option<Lag> {
         // How many rows a file has, only reading tells.
-        Ok(None)
+        None
     }
 }
 

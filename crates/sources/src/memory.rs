@@ -9,7 +9,7 @@ use crate::batch::{Batch, Limits, NewRecord, Offset};
 use crate::cursor::Cursors;
 use crate::error::SourceError;
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Split, Splits, Start};
+use crate::source::{Ends, Fetch, Lag, Split, Splits, Start};
 
 /// Splits and their records, shared by whoever writes and reads them.
 #[derive(Debug, Clone, Default)]
@@ -132,7 +132,7 @@ impl Fetch for MemoryFetch {
         Ok(())
     }
 
-    async fn lag(&mut self, _split: &str) -> Result<Option<Lag>, SourceError> {
-        Ok(None)
+    fn lag(&mut self, _split: &str, _ends: &Ends) -> Option<Lag> {
+        None
     }
 }

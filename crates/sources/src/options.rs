@@ -103,7 +103,7 @@ pub enum What {
 pub struct SourceOptions {
     pub what: What,
     pub route: Route,
-    /// Of records; files have their own.
+    /// Of records; files have their own, and of them this is that of rows which are tried again.
     pub format: Format,
     pub start: Start,
 }
@@ -113,9 +113,9 @@ impl SourceOptions {
     pub fn parse(kind: Kind, text: &str) -> Result<Self, SourceError> {
         let given = Given::parse(kind, text)?;
         let route = |default: Route| match given.text("collection")? {
-            Some(name) => CollectionName::parse(name).map(Route::To).map_err(|error| {
-                SourceError::option(error.to_string(), error.hint().unwrap_or_default())
-            }),
+            Some(name) => CollectionName::parse(name)
+                .map(Route::To)
+                .map_err(SourceError::Collection),
             None => Ok(default),
         };
         let start = match given.0.get("start") {
@@ -172,7 +172,8 @@ impl SourceOptions {
                         options: options.map_err(of_files)?,
                     },
                     route: route(Route::Topic)?,
-                    format: Format::Json(Shape::Auto),
+                    // A row that is tried again: what a file has are events, not envelopes.
+                    format: Format::Json(Shape::Flat),
                     start,
                 })
             }

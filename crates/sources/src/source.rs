@@ -5,7 +5,10 @@
 //! [`Fetch::rewind`]. If a split's epoch is another's: [`Fetch::close`]. A source keeps nothing that is not in the positions,
 //! so that a process may die at any moment.
 
+use std::collections::HashMap;
+
 use async_trait::async_trait;
+use futures::future::{BoxFuture, ready};
 
 use crate::batch::{Batch, Limits};
 use crate::error::SourceError;
@@ -56,6 +59,13 @@ pub enum Lag {
     Milliseconds(u64),
 }
 
+/// Where splits end, as a service said it at some moment.
+#[derive(Debug, Clone, Default)]
+pub struct Ends {
+    /// By split, the oldest offset and the next one that will be written. Empty where nobody need be asked.
+    pub(crate) offsets: HashMap<String, (i64, i64)>,
+}
+
 /// What is in splits.
 #[async_trait]
 pub trait Fetch: Send {
@@ -80,6 +90,21 @@ pub trait Fetch: Send {
     /// Lets an open split wait, or go on: back-pressure.
     async fn pause(&mut self, split: &str, paused: bool) -> Result<(), SourceError>;
 
-    /// How far behind its end an open split is; None: not known.
-    async fn lag(&mut self, split: &str) -> Result<Option<Lag>, SourceError>;
+    /// Asks where the open splits end. The answer is waited for while the source is read: a service may take its time.
+    fn ask_ends(&mut self) -> BoxFuture<'static, Result<Ends, SourceError>> {
+        Box::pin(ready(Ok(Ends::default())))
+    }
+
+    /// How far an open split is read behind the end that was asked for; None: not known.
+    fn lag(&mut self, split: &str, ends: &Ends) -> Option<Lag>;
+}
+
+/// How far behind its end an open split is now.
+#[cfg(test)]
+pub(crate) async fn lag_now(
+    fetch: &mut dyn Fetch,
+    split: &str,
+) -> Result<Option<Lag>, SourceError> {
+    let ends = fetch.ask_ends().await?;
+    Ok(fetch.lag(split, &ends))
 }

@@ -1,8 +1,7 @@
 //! Events that could not be digested: set aside, tried again alone, given up as dead letters.
 
 use super::{TailRow, tail_row};
-use crate::catalog::dead_letter::{self, NewLetter};
-use crate::catalog::mapper::Stage;
+use crate::catalog::dead_letter;
 use crate::pg::Result;
 use crate::pg::spi::{self, View, arg, xid8};
 
@@ -70,22 +69,7 @@ pub fn forget(id: i64) -> Result<u64> {
 
 /// Gives a parked event up: its bytes and the reason are kept as a dead letter.
 pub fn to_dead_letter(parked: &TailRow, error: &str) -> Result<()> {
-    add_dead_letter(parked, &parked.payload, error)?;
+    dead_letter::keep(parked, &parked.payload, error, true)?;
     forget(parked.id)?;
     Ok(())
-}
-
-/// Keeps an event of a row, with the reason, where its collection does not take it.
-pub fn add_dead_letter(row: &TailRow, event: &[u8], error: &str) -> Result<()> {
-    dead_letter::insert(&NewLetter {
-        project_id: row.project_id,
-        collection: &row.collection,
-        payload: event,
-        error,
-        received_at_us: row.received_at_us,
-        shift_us: row.shift_us,
-        // It has been mapped and checked before it was stored.
-        stage: Stage::Stored,
-        is_row: true,
-    })
 }

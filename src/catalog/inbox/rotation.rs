@@ -89,11 +89,14 @@ pub fn tick_by_id(view: View, id: i64) -> Result<Option<(u64, XidSnapshot)>> {
 /// Whether table `k` has a row of a lagging project that is not digested.
 pub fn table_lags(view: View, k: usize) -> Result<bool> {
     const LAGS: [&str; 3] = [
-        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_0 i USING (project_id)
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.project p USING (project_id)
+                        JOIN rakam_internal.inbox_0 i USING (project_id)
                         WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
-        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_1 i USING (project_id)
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.project p USING (project_id)
+                        JOIN rakam_internal.inbox_1 i USING (project_id)
                         WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
-        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.inbox_2 i USING (project_id)
+        "SELECT EXISTS (SELECT FROM rakam_internal.inbox_lag l JOIN rakam_internal.project p USING (project_id)
+                        JOIN rakam_internal.inbox_2 i USING (project_id)
                         WHERE NOT pg_catalog.pg_visible_in_snapshot(i.txid, l.snapshot))",
     ];
     Ok(spi::first(view, LAGS[k], &[], |row| row.must(1))?.unwrap_or(false))

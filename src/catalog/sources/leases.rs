@@ -4,7 +4,7 @@
 //! splits that it moves. So a process that was stopped for long, or that lost the connection to everybody else, can store
 //! nothing once somebody else has its splits, and nobody has to ask it.
 
-use rakam_sources::batch::Batch;
+use rakam_sources::batch::{Batch, written_us};
 use rakam_sources::position::Position;
 use rakam_sources::source::Lag;
 
@@ -145,7 +145,8 @@ pub fn advance(
                  records_per_s = CASE WHEN $6 > 0 THEN records_per_s * rakam_internal.fade(stored_at) + $6 / $10
                                       ELSE records_per_s END,
                  bytes_per_s = CASE WHEN $6 > 0 THEN bytes_per_s * rakam_internal.fade(stored_at) + $9 / $10
-                                    ELSE bytes_per_s END
+                                    ELSE bytes_per_s END,
+                 tombstones = tombstones + $11
              FROM (SELECT pg_catalog.clock_timestamp() AS now) t
              WHERE source_id = $1 AND split = $2",
             &[
@@ -156,9 +157,10 @@ pub fn advance(
                 arg(moved.ended),
                 arg(moved.records as f64),
                 arg(moved.records > 0 && lacks_id.get(at).copied().unwrap_or(true)),
-                timestamptz_or_null(moved.timestamp_ms.and_then(within_range)),
+                timestamptz_or_null(moved.timestamp_ms.and_then(written_us)),
                 arg(moved.bytes as f64),
                 arg(RATE_S),
+                arg(moved.tombstones as i64),
             ],
         )?;
     }
@@ -175,14 +177,6 @@ pub fn advance(
         )?;
     }
     Ok(Claim::Ours)
-}
-
-/// Records may say any time they like; those beyond what a timestamptz holds have none.
-fn within_range(ms: i64) -> Option<i64> {
-    // From the year 1 to 9999.
-    (-62_135_596_800_000..=253_402_300_799_999)
-        .contains(&ms)
-        .then(|| ms * 1000)
 }
 
 /// Notes how far behind their ends splits are.

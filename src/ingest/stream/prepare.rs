@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rakam_event::batch::EventStamp;
-use rakam_event::entry;
 use rakam_event::error::EventError;
 use rakam_event::names;
 use rakam_event::schema::{SYSTEM_FIELDS, Schema};
@@ -15,9 +14,12 @@ use rakam_lake::row_chunk;
 use rakam_sources::batch::Batch;
 use rakam_sources::columns::{self, Columns, Rules};
 use rakam_sources::decode::{DeadLetter, DecodeError, Decoded, Framed};
-use rakam_sources::framed;
+use rakam_sources::published::Copies;
+use uuid::Uuid;
 
-use super::{Letter, Lines, Origin, Part, Prepared, Stream, Table, schemas};
+use super::{Letter, Lines, Origin, Part, Prepared, Stream, Table};
+use crate::catalog::event_store;
+use crate::catalog::mapper::Stage;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::ingest::admission::Admission;
@@ -28,6 +30,7 @@ use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, wait, wake};
 
+mod avro;
 mod files;
 
 type Done<T> = std::result::Result<T, Failure>;
@@ -61,12 +64,30 @@ struct Preparing<'a> {
     stamp: EventStamp,
     /// By [`Decoded::collections`].
     places: HashMap<usize, Place>,
+    /// The origins of the project's own event stores, if the batch has records of any store.
+    own: HashSet<Uuid>,
     done: Prepared,
+}
+
+/// Whose records they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// Of an event store of the project: collected here, through its mappers and under its quota.
+    Own,
+    Others,
 }
 
 /// Decodes a batch. Outside of any transaction.
 pub fn prepare(stream: &Stream, batch: Arc<Batch>) -> Done<Prepared> {
-    let (row, project) = xact::worker(|| project(stream.project_id))?;
+    let is_published = Copies::concern(&batch);
+    let (row, project, own) = xact::worker(|| {
+        let (row, project) = project(stream.project_id)?;
+        let own = match is_published {
+            true => event_store::origins(View::Current, row.id)?,
+            false => HashSet::new(),
+        };
+        Ok((row, project, own))
+    })?;
     let received_at_us = xact::now_us();
     let shared = Arc::clone(&batch);
     let mut preparing = Preparing {
@@ -82,14 +103,14 @@ pub fn prepare(stream: &Stream, batch: Arc<Batch>) -> Done<Prepared> {
             xid: i64::MAX,
         },
         places: HashMap::new(),
+        own,
         done: Prepared {
             received_at_us,
             project: row.name.clone(),
             tables: BTreeMap::new(),
             lines: Vec::new(),
             letters: Vec::new(),
-            tombstones: 0,
-            schema_changed: false,
+            is_whole: true,
             batch,
         },
         row,
@@ -97,9 +118,7 @@ pub fn prepare(stream: &Stream, batch: Arc<Batch>) -> Done<Prepared> {
     };
     preparing.records()?;
     preparing.files()?;
-    let mut done = preparing.done;
-    done.tombstones = preparing.decoded.tombstones;
-    Ok(done)
+    Ok(preparing.done)
 }
 
 fn project(id: i32) -> Result<(ProjectRow, Rc<Project>)> {
@@ -111,9 +130,8 @@ fn project(id: i32) -> Result<(ProjectRow, Rc<Project>)> {
 
 impl Preparing<'_> {
     fn records(&mut self) -> Done<()> {
-        for dead in std::mem::take(&mut self.decoded.dead) {
-            self.done.letters.push(Letter::of_record(&dead));
-        }
+        let dead = std::mem::take(&mut self.decoded.dead);
+        self.dead(dead);
         let mut todo: BTreeMap<usize, Job> = BTreeMap::new();
         for (at, event) in self.decoded.events.iter().enumerate() {
             todo.entry(event.collection).or_default().events.push(at);
@@ -192,7 +210,24 @@ impl Preparing<'_> {
 
     fn dead(&mut self, dead: impl IntoIterator<Item = DeadLetter>) {
         for dead in dead {
-            self.done.letters.push(Letter::of_record(&dead));
+            let letter = self.letter(&dead);
+            self.done.letters.push(letter);
+        }
+    }
+
+    fn letter(&self, dead: &DeadLetter) -> Letter {
+        let stage = match self.whose(dead.record) {
+            Whose::Own => Stage::Stored,
+            Whose::Others => Stage::Project,
+        };
+        Letter::of_record(dead, stage)
+    }
+
+    fn whose(&self, record: usize) -> Whose {
+        let record = self.batch.records().get(record);
+        match record.and_then(|record| record.mark.as_ref()) {
+            Some(mark) if self.own.contains(&mark.origin) => Whose::Own,
+            _ => Whose::Others,
         }
     }
 
@@ -207,7 +242,7 @@ impl Preparing<'_> {
                 .and_then(|at| self.decoded.events.get(at))
                 .is_some_and(|e| e.record == record)
         };
-        let mut letter = Letter::of_record(&DeadLetter { record, error });
+        let mut letter = self.letter(&DeadLetter { record, error });
         if shares(at.checked_sub(1)) || shares(at.checked_add(1)) {
             let mut line = String::new();
             self.decoded.write_line(event, &mut line);
@@ -279,13 +314,13 @@ impl Preparing<'_> {
             texts.iter_mut().map(|(at, events)| (*at, events)).collect();
         self.admit(&mut each)?;
         for (collection, events) in texts {
-            let mut lines = self.lines(collection, Shape::Event);
+            let mut lines = self.lines(collection, Shape::Event, Whose::Others);
             for at in events {
                 let event = &self.decoded.events[at];
                 self.decoded.write_line(event, lines.begin());
                 lines.end(Origin::Record(event.record), event.has_id == Some(true));
                 if lines.payload.len() >= LINES_BYTES {
-                    let next = self.lines(collection, Shape::Event);
+                    let next = self.lines(collection, Shape::Event, Whose::Others);
                     self.done.lines.push(std::mem::replace(&mut lines, next));
                 }
             }
@@ -294,10 +329,11 @@ impl Preparing<'_> {
         Ok(())
     }
 
-    fn lines(&self, collection: usize, shape: Shape) -> Lines {
+    fn lines(&self, collection: usize, shape: Shape, whose: Whose) -> Lines {
         Lines {
             collection: self.name(collection).to_owned(),
             shape,
+            is_own: whose == Whose::Own,
             payload: String::new(),
             origins: Vec::new(),
             lacks_id: false,
@@ -370,13 +406,20 @@ impl Preparing<'_> {
                 }
             }
             let bytes = self.bytes(&events);
-            self.take(found, schema, built, bytes);
+            self.take(found, schema, built, bytes, Whose::Others);
             return Ok(());
         }
     }
 
     /// Takes columns in, and what did not become any.
-    fn take(&mut self, collection: Collection, schema: Rc<Schema>, built: Columns, bytes: usize) {
+    fn take(
+        &mut self,
+        collection: Collection,
+        schema: Rc<Schema>,
+        built: Columns,
+        bytes: usize,
+        whose: Whose,
+    ) {
         let Columns {
             parts,
             dead,
@@ -385,11 +428,14 @@ impl Preparing<'_> {
         } = built;
         self.dead(dead);
         let table = self.table(collection, schema);
+        let is_own = whose == Whose::Own;
         table.bytes += bytes;
+        table.own_bytes += if is_own { bytes } else { 0 };
         let (samples, counts) = { invalid }.take();
         table.invalid.extend(samples, counts);
         table.parts.extend(parts.into_iter().map(|part| Part {
             rows: part.rows,
+            is_own,
             origins: part.records.into_iter().map(Origin::Record).collect(),
         }));
     }
@@ -403,6 +449,7 @@ impl Preparing<'_> {
             parts: Vec::new(),
             invalid: Default::default(),
             bytes: 0,
+            own_bytes: 0,
         })
     }
 
@@ -422,7 +469,6 @@ impl Preparing<'_> {
         }
         let is_new = xact::worker(|| register(&learnt))?;
         if is_new {
-            self.done.schema_changed = true;
             wake::schema_changed();
         }
         self.look_again(collection)?;
@@ -465,66 +511,6 @@ impl Preparing<'_> {
             .filter(|f| f.is_user());
         let room = limits().max_fields.saturating_sub(user_fields.count());
         self.register(collection, declared.into_iter().take(room).collect())?;
-        Ok(())
-    }
-
-    /// Rows of records in our own framing.
-    fn framed(&mut self, collection: usize, records: &[Framed]) -> Done<()> {
-        let name = self.name(collection).to_owned();
-        let Some((found, schema)) = self.registered(collection) else {
-            self.dead(records.iter().map(|framed| DeadLetter {
-                record: framed.record,
-                error: DecodeError::UnknownVersion {
-                    collection: name.clone(),
-                    version: framed.version,
-                },
-            }));
-            return Ok(());
-        };
-        let versions = xact::worker(|| schemas::versions(View::Current, found.id, records))?;
-        let failed = |error: String| {
-            Failure::Error(PgError::internal(format!(
-                "could not decode Avro records: {error}"
-            )))
-        };
-        let rows = framed::decode(records, self.batch, &name, &schema, &versions)
-            .map_err(|error| failed(error.to_string()))?;
-        let values = |record: usize| {
-            self.batch
-                .records()
-                .get(record)
-                .and_then(|r| self.batch.value(r))
-        };
-        let bytes = rows
-            .records
-            .iter()
-            .filter_map(|&r| values(r))
-            .map(<[u8]>::len)
-            .sum();
-        let rules = self.rules(&schema);
-        let is_mapped = self
-            .places
-            .get(&collection)
-            .is_some_and(|place| place.is_mapped);
-        if !is_mapped && rows.records.len() >= row_chunk::MAX_ROWS {
-            let built = rows.columns(&rules, self.batch);
-            let built = built.map_err(|error| Failure::Error(error.into()))?;
-            self.take(found, schema, built, bytes);
-            return Ok(());
-        }
-        let rows = rows.lines(&rules, self.batch);
-        let rows = rows.map_err(|error| Failure::Error(error.into()))?;
-        self.dead(rows.dead);
-        let mut lines = self.lines(collection, Shape::Row);
-        for (record, line) in rows.lines {
-            lines.begin().push_str(&line);
-            lines.end(Origin::Record(record), entry::has_id(&line));
-            if lines.payload.len() >= LINES_BYTES {
-                let next = self.lines(collection, Shape::Row);
-                self.done.lines.push(std::mem::replace(&mut lines, next));
-            }
-        }
-        self.add_lines(lines);
         Ok(())
     }
 }

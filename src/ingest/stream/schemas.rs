@@ -52,6 +52,7 @@ fn register_avro_schema(
 fn register(project: &str, name: &str, schema_id: i32, text: &str) -> Result<()> {
     xact::ensure_writable("register an Avro schema")?;
     let project = projects::authorize(project, Right::Admin)?;
+    let name = &sources::name_of(name)?;
     let _owner = ActAs::owner();
     let source = {
         let latest = Registered::latest();

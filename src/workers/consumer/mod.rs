@@ -23,6 +23,7 @@ use pgrx::{pg_guard, pg_sys};
 
 use self::reading::Reading;
 use self::tasks::Told;
+use crate::catalog::projects::{self, Quota};
 use crate::catalog::sources::{self, Source};
 use crate::ingest::room;
 use crate::pg::locks::{LockOn, SessionLock};
@@ -119,10 +120,12 @@ fn clock_us() -> i64 {
 
 /// The consumers of a database that live, in an order that is the same for everybody.
 pub fn live(slot: &Slot) -> Vec<i32> {
-    let oldest = clock_us() - DEAD_AFTER.as_micros() as i64;
+    let now = clock_us();
+    // A beat of the future was made before the clock was put back: the next one is of now, if there is one.
+    let is_recent = |beat: i64| now.abs_diff(beat) <= DEAD_AFTER.as_micros() as u64;
     slot.consumers
         .iter()
-        .filter(|consumer| consumer.beat_us.load(Ordering::Acquire) >= oldest)
+        .filter(|consumer| is_recent(consumer.beat_us.load(Ordering::Acquire)))
         .map(|consumer| consumer.pid.load(Ordering::Acquire))
         .filter(|pid| *pid != 0)
         .collect()
@@ -270,8 +273,9 @@ impl Consumer {
         {
             return Ok(());
         }
-        let service = match xact::worker(|| service_of(&source)) {
-            Ok(service) => service,
+        let (service, quota) = match xact::worker(|| Ok((service_of(&source)?, quota_of(&source)?)))
+        {
+            Ok(found) => found,
             Err(Failure::Error(error)) => return self.cannot(id, &error),
             Err(gone) => return Err(gone),
         };
@@ -296,7 +300,10 @@ impl Consumer {
             self.readings.insert(id, reading);
         }
         let looked = match self.readings.get_mut(&id) {
-            Some(reading) => reading.look(self.me, live),
+            Some(reading) => {
+                reading.bound(quota);
+                reading.look(self.me, live)
+            }
             None => Ok(()),
         };
         self.unless_failed(id, looked)
@@ -392,6 +399,12 @@ impl Consumer {
             mine(slot);
         }
     }
+}
+
+/// The quota of a source's project.
+fn quota_of(source: &Source) -> Result<Quota> {
+    let project = projects::by_name(&source.project)?;
+    Ok(project.map_or_else(Quota::default, |project| project.quota))
 }
 
 /// The service of a source as it is defined now.

@@ -7,24 +7,24 @@ use std::time::{Duration, Instant};
 
 use rakam_sources::SourceError;
 use rakam_sources::batch::{Batch, Limits, Stop};
-use rakam_sources::options::{Kind, What as Reads};
-use rakam_sources::plan::{Plan, plan};
-use rakam_sources::position::Position;
+use rakam_sources::options::Kind;
+use rakam_sources::plan::Plan;
 use rakam_sources::published::Copies;
-use rakam_sources::source::{Lag, Split, Start};
+use rakam_sources::source::{Lag, Split};
 
 use super::share::{Among, share};
 use super::tasks::{Lister, Reader, Told, What};
 use crate::catalog::event_store;
+use crate::catalog::projects::Quota;
 use crate::catalog::sources::leases::{self, Claim};
 use crate::catalog::sources::{self, Source};
-use crate::ingest::stream::Stream;
+use crate::ingest::stream::{Prepared, Stream};
 use crate::pg::runtime::{Runtime, Sender};
-use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc};
-use crate::sources::seek::new_splits;
 use crate::sources::service::{Reach, Service};
+
+mod listing;
 
 /// Objects of a prefix that a consumer has at a time: they are read one after another.
 const OBJECTS: usize = 32;
@@ -33,6 +33,10 @@ const PROBE_MIN: Duration = Duration::from_secs(1);
 /// How soon a batch that could not be stored is tried again: the wait doubles up to the maximum.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// One for which there is no room now is asked about more often, since that costs little: it is prepared already.
+const ROOM_RETRY_MAX: Duration = Duration::from_secs(1);
+/// It is prepared anew after so long: its events were received when they were prepared.
+const PREPARED_FOR: Duration = Duration::from_secs(60);
 /// A window of de-duplication is noted in so many parts.
 const MARKS_PER_WINDOW: f64 = 16.0;
 const MARKS_INTERVAL: Duration = Duration::from_secs(60);
@@ -71,6 +75,8 @@ pub struct Reading {
     /// Batches polled before are none any more.
     generation: u64,
     queue: VecDeque<Arc<Batch>>,
+    /// The first of them, if there was no room for it when it was to be stored.
+    prepared: Option<(Prepared, Instant)>,
     /// How much a batch may have.
     limits: Limits,
     /// How often the first of them could not be stored, and when it is tried again.
@@ -112,6 +118,7 @@ impl Reading {
             copies: Copies::default(),
             generation: 0,
             queue: VecDeque::new(),
+            prepared: None,
             limits: Limits::default(),
             failures: 0,
             retry_at: None,
@@ -136,17 +143,28 @@ impl Reading {
         self.trouble.noted == Some(None)
     }
 
-    /// Nothing has come for a while, and nothing is known to be there. A service that cannot be reached has nothing.
+    /// Nothing has come for a while, and nothing is known to be there. A service that cannot be reached has nothing, and what
+    /// there is no room for waits for the next tick.
     pub fn has_settled(&self, quiet: Duration) -> bool {
         let is_read = |split: &String| match self.lags.get(split) {
             Some(Some(Lag::Records(n) | Lag::Milliseconds(n))) => *n == 0,
-            Some(None) => true,
-            None => false,
+            // Nobody has asked yet, or it is an object, which is read when it has ended.
+            Some(None) | None => false,
         };
+        let is_looking = self.is_listing || self.planned.is_some() || self.has_new;
         let is_through = self.list_failures > 0
             || self.trouble.fetching.is_some()
-            || (!self.listed.is_empty() || self.source.has_begun) && self.held.keys().all(is_read);
-        self.queue.is_empty() && !self.has_new && self.heard.elapsed() >= quiet && is_through
+            || self.source.has_begun && !is_looking && self.held.keys().all(is_read);
+        let is_stored = match self.trouble.storing {
+            None => self.queue.is_empty(),
+            Some(_) => true,
+        };
+        // What fails once may go well a moment later.
+        let quiet = match self.trouble.fetching {
+            Some(_) => quiet * 3,
+            None => quiet,
+        };
+        (is_stored || self.is_full) && self.heard.elapsed() >= quiet && is_through
     }
 
     /// Whether splits have come to be that are to be shared.
@@ -222,31 +240,11 @@ impl Reading {
     fn rewind(&mut self) {
         self.generation += 1;
         self.queue.clear();
+        self.prepared = None;
         self.copies.undo();
         self.failures = 0;
         self.retry_at = None;
         self.reader.rewind(self.generation);
-    }
-
-    fn look_for_splits(&mut self, is_mine: bool) {
-        if !is_mine {
-            self.lister = None;
-            self.is_listing = false;
-            self.planned = None;
-            return;
-        }
-        if self.lister.is_none() {
-            let (reach, told) = (self.reach.clone(), self.told.clone());
-            self.lister = Some(Lister::start(&self.runtime, reach, self.number, told));
-            self.list_at = Instant::now();
-        }
-        if let Some(lister) = &self.lister
-            && !self.is_listing
-            && Instant::now() >= self.list_at
-        {
-            self.is_listing = true;
-            lister.list();
-        }
     }
 
     /// Begins new marks, now and then.
@@ -261,6 +259,21 @@ impl Reading {
         let age_s = window_us as f64 / 1e6 / MARKS_PER_WINDOW;
         let id = self.source.id;
         xact::worker(|| sources::roll_marks(id, age_s))
+    }
+
+    /// The project has this quota now. What was polled before it was smaller is polled again in parts that fit.
+    pub fn bound(&mut self, quota: Quota) {
+        self.stream.set_quota(quota);
+        let limits = self.stream.limits();
+        if self.limits == limits {
+            return;
+        }
+        let is_less = limits.records < self.limits.records || limits.bytes < self.limits.bytes;
+        self.limits = limits;
+        self.reader.limit(limits);
+        if is_less {
+            self.rewind();
+        }
     }
 
     /// Back-pressure: nothing is polled while no event may come in.
@@ -313,133 +326,33 @@ impl Reading {
         self.list_at = self.list_at.min(Instant::now() + PROBE_MIN);
     }
 
-    /// A list has been worked on; when the next one is made.
-    fn list_again(&mut self, succeeded: bool) {
-        self.is_listing = false;
-        let interval = guc::source_refresh();
-        let pause = match succeeded {
-            true => {
-                self.list_failures = 0;
-                interval
-            }
-            false => {
-                self.list_failures += 1;
-                PROBE_MIN
-                    .saturating_mul(1 << (self.list_failures - 1).min(10))
-                    .min(interval)
-            }
-        };
-        self.list_at = Instant::now() + pause;
-    }
-
-    /// These are the splits that there are.
-    fn found(&mut self, listed: Vec<Split>) -> std::result::Result<(), Failure> {
-        self.heard = Instant::now();
-        self.trouble.fetching = self.missing(&listed).map(|error| error.to_string());
-        // It may stand there since before this process.
-        self.trouble.noted.get_or_insert(Some(String::new()));
-        self.note_trouble()?;
-        // Objects wait for no others, and there may be very many.
-        if self.source.kind == Kind::Files && self.source.has_begun && listed == self.listed {
-            self.list_again(true);
-            return Ok(());
-        }
-        let id = self.source.id;
-        let start = self.source.options.start.clone();
-        let planned = xact::worker(|| {
-            let Some(source) = sources::by_id(View::Current, id)? else {
-                return Ok(None);
-            };
-            let noted = sources::noted(id)?;
-            Ok(Some(plan(&listed, &noted, &start, !source.has_begun)))
-        })?;
-        self.listed = listed;
-        let Some(plan) = planned else {
-            // It was dropped a moment ago.
-            self.list_again(true);
-            return Ok(());
-        };
-        if plan.at_start.is_empty() {
-            return self.add(plan, Vec::new());
-        }
-        if let Some(lister) = &self.lister {
-            // What is written from the call on, not from now on.
-            let start = match &self.source.options.start {
-                Start::Latest => Start::Time(self.source.created_at_us.div_euclid(1000)),
-                start => start.clone(),
-            };
-            lister.locate(plan.at_start.clone(), start);
-            self.planned = Some(plan);
-        }
-        Ok(())
-    }
-
-    /// A topic that was named and does not exist.
-    fn missing(&self, listed: &[Split]) -> Option<SourceError> {
-        let Reads::Topics(topics) = &self.source.options.what else {
-            return None;
-        };
-        let has = |topic: &String| {
-            let of = |split: &Split| {
-                let name = split.id.rsplit_once('/').map(|(name, _)| name);
-                name == Some(topic.as_str())
-            };
-            listed.iter().any(of)
-        };
-        let name = topics.names().iter().find(|topic| !has(topic))?;
-        Some(SourceError::Missing {
-            what: "topic",
-            name: name.clone(),
-        })
-    }
-
-    fn located(&mut self, positions: Vec<Position>) -> std::result::Result<(), Failure> {
-        match self.planned.take() {
-            Some(plan) => self.add(plan, positions),
-            None => Ok(()),
-        }
-    }
-
-    /// Notes new splits.
-    fn add(&mut self, plan: Plan, positions: Vec<Position>) -> std::result::Result<(), Failure> {
-        let parents: Vec<(String, Vec<String>)> =
-            (plan.from_beginning.iter().chain(&plan.at_start))
-                .filter(|split| !split.parents.is_empty())
-                .map(|split| (split.id.clone(), split.parents.clone()))
-                .collect();
-        let new = new_splits(plan, positions);
-        if !new.is_empty() || !self.source.has_begun {
-            let (id, project_id) = (self.source.id, self.source.project_id);
-            xact::worker(|| {
-                sources::add_splits(id, &new)?;
-                // What a shard has brought may come once more in those that follow it.
-                for (split, parents) in &parents {
-                    for (origin, seen) in event_store::seen(id, parents)? {
-                        event_store::note_seen(id, project_id, split, origin, &seen)?;
-                    }
-                }
-                Ok(())
-            })?;
-            self.source.has_begun = true;
-        }
-        self.list_again(true);
-        Ok(())
-    }
-
     /// Stores the first batch that waits; true: the leases have to be looked at.
     pub fn store(&mut self) -> std::result::Result<bool, Failure> {
+        let prepared = match self.prepared.take() {
+            Some((prepared, since)) if since.elapsed() < PREPARED_FOR => Some((prepared, since)),
+            Some(_) => {
+                self.copies.undo();
+                None
+            }
+            None => None,
+        };
         let Some(batch) = self.queue.front_mut() else {
             return Ok(false);
         };
-        if Copies::concern(batch) {
+        if prepared.is_none() && Copies::concern(batch) {
             self.copies.remove_from(Arc::make_mut(batch));
         }
         let batch = Arc::clone(batch);
         let (id, held, stream) = (self.source.id, &self.held, &mut self.stream);
         let (project_id, copies) = (self.source.project_id, &self.copies);
         let lost = Cell::new(false);
-        let outcome = stream.prepare(Arc::clone(&batch)).and_then(|mut prepared| {
-            xact::worker(|| {
+        let prepared = match prepared {
+            Some(prepared) => Ok(prepared),
+            None => (stream.prepare(Arc::clone(&batch))).map(|made| (made, Instant::now())),
+        };
+        let waits = &mut self.prepared;
+        let outcome = prepared.and_then(|(mut prepared, since)| {
+            let outcome = xact::worker(|| {
                 let stored = stream.store(&mut prepared)?;
                 let epoch = |split: &str| held.get(split).copied();
                 match leases::advance(id, &batch, epoch, &stored.lacks_id)? {
@@ -453,7 +366,14 @@ impl Reading {
                     event_store::note_seen(id, project_id, split, origin, seen)?;
                 }
                 alarm(&self.source, &batch.stops)
-            })
+            });
+            if let Err(Failure::Error(error)) = &outcome
+                && has_no_room(error)
+                && prepared.is_whole()
+            {
+                *waits = Some((prepared, since));
+            }
+            outcome
         });
         match outcome {
             Ok(()) => {
@@ -463,10 +383,16 @@ impl Reading {
             }
             Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
             Err(Failure::Error(error)) => {
-                self.copies.undo();
+                let most = match self.prepared {
+                    Some(_) => ROOM_RETRY_MAX,
+                    None => {
+                        self.copies.undo();
+                        RETRY_MAX
+                    }
+                };
                 let pause = RETRY_MIN
                     .saturating_mul(1 << self.failures.min(20))
-                    .min(RETRY_MAX);
+                    .min(most);
                 self.failures += 1;
                 self.retry_at = Some(Instant::now() + pause);
                 if !lost.get() && self.failures > 1 {
@@ -483,11 +409,6 @@ impl Reading {
         self.failures = 0;
         self.retry_at = None;
         self.trouble.storing = None;
-        let limits = self.stream.limits();
-        if self.limits != limits {
-            self.limits = limits;
-            self.reader.limit(limits);
-        }
         if batch.trouble.is_none() {
             self.trouble.fetching = None;
         }
@@ -581,6 +502,11 @@ impl Reading {
         let id = self.source.id;
         xact::worker(|| leases::release(id, &held))
     }
+}
+
+/// The project's quota, or the hot tier, takes no more at present.
+fn has_no_room(error: &PgError) -> bool {
+    matches!(error.sqlstate.as_str(), "53400" | "53100")
 }
 
 /// Tells everybody who listens that splits have stopped.

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use rakam_sources::SourceError;
 use rakam_sources::batch::{Batch, Limits};
 use rakam_sources::position::Position;
-use rakam_sources::source::{Fetch, Lag, Split, Splits, Start};
+use rakam_sources::source::{Ends, Fetch, Lag, Split, Splits, Start};
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::pg::runtime::{Runtime, Sender};
@@ -17,8 +17,9 @@ use crate::sources::service::Reach;
 
 /// Batches on their way: one is stored while the next one comes.
 const AHEAD: usize = 2;
-/// How often it is asked how far behind the splits are.
+/// How often it is asked how far behind the splits are, and how soon an answer is noticed while nothing is read.
 const LAG_INTERVAL: Duration = Duration::from_secs(2);
+const ANSWER_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A message of a source's task. The number is that of the reading it is about.
 pub struct Told {
@@ -118,6 +119,9 @@ async fn read(
         generation: 0,
         is_paused: false,
         limits: Limits::default(),
+        asking: None,
+        asked: Instant::now(),
+        has_new: false,
     };
     let outcome = reading.run(&mut commands, teller).await;
     // The client of a service may wait for its threads.
@@ -133,6 +137,16 @@ struct Reading {
     generation: u64,
     is_paused: bool,
     limits: Limits,
+    asking: Option<Asking>,
+    asked: Instant,
+    /// A split was opened since it was last asked how far behind they are.
+    has_new: bool,
+}
+
+/// It is being asked where these splits end.
+struct Asking {
+    splits: Vec<String>,
+    ends: JoinHandle<Result<Ends, SourceError>>,
 }
 
 impl Reading {
@@ -141,12 +155,12 @@ impl Reading {
         commands: &mut mpsc::UnboundedReceiver<Command>,
         teller: &Teller,
     ) -> Result<(), SourceError> {
-        let mut asked = Instant::now();
         loop {
             let waits = self.open.is_empty() || self.is_paused || self.ahead >= AHEAD;
-            let patience = match waits {
-                true => LAG_INTERVAL,
-                false => Duration::ZERO,
+            let patience = match (waits, &self.asking) {
+                (true, None) => LAG_INTERVAL,
+                (true, Some(_)) => ANSWER_INTERVAL,
+                (false, _) => Duration::ZERO,
             };
             match timeout(patience, commands.recv()).await {
                 Ok(Some(command)) => {
@@ -156,9 +170,11 @@ impl Reading {
                 Ok(None) => return Ok(()),
                 Err(_) => {}
             }
+            let mut is_through = false;
             if !waits {
                 let batch = self.fetch.poll(&self.limits).await?;
                 let is_empty = batch.is_empty();
+                is_through = is_empty;
                 self.ahead += usize::from(!is_empty);
                 if (!is_empty || batch.trouble.is_some())
                     && !teller
@@ -168,12 +184,10 @@ impl Reading {
                     return Ok(());
                 }
             }
-            if !self.open.is_empty() && asked.elapsed() >= LAG_INTERVAL {
-                let lags = self.lags().await;
-                asked = Instant::now();
-                if !teller.tell(What::Lag(lags)).await {
-                    return Ok(());
-                }
+            if let Some(lags) = self.lags(is_through).await
+                && !teller.tell(What::Lag(lags)).await
+            {
+                return Ok(());
             }
         }
     }
@@ -182,6 +196,7 @@ impl Reading {
         match command {
             Command::Open(split, from) => {
                 self.fetch.open(&split, from).await?;
+                self.has_new = true;
                 if !self.open.contains(&split) {
                     self.open.push(split);
                 }
@@ -207,12 +222,40 @@ impl Reading {
         Ok(())
     }
 
-    async fn lags(&mut self) -> Result<Vec<(String, Option<Lag>)>, SourceError> {
-        let mut lags = Vec::with_capacity(self.open.len());
-        for split in &self.open {
-            lags.push((split.clone(), self.fetch.lag(split).await?));
+    /// How far behind the splits are, now and then. A service may take its time to say where they end, in which they are
+    /// read on; what has been told of them by the time of its answer does not count.
+    /// Where nothing is left (`is_through`) a split that was opened since need not wait to hear so.
+    async fn lags(
+        &mut self,
+        is_through: bool,
+    ) -> Option<Result<Vec<(String, Option<Lag>)>, SourceError>> {
+        if let Some(Asking { splits, ends }) =
+            self.asking.take_if(|asking| asking.ends.is_finished())
+        {
+            let ends = match ends.await {
+                Ok(Ok(ends)) => ends,
+                Ok(Err(error)) => return Some(Err(error)),
+                Err(error) => return Some(Err(SourceError::Misuse(error.to_string()))),
+            };
+            let (open, fetch) = (&self.open, &mut self.fetch);
+            let lags = (splits.into_iter())
+                .filter(|split| open.contains(split))
+                .map(|split| {
+                    let lag = fetch.lag(&split, &ends);
+                    (split, lag)
+                });
+            return Some(Ok(lags.collect()));
         }
-        Ok(lags)
+        let is_due = self.asked.elapsed() >= LAG_INTERVAL || is_through && self.has_new;
+        if self.asking.is_none() && !self.open.is_empty() && is_due {
+            self.asked = Instant::now();
+            self.has_new = false;
+            self.asking = Some(Asking {
+                splits: self.open.clone(),
+                ends: tokio::spawn(self.fetch.ask_ends()),
+            });
+        }
+        None
     }
 }
 

@@ -247,6 +247,7 @@ async fn what_a_dropped_field_left_in_extra_is_not_read() {
         name: "x".to_owned(),
         xid,
         at_us: 1_000,
+        own_since_us: i64::MIN,
     };
     let fields = [field(18, "x", FieldType::Text, 3, true)];
     let received = |at| [(9, Scalar::Timestamptz(at))];

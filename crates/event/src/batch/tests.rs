@@ -371,11 +371,25 @@ fn an_event_from_before_a_drop_has_no_value_of_the_field() {
         name: name.to_owned(),
         xid: STAMP.xid + 1,
         at_us: NOW,
+        own_since_us: i64::MIN,
     });
+    // Dropped here, when the event's transaction was one of another server.
+    let restored = |own_since_us| {
+        dropped.clone().map(|field| schema::DroppedField {
+            xid: STAMP.xid - 1,
+            own_since_us,
+            ..field
+        })
+    };
     let event = r#"{"color":"red","n":1,"_extra":{"shade":"blue","m":2}}"#;
     let gone = Some(r#"{"n":1,"m":2}"#);
     let there = Some(r#"{"color":"red","n":1,"shade":"blue","m":2}"#);
-    for (drop, expected) in [(dropped.to_vec(), gone), (Vec::new(), there)] {
+    for (drop, expected) in [
+        (dropped.to_vec(), gone),
+        (restored(NOW + 1).to_vec(), gone),
+        (restored(NOW).to_vec(), there),
+        (Vec::new(), there),
+    ] {
         let schema = schema(true, &[]).with_dropped(drop);
         for layout in [Layout::Stored, TABLE] {
             let built = build(&schema, layout, &Limits::default(), &[event]);

@@ -135,6 +135,7 @@ fn what_was_dropped_is_stripped_from_older_rows_only() -> Result<(), EventError>
         name: "color".to_owned(),
         xid: 10,
         at_us: 1_000,
+        own_since_us: i64::MIN,
     }];
     let text = r#"{"color":"red","n":1}"#;
     let only = r#"{"color":"red"}"#;

@@ -189,6 +189,69 @@ fn cells_without_a_type() {
 }
 
 #[test]
+fn arrays_as_postgres_prints_them() {
+    let text = FieldType::TextArray;
+    check_text(
+        &[
+            Some(r#"{a,NULL,"","NULL"}"#),
+            Some("{}"),
+            Some(r#"{"say \"x\"","b,c","\\"}"#),
+            Some(" { a b , null } "),
+            Some(r#"["x"]"#),
+        ],
+        text,
+        &[
+            r#"["a",null,"","NULL"]"#,
+            "[]",
+            r#"["say \"x\"","b,c","\\"]"#,
+            r#"["a b",null]"#,
+            r#"["x"]"#,
+        ],
+        &[],
+    );
+    check_text(
+        &[Some("{t,NULL,f}")],
+        FieldType::BoolArray,
+        &["[true,null,false]"],
+        &[],
+    );
+    check_text(
+        &[Some("{1.5,NULL,-2e+30}")],
+        FieldType::Float8Array,
+        &["[1.5,null,-2e30]"],
+        &[],
+    );
+    // None of them, and what no field of lists holds, is what it was.
+    for other in ["{a", "{a}b", "{{1},{2}}", "{,}", "{\"a}", "{a\"b\"}"] {
+        let (values, _) = shown(Arc::new(StringArray::from(vec![other])), text, true);
+        let mut whole = String::new();
+        json::write_string(other, &mut whole);
+        assert_eq!(values, [format!("[{whole}]")], "{other}");
+    }
+}
+
+#[test]
+fn text_that_is_json() {
+    let text = |cell: &str| Arc::new(StringArray::from(vec![cell])) as ArrayRef;
+    let object = "{\"a\":[1]}";
+    for (cell, untyped, expected) in [
+        (object, false, object),
+        (object, true, object),
+        ("[1]", false, "[1]"),
+        ("1", false, "\"1\""),
+        ("1", true, "1"),
+        ("{a}", false, "\"{a}\""),
+    ] {
+        let (values, notes) = shown(text(cell), FieldType::Jsonb, untyped);
+        assert_eq!(
+            (values, notes),
+            (vec![expected.to_owned()], vec![]),
+            "{cell}"
+        );
+    }
+}
+
+#[test]
 fn types_on_first_sight() {
     for (cells, expected) in [
         (&["1", "2.5", "-3e2"][..], Some(FieldType::Float8)),

@@ -205,3 +205,36 @@ fn bad_bytes_are_told_of_their_own_record() {
         assert_eq!(bad, &format!("{line}: invalid UTF-8 text"));
     }
 }
+
+#[test]
+fn a_record_is_read_again_out_of_its_file() {
+    let names = ["a", "b"].map(str::to_owned);
+    let again = |bytes: &[u8], options: &str| {
+        let options = Options::parse(options).unwrap().csv("x.csv").unwrap();
+        let Rows::Columns { batch, .. } = record_again(bytes, &names, &options)? else {
+            panic!("CSV gives columns");
+        };
+        let cell = |column: usize| {
+            let cells = batch.column(column).as_string::<i32>();
+            cells.is_valid(0).then(|| cells.value(0).to_owned())
+        };
+        Ok::<_, String>((cell(0), cell(1)))
+    };
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(again(b"1,x\r\n", "{}"), Ok((some("1"), some("x"))));
+    assert_eq!(again(b",\"\"", "{}"), Ok((None, some(""))));
+    assert_eq!(
+        again(
+            b"'1;';NA",
+            r#"{"delimiter": ";", "quote": "'", "null": "NA"}"#
+        ),
+        Ok((some("1;"), None))
+    );
+    let wrong = |bytes: &[u8]| again(bytes, "{}").unwrap_err();
+    assert_eq!(wrong(b"1,2,3"), "expected 2 columns, found 3");
+    assert_eq!(wrong(b"1"), "expected 2 columns, found 1");
+    assert_eq!(wrong(b"1,2\n3,4\n"), "it is more than one record");
+    assert_eq!(wrong(b"1,\"2"), "a quote is not closed");
+    assert_eq!(wrong(b"1,\xff"), "invalid UTF-8 text");
+    assert!(again(b"", "{}").is_err());
+}

@@ -118,3 +118,24 @@ fn a_prefix_is_a_file_a_pattern_or_a_folder() {
     let stopped = below(&root, "data", true, None, &|| false);
     assert_eq!(stopped.map(drop).map_err(|e| e.sqlstate()), Err("57014"));
 }
+
+/// Who may name any file of the server names it from its root.
+#[test]
+fn a_whole_path_is_shown_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = fs::canonicalize(folder.path()).unwrap();
+    fs::write(folder.join("a.csv"), "a\n").unwrap();
+    let named = |name: &str| folder.join(name).display().to_string();
+    let server = Path::new("/");
+    let found = find(server, &named("*.csv")[1..], false).unwrap();
+    assert_eq!(found[0].name, named("a.csv"));
+    let found = below(server, &named("")[1..], false, None, &|| true).unwrap();
+    assert_eq!(found[0].name, named("a.csv"));
+    for missing in [
+        find(server, &named("b.csv")[1..], false),
+        below(server, &named("b.csv")[1..], false, None, &|| true),
+    ] {
+        assert_eq!(missing.unwrap_err(), FilesError::NoFile(named("b.csv")));
+    }
+    assert_eq!(find(&folder, "*.csv", true).unwrap()[0].name, "a.csv");
+}

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::array::types::{Float32Type, Float64Type};
 use arrow::array::{
-    Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringArray, new_null_array,
+    Array, ArrayRef, AsArray, Int64Array, RecordBatch, RecordBatchOptions, StringArray,
+    new_null_array,
 };
 use arrow::compute::take;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 use parquet::arrow::arrow_reader::statistics::StatisticsConverter;
 use parquet::file::metadata::RowGroupMetaData;
 use rakam_event::column::Column;
@@ -21,12 +22,14 @@ use crate::error::FilesError;
 use crate::format::{Compression, Format};
 use crate::input::Meter;
 use crate::locate::Found;
+use crate::object::Stop;
 use crate::parquet_file::{self, ParquetFile};
+use crate::parquet_rows::{Batches, Bound};
 use crate::source::{self, Position, Rows, Source, Spec, TextEvent};
 
 /// Rows of a batch of a Parquet file, at most; of text see [`source::PIECE_ROWS`].
 const BATCH_ROWS: usize = 8192;
-/// Fewer of long rows: so many bytes, as a Parquet file counts its columns before compression.
+/// Fewer of long rows.
 const BATCH_BYTES: u64 = 2 << 20;
 /// What is worth a part of its own when a Parquet file is shared among readers.
 const PART_BYTES: u64 = 16 << 20;
@@ -90,7 +93,7 @@ enum Input {
     Nothing,
     Parquet {
         file: Box<ParquetFile>,
-        reader: ParquetRecordBatchReader,
+        batches: Box<Batches>,
         /// For each wanted column its place in a batch.
         places: Vec<Option<usize>>,
         /// The numbers of the rows to come, from 1.
@@ -114,11 +117,13 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// It ends when it is told to, with an error.
     pub fn open(
         part: &Part,
         spec: &Spec,
         wanted: &Arc<[Wanted]>,
         pruner: &dyn Pruner,
+        stop: &Stop,
     ) -> Result<Self, FilesError> {
         let file = &part.file;
         let mut folders = HashMap::new();
@@ -146,7 +151,7 @@ impl Reader {
         reader.input = match part.format {
             Format::Parquet => reader.parquet(part, pruner)?,
             format => {
-                let meter = Meter::default();
+                let meter = Meter::of(stop);
                 let spec = Spec {
                     format: Some(format),
                     ..spec.clone()
@@ -163,6 +168,16 @@ impl Reader {
         match &self.input {
             Input::Rows { meter, .. } => meter.bytes(),
             Input::Nothing | Input::Parquet { .. } => 0,
+        }
+    }
+
+    /// About the memory that the next call of [`Self::next_batch`] needs; 0 where only the rows will tell.
+    pub fn next_bytes(&self) -> usize {
+        match &self.input {
+            Input::Parquet { batches, .. } => {
+                usize::try_from(batches.next_bytes()).unwrap_or(usize::MAX)
+            }
+            Input::Nothing | Input::Rows { .. } => 0,
         }
     }
 
@@ -244,7 +259,7 @@ impl Reader {
             .collect();
         let groups = builder.metadata().row_groups();
         let (mut kept, mut numbers) = (Vec::new(), Vec::new());
-        let (mut rows, mut plain, mut next) = (0, 0, 1);
+        let mut next = 1;
         for (index, group) in groups.iter().enumerate() {
             let first = next;
             next = group.num_rows().max(0).unsigned_abs().saturating_add(next);
@@ -254,25 +269,20 @@ impl Reader {
             if self.group_matches(group, &arrow, builder.parquet_schema(), pruner)? {
                 kept.push(index);
                 numbers.push(first..next);
-                rows += next - first;
-                plain = group
-                    .total_byte_size()
-                    .max(0)
-                    .unsigned_abs()
-                    .saturating_add(plain);
             } else {
                 self.read.row_groups_skipped += 1;
             }
         }
         self.read.row_groups = kept.len() as u64;
-        let row_bytes = (plain / rows.max(1)).max(1);
-        let batch_rows = usize::try_from(BATCH_BYTES / row_bytes).unwrap_or(BATCH_ROWS);
         let mask = ProjectionMask::roots(builder.parquet_schema(), read);
-        let builder = builder.with_batch_size(batch_rows.clamp(1, BATCH_ROWS));
-        let reader = file.build(builder, kept, mask)?;
+        let bound = Bound {
+            rows: BATCH_ROWS,
+            bytes: BATCH_BYTES,
+        };
+        let batches = file.build(builder, kept, mask, bound)?;
         Ok(Input::Parquet {
             file: Box::new(file),
-            reader,
+            batches: Box::new(batches),
             places,
             rows: Box::new(numbers.into_iter().flatten()),
         })
@@ -317,11 +327,11 @@ impl Reader {
             Input::Nothing => Ok(None),
             Input::Parquet {
                 file,
-                reader,
+                batches,
                 places,
                 rows: numbers,
             } => {
-                let Some(batch) = file.next(reader)? else {
+                let Some(batch) = file.next(batches)? else {
                     return Ok(None);
                 };
                 let rows = batch.num_rows();
@@ -493,6 +503,8 @@ fn known(
         if field.data_type().is_floating() {
             // Writers leave NaN out, which Postgres takes for the greatest.
             max = None;
+            // Others have it as the least.
+            min = min.filter(|min| !is_nan(min));
         }
     }
     Some(Known {
@@ -501,6 +513,12 @@ fn known(
         min,
         max,
     })
+}
+
+fn is_nan(one: &ArrayRef) -> bool {
+    let double = one.as_primitive_opt::<Float64Type>();
+    let single = one.as_primitive_opt::<Float32Type>();
+    double.is_some_and(|v| v.value(0).is_nan()) || single.is_some_and(|v| v.value(0).is_nan())
 }
 
 fn ordered_alike(ty: &DataType, form: Form) -> bool {

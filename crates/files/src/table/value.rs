@@ -4,8 +4,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use arrow::array::types::{
-    Date32Type, Float32Type, Int32Type, Int64Type, Time32MillisecondType, Time32SecondType,
-    Time64MicrosecondType, Time64NanosecondType,
+    Date32Type, Float32Type, Float64Type, Int32Type, Int64Type, Time32MillisecondType,
+    Time32SecondType, Time64MicrosecondType, Time64NanosecondType,
 };
 use arrow::array::{
     Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray, StringBuilder,
@@ -122,14 +122,19 @@ fn field(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<ArrayRef, Unf
 /// any year are kept. None: look at each value.
 fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayRef>, Unfit> {
     Ok(match (array.data_type(), ty) {
-        (DataType::Float64, FieldType::Float8) | (DataType::Float32, FieldType::Float4) => {
-            Some(Arc::clone(array))
+        (DataType::Float64, FieldType::Float8) => {
+            let values = array.as_primitive::<Float64Type>();
+            Some(Arc::new(values.unary::<_, Float64Type>(one_nan)))
+        }
+        (DataType::Float32, FieldType::Float4) => {
+            let values = array.as_primitive::<Float32Type>();
+            let one_nan = |value: f32| if value.is_nan() { f32::NAN } else { value };
+            Some(Arc::new(values.unary::<_, Float32Type>(one_nan)))
         }
         (DataType::Float32, FieldType::Float8) => {
             let values = array.as_primitive::<Float32Type>();
-            Some(Arc::new(
-                values.unary::<_, arrow::datatypes::Float64Type>(f64::from),
-            ))
+            let wide = |value| one_nan(f64::from(value));
+            Some(Arc::new(values.unary::<_, Float64Type>(wide)))
         }
         // As Postgres casts whole and decimal numbers: to the nearest.
         (
@@ -208,6 +213,12 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
     })
 }
 
+/// For Postgres all NaN are equal, and greater than any number; the engine compares bits, of which it knows one NaN only.
+/// Others have a sign, as that of `0.0 / 0.0` on x86, or a message.
+fn one_nan(value: f64) -> f64 {
+    if value.is_nan() { f64::NAN } else { value }
+}
+
 /// Texts as numbers, to the nearest; also those that are none, and infinity.
 fn floats(texts: &StringArray, ty: FieldType, untyped: bool) -> Result<ArrayRef, Unfit> {
     let values = texts
@@ -229,6 +240,7 @@ fn float(text: &str, ty: FieldType) -> Result<f64, String> {
         .trim()
         .parse()
         .map_err(|_| format!("text is not a value of type {ty}"))?;
+    let value = one_nan(value);
     let narrow = match ty {
         FieldType::Float4 => f64::from(value as f32),
         _ => value,
@@ -501,6 +513,46 @@ mod tests {
         let times = convert(&times, Form::Timestamp, false).unwrap();
         let micros = times.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
         assert_eq!(micros.values(), &[1, -1]);
+    }
+
+    #[test]
+    fn all_nan_are_one() {
+        let double = f64::from_bits(0xfff8_0000_0000_0000);
+        let single = f32::from_bits(0xffc0_0001);
+        let double: ArrayRef = Arc::new(Float64Array::from(vec![Some(double), None]));
+        let single: ArrayRef = Arc::new(arrow::array::Float32Array::from(vec![Some(single), None]));
+        let text: ArrayRef = Arc::new(StringArray::from(vec![Some("-nan"), None]));
+        for array in [&double, &single, &text] {
+            let form = Form::Field(FieldType::Float8);
+            let kept = convert(array, form, false).unwrap();
+            let kept = kept.as_primitive::<Float64Type>();
+            assert_eq!(kept.value(0).to_bits(), f64::NAN.to_bits(), "{array:?}");
+            assert!(kept.is_null(1));
+        }
+        for array in [&single, &text] {
+            let form = Form::Field(FieldType::Float4);
+            let kept = convert(array, form, false).unwrap();
+            let kept = kept.as_primitive::<Float32Type>();
+            assert_eq!(kept.value(0).to_bits(), f32::NAN.to_bits(), "{array:?}");
+        }
+        let Ok(Some(Value::Float8(value))) = of_json("\"-nan\"", Form::Field(FieldType::Float8))
+        else {
+            panic!("a NaN is a number");
+        };
+        assert_eq!(value.to_bits(), f64::NAN.to_bits());
+    }
+
+    #[test]
+    fn days_as_milliseconds_are_dates() {
+        let days = vec![Some(0), Some(-86_400_000), Some(19_860 * 86_400_000), None];
+        let days: ArrayRef = Arc::new(arrow::array::Date64Array::from(days));
+        let dates = ["1970-01-01", "1969-12-31", "2024-05-17", "NULL"].map(str::to_owned);
+        assert_eq!(
+            shown(Arc::clone(&days), Form::Field(FieldType::Date)),
+            Ok(dates.to_vec())
+        );
+        let cast = cast::cast(&cell::plain(&days).unwrap(), FieldType::Date, false, 100).unwrap();
+        assert_eq!((cast.array.null_count(), cast.notes.len()), (1, 0));
     }
 
     #[test]

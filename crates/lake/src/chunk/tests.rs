@@ -154,6 +154,7 @@ fn values_of_newer_fields_leave_extra() {
         name: "late".to_owned(),
         xid: 8,
         at_us: origin.received_at_us + 1,
+        own_since_us: i64::MIN,
     };
     let renewed = new.clone().with_dropped(vec![dropped]);
     let columns = read(ChunkFormat::Arrow, &arrow, &renewed);

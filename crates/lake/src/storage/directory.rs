@@ -313,8 +313,10 @@ impl Directory {
             let path = entry.path();
             if metadata.is_dir() {
                 pending.push(path);
-            } else if let Some(path) = path.strip_prefix(&self.root).ok().and_then(Path::to_str) {
-                // Names that are not UTF-8 are none of ours.
+            } else if metadata.is_file()
+                && let Some(path) = path.strip_prefix(&self.root).ok().and_then(Path::to_str)
+            {
+                // Names that are not UTF-8 are none of ours, nor are links objects: what they lead to may lie anywhere.
                 objects.push(ObjectInfo {
                     path: path.to_owned(),
                     bytes: metadata.len(),

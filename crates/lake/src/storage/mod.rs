@@ -25,6 +25,7 @@ mod bucket;
 mod directory;
 mod making;
 mod options;
+pub mod place;
 pub mod reason;
 mod uploads;
 mod url;

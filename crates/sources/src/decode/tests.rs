@@ -142,7 +142,7 @@ fn poison_is_a_dead_letter_alone() {
     ];
     let batch = batch(&values);
     let decoded = json(Shape::Auto, Route::Topic).decode(&batch);
-    assert_eq!(decoded.tombstones, 1);
+    assert_eq!(batch.moves[0].tombstones, 1);
     let (events, dead) = shown(decoded);
     assert_eq!(events, [r#"page {"a":1,"_time":106}"#]);
     assert_eq!(

@@ -3,6 +3,7 @@
 //! Clients have threads of their own, which inherit the signal mask of the thread that makes them: make them in a task of a
 //! runtime whose threads block all signals. Dropping one waits for its threads.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use super::config::KafkaConfig;
 use super::fetch::Fetcher;
 use super::reader::Reader;
 use super::topics::Topics;
-use super::{Broker, Failure, Message, Partition};
+use super::{Ask, Broker, Failure, Message, Partition};
 use crate::decode::COLLECTION_HEADER;
 use crate::error::SourceError;
 use crate::position::Position;
@@ -30,26 +31,60 @@ const ASK: Duration = Duration::from_secs(5);
 /// A partition that no broker knows for so long is gone.
 const GONE_AFTER: Duration = Duration::from_secs(10);
 
-/// Says nothing: what a user has to know comes as an error of a call, and a log would repeat it for every reconnection.
-struct Quiet;
+/// Logs nothing: what a user has to know comes as an error of a call, and a log would repeat it for every reconnection.
+///
+/// A call of somebody who is not let in fails as if nobody were there: the reason comes beside it, and is kept here until a call
+/// succeeds.
+#[derive(Default)]
+struct Listener(Mutex<Option<Failure>>);
 
-impl ClientContext for Quiet {
-    fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
-
-    fn error(&self, _error: KafkaError, _reason: &str) {}
+impl Listener {
+    fn refusal(&self) -> std::sync::MutexGuard<'_, Option<Failure>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-impl ConsumerContext for Quiet {}
+impl ClientContext for Listener {
+    fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
+
+    fn error(&self, error: KafkaError, _reason: &str) {
+        if let refused @ Failure::Refused(_) = failure(&error) {
+            *self.refusal() = Some(refused);
+        }
+    }
+}
+
+impl ConsumerContext for Listener {}
 
 /// A client of a cluster.
-pub(crate) struct Client(BaseConsumer<Quiet>);
+pub(crate) struct Client(Arc<BaseConsumer<Listener>>);
 
 impl Client {
     fn new(config: &KafkaConfig) -> Result<Self, SourceError> {
         native(config.properties())
-            .create_with_context(Quiet)
-            .map(Self)
+            .create_with_context(Listener::default())
+            .map(|consumer| Self(Arc::new(consumer)))
             .map_err(unusable)
+    }
+
+    /// The outcome of a call; of one that reached nobody with the reason, as far as it is known.
+    fn explained<T>(&self, outcome: Result<T, Failure>) -> Result<T, Failure> {
+        let mut refusal = self.0.context().refusal();
+        match outcome {
+            Ok(value) => {
+                *refusal = None;
+                Ok(value)
+            }
+            Err(Failure::Transient(reason)) => {
+                Err(refusal.clone().unwrap_or(Failure::Transient(reason)))
+            }
+            failed => failed,
+        }
+    }
+
+    /// Takes in what librdkafka has to say, for a client that reads nothing.
+    fn listen(&self) {
+        while self.0.poll(Duration::ZERO).is_some() {}
     }
 
     /// The topics of the cluster that are asked for, each with its partitions.
@@ -65,7 +100,8 @@ impl Client {
     }
 
     fn metadata(&self, topic: Option<&str>) -> Result<Vec<(String, Vec<i32>)>, Failure> {
-        let metadata = self.0.fetch_metadata(topic, ASK).map_err(|e| failure(&e))?;
+        let metadata = self.0.fetch_metadata(topic, ASK);
+        let metadata = self.explained(metadata.map_err(|e| failure(&e)))?;
         let mut found = Vec::new();
         for topic in metadata.topics() {
             match topic.error().map(|e| explain(e.into())) {
@@ -117,9 +153,8 @@ impl Client {
 
     fn ends(&self, partition: &Partition) -> Result<(i64, i64), Failure> {
         let ask = || {
-            self.0
-                .fetch_watermarks(&partition.topic, partition.number, ASK)
-                .map_err(|error| failure(&error))
+            let ends = (self.0).fetch_watermarks(&partition.topic, partition.number, ASK);
+            self.explained(ends.map_err(|e| failure(&e)))
         };
         match ask() {
             // As far as librdkafka remembers: partitions that were added since it only learns of when it is asked for them.
@@ -203,10 +238,13 @@ pub(super) fn explain(code: RDKafkaErrorCode) -> Failure {
         Code::TopicAuthorizationFailed
         | Code::GroupAuthorizationFailed
         | Code::ClusterAuthorizationFailed
-        | Code::SaslAuthenticationFailed
-        | Code::Authentication
-        | Code::SSL
-        | Code::UnsupportedSASLMechanism => Failure::Refused(reason),
+        | Code::SSL => Failure::Refused(reason),
+        Code::SaslAuthenticationFailed | Code::Authentication | Code::UnsupportedSASLMechanism => {
+            Failure::Refused(
+                "the broker does not accept the credentials, or not by this SASL mechanism"
+                    .to_owned(),
+            )
+        }
         _ => Failure::Transient(reason),
     }
 }
@@ -263,10 +301,14 @@ impl Broker for Client {
         Client::ends(self, partition)
     }
 
+    fn asker(&self) -> Arc<dyn Ask> {
+        Arc::new(Asker(Arc::clone(&self.0)))
+    }
+
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
         match self.0.poll(wait) {
             None => Ok(false),
-            Some(Err(error)) => Err(failure(&error)),
+            Some(Err(error)) => self.explained(Err(failure(&error))),
             Some(Ok(message)) => {
                 let named = Named::of(&message);
                 take(Message {
@@ -281,6 +323,41 @@ impl Broker for Client {
                 Ok(true)
             }
         }
+    }
+}
+
+struct Asker(Arc<BaseConsumer<Listener>>);
+
+impl Asker {
+    /// The offsets at one of the ends of these partitions: one request for each broker.
+    fn offsets(&self, partitions: &[Partition], end: Offset) -> Result<Vec<i64>, Failure> {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            list.add_partition_offset(&partition.topic, partition.number, end)
+                .map_err(|error| failure(&error))?;
+        }
+        let found = self.0.offsets_for_times(list, ASK);
+        let found = found.map_err(|error| failure(&error))?;
+        let offset_of = |partition: &Partition| {
+            let element = found.find_partition(&partition.topic, partition.number);
+            let Some(element) = element else {
+                return Err(Failure::Transient("no answer".to_owned()));
+            };
+            element.error().map_err(|error| failure(&error))?;
+            match element.offset() {
+                Offset::Offset(offset) => Ok(offset),
+                _ => Err(Failure::Transient("no answer".to_owned())),
+            }
+        };
+        partitions.iter().map(offset_of).collect()
+    }
+}
+
+impl Ask for Asker {
+    fn ends(&self, partitions: &[Partition]) -> Result<Vec<(i64, i64)>, Failure> {
+        let oldest = self.offsets(partitions, Offset::Beginning)?;
+        let next = self.offsets(partitions, Offset::End)?;
+        Ok(oldest.into_iter().zip(next).collect())
     }
 }
 
@@ -314,9 +391,10 @@ impl<'a> Named<'a> {
     }
 }
 
-/// Checks that librdkafka knows the options and takes their values. Asks no broker. Error: 22023.
+/// Checks that librdkafka knows the options and takes their values, of a server without its user mapping as well. Asks no broker.
+/// Error: 22023.
 pub fn check(config: &KafkaConfig) -> Result<(), SourceError> {
-    Client::new(config).map(drop)
+    Client::new(&config.with_any_credentials()).map(drop)
 }
 
 /// Opens the partitions of a source for reading. Asks no broker yet.
@@ -327,7 +405,7 @@ pub async fn fetch(config: KafkaConfig) -> Result<Box<dyn Fetch>, SourceError> {
 
 /// The partitions of a source.
 pub struct Partitions {
-    client: std::sync::Arc<Client>,
+    client: Arc<Client>,
     topics: Topics,
 }
 
@@ -336,7 +414,7 @@ impl Partitions {
     pub async fn new(config: KafkaConfig, topics: Topics) -> Result<Self, SourceError> {
         let client = blocking(move || Client::new(&config)).await?;
         Ok(Self {
-            client: std::sync::Arc::new(client),
+            client: Arc::new(client),
             topics,
         })
     }
@@ -348,6 +426,8 @@ impl Splits for Partitions {
         let (client, topics) = (self.client.clone(), self.topics.clone());
         blocking(move || {
             let found = client.topics(&topics);
+            client.listen();
+            let found = client.explained(found);
             let found = found.map_err(|failure| failure.into_error("list the topics of Kafka"))?;
             Ok(topics.splits(&found))
         })

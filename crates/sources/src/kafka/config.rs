@@ -40,15 +40,18 @@ const DEFAULTS: [(&str, &str); 8] = [
 ];
 
 /// As [`FIXED`], for clients that write: nothing is given up but by us, and nothing overtakes what came before it.
-const WRITING: [(&str, &str); 5] = [
+const WRITING: [(&str, &str); 6] = [
     ("enable.idempotence", "true"),
+    // A broker that has nothing of a producer yet takes whatever comes first: what is behind a batch that it refuses, too.
+    ("max.in.flight.requests.per.connection", "1"),
     ("enable.gapless.guarantee", "true"),
     ("acks", "all"),
     // Without end: an outage is waited out.
     ("message.timeout.ms", "0"),
     ("queuing.strategy", "fifo"),
 ];
-const WRITING_ALIASES: [(&str, &str); 2] = [
+const WRITING_ALIASES: [(&str, &str); 3] = [
+    ("max.in.flight", "max.in.flight.requests.per.connection"),
     ("request.required.acks", "acks"),
     ("delivery.timeout.ms", "message.timeout.ms"),
 ];
@@ -196,6 +199,18 @@ impl KafkaConfig {
     /// Whether there are credentials that no broker is ever shown, because "security.protocol" does not ask for them.
     pub fn ignores_credentials(&self) -> bool {
         self.properties.contains_key("sasl.username") && !uses_sasl(&self.properties)
+    }
+
+    /// The same with credentials of nobody where it has none: without any librdkafka makes no client that is to show some.
+    pub(crate) fn with_any_credentials(&self) -> Self {
+        let mut any = self.clone();
+        if uses_sasl(&any.properties) {
+            for name in ["sasl.username", "sasl.password"] {
+                let given = any.properties.entry(name.to_owned());
+                given.or_insert_with(|| "nobody".to_owned());
+            }
+        }
+        any
     }
 
     /// Names and values for librdkafka, by name.
@@ -374,6 +389,7 @@ mod tests {
         let get = |name: &str| properties.get(name).map(String::as_str);
         assert_eq!(get("enable.idempotence"), Some("true"));
         assert_eq!(get("message.timeout.ms"), Some("0"));
+        assert_eq!(get("max.in.flight.requests.per.connection"), Some("1"));
         assert_eq!(get("bootstrap.servers"), Some("a"));
         assert_eq!(
             (get("compression.type"), get("compression.codec")),
@@ -385,6 +401,7 @@ mod tests {
             ("request.required.acks", "1"),
             ("enable.idempotence", "false"),
             ("delivery.timeout.ms", "5000"),
+            ("max.in.flight", "5"),
             ("transactional.id", "x"),
         ] {
             assert!(

@@ -3,14 +3,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio::task::spawn_blocking;
 
-use super::Broker;
-use super::reader::Reader;
+use super::reader::{READ, Reader};
+use super::{Broker, Failure, Partition};
 use crate::batch::{Batch, Limits};
 use crate::error::SourceError;
 use crate::position::Position;
-use crate::source::{Fetch, Lag};
+use crate::source::{Ends, Fetch, Lag};
 
 /// Partitions read through a broker. A dropped call goes on for as long as its wait, and the next one waits for it.
 pub(crate) struct Fetcher<B>(Arc<Mutex<Reader<B>>>);
@@ -72,8 +73,27 @@ impl<B: Broker + 'static> Fetch for Fetcher<B> {
         self.run(move |reader| reader.pause(&split, paused)).await
     }
 
-    async fn lag(&mut self, split: &str) -> Result<Option<Lag>, SourceError> {
-        let split = split.to_owned();
-        self.run(move |reader| reader.lag(&split)).await
+    fn ask_ends(&mut self) -> BoxFuture<'static, Result<Ends, SourceError>> {
+        let (asker, partitions) = lock(&self.0).asker();
+        Box::pin(async move {
+            if partitions.is_empty() {
+                return Ok(Ends::default());
+            }
+            let asked = spawn_blocking(move || {
+                let ends = asker.ends(&partitions)?;
+                let splits = partitions.iter().map(Partition::split);
+                Ok(Ends {
+                    offsets: splits.zip(ends).collect(),
+                })
+            });
+            asked
+                .await
+                .map_err(|error| SourceError::Misuse(error.to_string()))?
+                .map_err(|failure: Failure| failure.into_error(READ))
+        })
+    }
+
+    fn lag(&mut self, split: &str, ends: &Ends) -> Option<Lag> {
+        lock(&self.0).lag(split, ends)
     }
 }

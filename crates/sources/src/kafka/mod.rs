@@ -16,6 +16,7 @@ pub(crate) mod reader;
 mod tests;
 pub mod topics;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::SourceError;
@@ -86,6 +87,14 @@ impl Failure {
     }
 }
 
+/// The question that a cluster is asked beside reading. Brokers answer a connection's requests one after another, so that it
+/// waits for a fetch that waits for records.
+pub(crate) trait Ask: Send + Sync {
+    /// The oldest offset of each of these partitions, and the next one that will be written. Blocks for a few seconds at
+    /// most, however many they are.
+    fn ends(&self, partitions: &[Partition]) -> Result<Vec<(i64, i64)>, Failure>;
+}
+
 /// What [`reader::Reader`] needs of a cluster. Calls block, those of one partition's ends for a few seconds at most.
 pub(crate) trait Broker: Send {
     /// Reads these partitions, which it does not read yet, from these offsets on (None: the oldest record).
@@ -105,6 +114,9 @@ pub(crate) trait Broker: Send {
 
     /// The oldest offset, and the next one that will be written.
     fn ends(&mut self, partition: &Partition) -> Result<(i64, i64), Failure>;
+
+    /// What may be asked for the ends of partitions while they are read.
+    fn asker(&self) -> Arc<dyn Ask>;
 
     /// Waits for the next message and shows it: false if none came.
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure>;

@@ -4,15 +4,15 @@
 //! ever letting a record overtake one of its partition. An outage is waited out. Whatever else fails ends the attempt: the batch is
 //! then published again from its beginning by a new client, because the old one may have given up some records and not others.
 //!
-//! A record that the broker finds too large may only have travelled with others: the batch goes out once more, record by record,
-//! before any is given up.
+//! A record that the broker refuses (it is too large, or against a rule of its topic) may only have travelled with the one that is
+//! meant: those that it refused together go out once more, each alone, before any is given up, and before what is behind them. What
+//! has arrived meanwhile does not go out again.
 
 pub mod client;
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
@@ -29,8 +29,8 @@ const WAIT_MOST: Duration = Duration::from_millis(50);
 /// Why a record did not arrive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Lost {
-    /// It, or what it travelled with, is larger than the broker takes.
-    TooLarge(String),
+    /// The broker does not take it, or something that it travelled with.
+    Refused(String),
     Failed(Failure),
 }
 
@@ -43,7 +43,8 @@ pub(crate) trait Cluster: Send {
     /// Forgets all that is on its way and begins anew; `alone`: records do not travel together.
     async fn begin(&mut self, alone: bool) -> Result<(), Failure>;
 
-    /// Queues a record under a number. False: there is no room for now. What is too large here is so by itself.
+    /// Queues a record under a number. False: there is no room for now. What is refused here is so by itself. A partition's
+    /// record arrives after those that were queued before it, or not at all.
     fn send(&mut self, number: usize, record: &Outgoing, mark: &Mark) -> Result<bool, Lost>;
 
     /// What has become of records since the last look, by their numbers.
@@ -55,49 +56,83 @@ pub(crate) trait Cluster: Send {
 
 pub(crate) struct Producer<C> {
     cluster: C,
+    /// Silence of so long is told.
+    patience: Duration,
     /// None: the client is to begin anew. Else whether records travel alone.
     begun: Option<bool>,
 }
 
+/// What has become of a batch's records so far, by their numbers.
+struct Progress {
+    /// They have arrived, or are refused for good.
+    done: Vec<bool>,
+    /// Refused together with others: to be sent alone, and before all others.
+    suspects: BTreeSet<usize>,
+    refused: Vec<Refused>,
+}
+
+impl Progress {
+    fn refuse(&mut self, parcel: &Parcel, number: usize, reason: String) {
+        self.done[number] = true;
+        self.suspects.remove(&number);
+        self.refused.push(Refused {
+            place: parcel.records[number].place,
+            reason,
+        });
+    }
+
+    fn arrived(&mut self, number: usize) {
+        if let Some(done) = self.done.get_mut(number) {
+            *done = true;
+        }
+        self.suspects.remove(&number);
+    }
+}
+
 impl<C: Cluster> Producer<C> {
-    pub(crate) fn new(cluster: C) -> Self {
+    pub(crate) fn new(cluster: C, patience: Duration) -> Self {
         Self {
             cluster,
+            patience,
             begun: None,
         }
     }
 
-    /// Publishes the records that are not refused, once. What was found too large.
+    /// Sends the suspects if there are any, else all that is not done, once. What was refused.
     async fn attempt(
         &mut self,
         parcel: &Parcel,
-        refused: &mut BTreeMap<u32, String>,
+        progress: &mut Progress,
         trouble: &Trouble,
-    ) -> Result<Vec<Refused>, Failure> {
-        let mut too_large = Vec::new();
-        let (mut next, mut under_way) = (0, 0usize);
+    ) -> Result<Vec<(usize, String)>, Failure> {
+        let numbers: Vec<usize> = match progress.suspects.is_empty() {
+            false => progress.suspects.iter().copied().collect(),
+            true => (0..parcel.records.len())
+                .filter(|&number| !progress.done[number])
+                .collect(),
+        };
+        let mut queue = numbers.into_iter().peekable();
+        let mut under_way = 0usize;
         let mut wait = WAIT;
+        let mut heard = Instant::now();
         loop {
-            // Behind a record that was given up nothing more is sent.
-            while too_large.is_empty()
-                && let Some(record) = parcel.records.get(next)
-            {
-                if let Entry::Vacant(place) = refused.entry(record.place) {
-                    match self.cluster.send(next, record, &parcel.mark(record)) {
-                        Ok(true) => under_way += 1,
-                        Ok(false) => break,
-                        Err(Lost::Failed(failure)) => return Err(failure),
-                        Err(Lost::TooLarge(reason)) => {
-                            place.insert(reason);
-                        }
+            let mut failed = None;
+            while let Some(&number) = queue.peek() {
+                let record = &parcel.records[number];
+                match self.cluster.send(number, record, &parcel.mark(record)) {
+                    Ok(true) => under_way += 1,
+                    Ok(false) => break,
+                    Err(Lost::Refused(reason)) => progress.refuse(parcel, number, reason),
+                    Err(Lost::Failed(failure)) => {
+                        failed = Some(failure);
+                        break;
                     }
                 }
-                next += 1;
+                queue.next();
             }
-            let is_sent = next == parcel.records.len() || !too_large.is_empty();
-            if under_way == 0 && is_sent {
+            if under_way == 0 && queue.peek().is_none() {
                 trouble.set(None);
-                return Ok(too_large);
+                return Ok(Vec::new());
             }
             let told = self.cluster.told();
             wait = match told.is_empty() {
@@ -105,25 +140,30 @@ impl<C: Cluster> Producer<C> {
                 false => WAIT,
             };
             let is_quiet = told.is_empty();
+            if !is_quiet {
+                heard = Instant::now();
+            }
+            let mut refused = Vec::new();
             for (number, outcome) in told {
                 under_way = under_way.saturating_sub(1);
                 match outcome {
-                    Ok(()) => {}
-                    Err(Lost::Failed(failure)) => return Err(failure),
-                    Err(Lost::TooLarge(reason)) => {
-                        too_large.extend(parcel.records.get(number).map(|record| Refused {
-                            place: record.place,
-                            reason,
-                        }));
-                    }
+                    Ok(()) => progress.arrived(number),
+                    Err(Lost::Refused(reason)) => refused.push((number, reason)),
+                    Err(Lost::Failed(failure)) => failed = Some(failure),
                 }
             }
-            let complaint = self.cluster.complaint();
-            trouble.set(complaint.map(|failure| failure.into_error(WRITE)));
-            if !too_large.is_empty() {
-                // The others are published again, too: their answers are of no use.
-                return Ok(too_large);
+            if !refused.is_empty() {
+                // After a refusal the client gives up whatever is behind it: that is no failure of its own.
+                return Ok(refused);
             }
+            if let Some(failure) = failed {
+                return Err(failure);
+            }
+            let complaint = self.cluster.complaint().or_else(|| {
+                let is_silent = heard.elapsed() >= self.patience;
+                is_silent.then(|| Failure::Transient("the brokers do not answer".to_owned()))
+            });
+            trouble.set(complaint.map(|failure| failure.into_error(WRITE)));
             if is_quiet {
                 tokio::time::sleep(wait).await;
             }
@@ -147,30 +187,35 @@ impl<C: Cluster> Publish for Producer<C> {
         parcel: Arc<Parcel>,
         trouble: Trouble,
     ) -> Result<Vec<Refused>, SourceError> {
-        let mut refused = BTreeMap::new();
-        let mut alone = false;
-        loop {
+        let mut progress = Progress {
+            done: vec![false; parcel.records.len()],
+            suspects: BTreeSet::new(),
+            refused: Vec::new(),
+        };
+        while progress.done.contains(&false) {
+            let alone = !progress.suspects.is_empty();
             if self.begun != Some(alone) {
                 let begun = self.cluster.begin(alone).await;
                 begun.map_err(|failure| failure.into_error(WRITE))?;
             }
             // Until it is known that nothing of this attempt is left behind.
             self.begun = None;
-            let outcome = self.attempt(&parcel, &mut refused, &trouble).await;
-            let too_large = outcome.map_err(|failure| failure.into_error(WRITE))?;
-            if too_large.is_empty() {
+            let outcome = self.attempt(&parcel, &mut progress, &trouble).await;
+            let refused = outcome.map_err(|failure| failure.into_error(WRITE))?;
+            if refused.is_empty() {
                 self.begun = Some(alone);
-                break;
             }
-            if alone {
-                refused.extend(too_large.into_iter().map(|r| (r.place, r.reason)));
+            for (number, reason) in refused {
+                match alone {
+                    true => progress.refuse(&parcel, number, reason),
+                    false => {
+                        progress.suspects.insert(number);
+                    }
+                }
             }
-            alone = true;
         }
-        Ok(refused
-            .into_iter()
-            .map(|(place, reason)| Refused { place, reason })
-            .collect())
+        progress.refused.sort_unstable_by_key(|r| r.place);
+        Ok(progress.refused)
     }
 }
 

@@ -7,16 +7,17 @@
 //! A position moves over what is no record as well, markers of transactions and what was aborted: else it would stay before
 //! them until they are deleted, and look as if records were lost.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Broker, Failure, Message, Partition};
+use super::{Ask, Broker, Failure, Message, Partition};
 use crate::batch::{Batch, Limits, NewRecord, Offset, Stop};
 use crate::cursor::{Cursor, Cursors};
 use crate::error::{SourceError, StopReason};
 use crate::position::{Mark, Position};
-use crate::source::Lag;
+use crate::source::{Ends, Lag};
 
-const READ: &str = "read from Kafka";
+pub(super) const READ: &str = "read from Kafka";
 
 /// What the reader knows of a partition beside its positions.
 #[derive(Debug)]
@@ -113,20 +114,22 @@ impl<B: Broker> Reader<B> {
         self.cursors.ack(batch);
     }
 
-    /// Records between what was read and the end.
-    pub(crate) fn lag(&mut self, split: &str) -> Result<Option<Lag>, SourceError> {
-        let Some(cursor) = self.cursors.get(split) else {
-            return Ok(None);
-        };
-        let (oldest, end) = match self.broker.ends(&cursor.more.partition) {
-            Ok(ends) => ends,
-            Err(failure) => return Err(failure.into_error(READ)),
-        };
+    /// The partitions that are read, and what may be asked for their ends.
+    pub(crate) fn asker(&self) -> (Arc<dyn Ask>, Vec<Partition>) {
+        let open = self.cursors.iter().filter(|cursor| !cursor.done);
+        let partitions = open.map(|cursor| cursor.more.partition.clone());
+        (self.broker.asker(), partitions.collect())
+    }
+
+    /// Records between what was read and the end as it was told.
+    pub(crate) fn lag(&mut self, split: &str, ends: &Ends) -> Option<Lag> {
+        let cursor = self.cursors.get(split)?;
+        let (oldest, end) = *ends.offsets.get(split)?;
         let next = match cursor.read {
             Position::Offset { next, .. } => next,
             _ => oldest,
         };
-        Ok(Some(Lag::Records(u64::try_from(end - next).unwrap_or(0))))
+        Some(Lag::Records(u64::try_from(end - next).unwrap_or(0)))
     }
 
     #[cfg(test)]

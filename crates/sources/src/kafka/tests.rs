@@ -8,12 +8,12 @@ use async_trait::async_trait;
 use super::fetch::Fetcher;
 use super::reader::Reader;
 use super::topics::Topics;
-use super::{Broker, Failure, Message, Partition};
+use super::{Ask, Broker, Failure, Message, Partition};
 use crate::batch::{Batch, Limits, Move, Stop};
 use crate::conformance::{World, conforms};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Split, Splits, Start};
+use crate::source::{Ends, Fetch, Lag, Split, Splits, Start, lag_now};
 
 const LIMITS: Limits = Limits {
     bytes: 1 << 20,
@@ -43,6 +43,8 @@ impl Log {
 struct State {
     logs: BTreeMap<Partition, Log>,
     down: bool,
+    /// Questions for ends are answered later.
+    hesitates: bool,
 }
 
 /// A cluster in memory, with what librdkafka does to a position outside of a log.
@@ -170,6 +172,10 @@ impl Broker for FakeClient {
         Ok((log.base, log.end()))
     }
 
+    fn asker(&self) -> Arc<dyn Ask> {
+        Arc::new(self.cluster.clone())
+    }
+
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(Message<'_>)) -> Result<bool, Failure> {
         let cluster = self.cluster.clone();
         let state = cluster.state();
@@ -225,6 +231,19 @@ impl Broker for FakeClient {
     }
 }
 
+impl Ask for Cluster {
+    fn ends(&self, partitions: &[Partition]) -> Result<Vec<(i64, i64)>, Failure> {
+        while self.state().hesitates {
+            sleep(Duration::from_millis(1));
+        }
+        let mut client = self.client();
+        partitions
+            .iter()
+            .map(|partition| Broker::ends(&mut client, partition))
+            .collect()
+    }
+}
+
 struct FakeSplits(Cluster);
 
 #[async_trait]
@@ -272,6 +291,40 @@ impl World for Cluster {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kafka_conforms() {
     conforms(&mut Cluster::default()).await;
+}
+
+/// What is behind what was read of a split.
+fn lag(reader: &mut Reader<FakeClient>, split: &str) -> Option<Lag> {
+    let (asker, partitions) = reader.asker();
+    let ends = asker.ends(&partitions).unwrap_or_else(|e| panic!("{e:?}"));
+    let splits = partitions.iter().map(Partition::split);
+    let offsets = splits.zip(ends).collect();
+    reader.lag(split, &Ends { offsets })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_are_read_while_ends_are_asked_for() {
+    let mut cluster = Cluster::default();
+    let split = cluster.make("a", &[]).await;
+    let mut fetch = cluster.fetch().await;
+    let opened = fetch.open(&split, Position::Beginning).await;
+    opened.unwrap_or_else(|e| panic!("{e}"));
+    cluster.log(&split, |_| {});
+    cluster.state().hesitates = true;
+    let asked = tokio::spawn(fetch.ask_ends());
+    cluster.write(&split, 1, Some("one"));
+    let batch = fetch.poll(&LIMITS).await;
+    assert_eq!(batch.map(|batch| batch.records().len()), Ok(1));
+    assert!(!asked.is_finished());
+    cluster.write(&split, 1, Some("two"));
+    cluster.state().hesitates = false;
+    let ends = asked.await.unwrap_or_else(|e| panic!("{e}"));
+    let ends = ends.unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(fetch.lag(&split, &ends), Some(Lag::Records(1)));
+    // Of what was not asked about nothing is known.
+    assert_eq!(fetch.lag("topic/9", &ends), None);
+    cluster.state().down = true;
+    assert!(lag_now(&mut *fetch, &split).await.is_err());
 }
 
 fn poll(reader: &mut Reader<FakeClient>) -> Batch {
@@ -351,7 +404,7 @@ fn reading_goes_on_behind_the_mark() {
     assert_eq!(moved.from, position);
     assert_eq!((moved.records, moved.timestamp_ms), (1, Some(3)));
     cluster.write("t/0", 4, Some("x"));
-    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(1))));
+    assert_eq!(lag(&mut reader, "t/0"), Some(Lag::Records(1)));
     // A record that compaction took away marks nothing.
     let cluster = Cluster::default();
     let position = read_two(&cluster);
@@ -435,13 +488,13 @@ fn a_position_moves_over_what_is_no_record() {
     open(&mut reader, "t/0", Position::Beginning);
     let first = read(&mut reader);
     assert_eq!(first.values, ["one", "two"]);
-    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(0))));
+    assert_eq!(lag(&mut reader, "t/0"), Some(Lag::Records(0)));
     log(&|log| log.entries.extend([None, None, None]));
     let aborted = read(&mut reader);
     assert_eq!(aborted.moves.len(), 1);
     assert_eq!(aborted.moves[0].from, first.moves[first.moves.len() - 1].to);
     assert_eq!(aborted.moves[0].records, 0);
-    assert_eq!(reader.lag("t/0"), Ok(Some(Lag::Records(0))));
+    assert_eq!(lag(&mut reader, "t/0"), Some(Lag::Records(0)));
     let end = aborted.moves[0].to.clone();
     assert_eq!(end.next_offset().as_deref(), Some("6"));
     // The record before is still known again.

@@ -233,7 +233,7 @@ impl Puts for AwsStream {
     async fn put(&self, records: &[Put<'_>]) -> Result<Vec<Result<(), String>>, Failure> {
         let entries = records.iter().map(|record| {
             PutRecordsRequestEntry::builder()
-                .partition_key(&*record.key)
+                .partition_key(record.key)
                 .data(Blob::new(record.data))
                 .build()
         });

@@ -6,7 +6,6 @@
 //!
 //! There are no headers: collection and mark follow the record ([`append_mark`]).
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +23,7 @@ const WRITE: &str = "write to Kinesis";
 /// What a request takes: records, and bytes of which the service allows 5 MB.
 const REQUEST_RECORDS: usize = 500;
 const REQUEST_BYTES: usize = 4 << 20;
-/// A stream takes records up to this size, unless it was made for larger ones.
+/// A stream takes records up to this size with their keys, unless it was made for larger ones.
 const RECORD_BYTES: usize = 1 << 20;
 /// A key is no longer than this.
 const KEY_CHARACTERS: usize = 256;
@@ -34,7 +33,7 @@ const PATIENCE: u32 = 3;
 /// A record of a request.
 #[derive(Debug, Clone)]
 pub(crate) struct Put<'a> {
-    pub(crate) key: Cow<'a, str>,
+    pub(crate) key: &'a str,
     pub(crate) data: &'a [u8],
 }
 
@@ -150,11 +149,17 @@ impl<P: Puts> Publish for Producer<P> {
                 data
             })
             .collect();
+        let keys: Vec<String> = parcel
+            .records
+            .iter()
+            .map(|record| partition_key(&parcel, record))
+            .collect();
+        let size = |at: usize| data[at].len() + keys[at].len();
         let mut queues = Queues::new(&parcel.records);
         let mut refused = Vec::new();
         let mut failures = 0u32;
         loop {
-            let chosen = queues.request(|at| data[at].len() + KEY_CHARACTERS);
+            let chosen = queues.request(size);
             if chosen.is_empty() {
                 trouble.set(None);
                 return Ok(refused);
@@ -162,7 +167,7 @@ impl<P: Puts> Publish for Producer<P> {
             let puts: Vec<Put<'_>> = chosen
                 .iter()
                 .map(|&at| Put {
-                    key: Cow::Owned(partition_key(&parcel, &parcel.records[at])),
+                    key: &keys[at],
                     data: &data[at],
                 })
                 .collect();
@@ -180,13 +185,13 @@ impl<P: Puts> Publish for Producer<P> {
                         }
                     }
                 }
-                Err(Failure::Invalid(_)) if data[chosen[0]].len() > RECORD_BYTES => {
+                Err(Failure::Invalid(_)) if size(chosen[0]) > RECORD_BYTES => {
                     let record = &parcel.records[chosen[0]];
                     refused.push(Refused {
                         place: record.place,
                         reason: format!(
                             "the stream does not take records of {} bytes",
-                            data[chosen[0]].len()
+                            size(chosen[0])
                         ),
                     });
                     queues.done(chosen[0]);
@@ -389,6 +394,11 @@ mod tests {
         let (outcome, seen) = publish(invalid, &records);
         assert_eq!(outcome, Ok(vec![1]));
         assert_eq!(seen.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
+        // A record counts with its key.
+        let invalid = |_: usize, _: usize| Err(Failure::Invalid("ValidationException".into()));
+        let key = "k".repeat(KEY_CHARACTERS);
+        let (outcome, _) = publish(invalid, &[(Some(&key), RECORD_BYTES - 100)]);
+        assert_eq!(outcome, Ok(vec![0]));
         // What is refused without being large is nobody's fault here.
         let invalid = |_: usize, _: usize| Err(Failure::Invalid("InvalidArgument".into()));
         assert!(publish(invalid, &[(None, 1)]).0.is_err());

@@ -20,13 +20,15 @@ use crate::cursor::Cursors;
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
 use crate::published::split_mark;
-use crate::source::{Fetch, Lag};
+use crate::source::{Ends, Fetch, Lag};
 
 const READ: &str = "read from Kinesis";
 /// Shards asked at the same time. An answer has up to 10 MB, so this bounds memory.
 const AT_ONCE: usize = 4;
 /// Records of one answer, at most: what the service allows.
 const MOST_RECORDS: usize = 10_000;
+/// A record is taken for so large when it is asked how many may come.
+const RECORD_BYTES: usize = 1 << 10;
 
 /// How often a shard is asked.
 #[derive(Debug, Clone, Copy)]
@@ -128,7 +130,9 @@ impl<S: Stream> Reader<S> {
     }
 
     async fn ask(&mut self, turn: &[usize], limits: &Limits, batch: &mut Batch) {
-        let most = limits.records.clamp(1, MOST_RECORDS);
+        // The service takes no limit of bytes.
+        let fitting = limits.records.min(limits.bytes / RECORD_BYTES);
+        let most = fitting.clamp(1, MOST_RECORDS);
         let Self {
             stream, cursors, ..
         } = self;
@@ -211,6 +215,8 @@ impl<S: Stream> Reader<S> {
                 split: cursor.split.clone(),
                 reason,
             });
+            // A stream that was made anew has other ranges.
+            self.ranges.clear();
             return;
         }
         let factor = 1u32 << known.failures.min(16);
@@ -218,6 +224,7 @@ impl<S: Stream> Reader<S> {
         known.due = now + pace.backoff.saturating_mul(factor).min(pace.backoff_most);
         // Being throttled is how a shard says that it is asked enough: no trouble unless it lasts.
         if !matches!(failure, Failure::Throttled(_)) || known.failures > 3 {
+            known.behind_ms = None;
             batch.trouble = Some(failure.into_error(READ));
         }
     }
@@ -298,9 +305,10 @@ impl<S: Stream> Fetch for Reader<S> {
         Ok(())
     }
 
-    async fn lag(&mut self, shard: &str) -> Result<Option<Lag>, SourceError> {
+    fn lag(&mut self, shard: &str, _ends: &Ends) -> Option<Lag> {
+        // Each answer says it.
         let behind = self.cursors.get(shard).and_then(|c| c.more.behind_ms);
-        Ok(behind.map(Lag::Milliseconds))
+        behind.map(Lag::Milliseconds)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::batch::{Batch, Limits};
 use crate::conformance::{World, conforms};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
-use crate::source::{Fetch, Lag, Split, Splits, Start};
+use crate::source::{Ends, Fetch, Lag, Split, Splits, Start, lag_now};
 
 const LIMITS: Limits = Limits {
     bytes: 1 << 20,
@@ -124,7 +124,8 @@ impl Stream for FakeStream {
             return Err(Failure::Expired);
         }
         let (shard, at) = state.iterators[number].clone();
-        let data = &state.shards[&shard];
+        let data = state.shards.get(&shard);
+        let data = data.ok_or_else(|| Failure::Missing("shard".to_owned()))?;
         let records: Vec<Raw> = data.records.iter().skip(at).take(most).cloned().collect();
         let end = at + records.len();
         let left = data.records.len() - end;
@@ -238,7 +239,10 @@ async fn each_position() {
             assert_eq!(batch.records()[0].offset.to_string().len(), 24);
             assert_eq!(moved.to.next_offset().map(|n| n.len()), Some(24));
         }
-        assert_eq!(reader.lag("s").await, Ok(Some(Lag::Milliseconds(0))));
+        assert_eq!(
+            lag_now(&mut reader, "s").await,
+            Ok(Some(Lag::Milliseconds(0)))
+        );
     }
     let mut reader = stream.reader();
     for wrong in [Position::offset(1), Position::After("x".into())] {
@@ -336,8 +340,14 @@ async fn failures_pass() {
         assert!(batch.trouble.is_some() && batch.is_empty());
         assert_eq!(values(&poll(&mut reader).await), ["d"]);
     }
+    assert_eq!(
+        reader.lag("s", &Ends::default()),
+        Some(Lag::Milliseconds(0))
+    );
     stream.state().faults = vec![Failure::Throttled("t".into()); 5];
     assert!(next(&mut reader).await.trouble.is_some());
+    // How far behind it is nobody knows any more.
+    assert_eq!(reader.lag("s", &Ends::default()), None);
 }
 
 #[tokio::test]
@@ -359,6 +369,33 @@ async fn a_stream_made_anew_stops() {
     let unknown = StopReason::UnknownRecord("123".into());
     assert_eq!(reasons, [("gone", &StopReason::Gone), ("s", &unknown)]);
     assert!(poll(&mut reader).await.is_empty());
+    // Made anew it has other ranges of keys, by which aggregates are told that are not its own.
+    stream.write("gone", &pack(&[("k", Some(7), b"b")]));
+    stream.change("gone", |data| data.hashes = Some((0, 10)));
+    open(&mut reader, "gone", Position::Beginning).await;
+    assert_eq!(values(&next(&mut reader).await), ["b"]);
+    stream.state().shards.remove("gone");
+    while poll(&mut reader).await.stops.is_empty() {}
+    stream.write("gone", &pack(&[("k", Some(20), b"c")]));
+    stream.change("gone", |data| data.hashes = Some((11, 30)));
+    open(&mut reader, "gone", Position::Beginning).await;
+    assert_eq!(values(&next(&mut reader).await), ["c"]);
+}
+
+#[tokio::test]
+async fn few_bytes_are_few_records() {
+    let stream = FakeStream::default();
+    for _ in 0..9 {
+        stream.write("s", &[b'x'; 1_500]);
+    }
+    let mut reader = stream.reader();
+    open(&mut reader, "s", Position::Beginning).await;
+    let limits = Limits {
+        bytes: 3 << 10,
+        ..LIMITS
+    };
+    let batch = reader.poll(&limits).await.unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(batch.records().len(), 3);
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Rows of files, which are converted as a load converts them. A row that is no event is a dead letter, with its line.
 
 use std::collections::HashSet;
+use std::rc::Rc;
 
 use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
@@ -9,13 +10,13 @@ use rakam_event::schema::{EXTRA, ID, Schema};
 use rakam_event::{json, print};
 use rakam_files::FilesError;
 use rakam_files::convert::Converter;
-use rakam_files::source::BadRow;
+use rakam_files::source::{BadRow, Rows};
 use rakam_lake::row_chunk;
 use rakam_sources::batch::FilePiece;
 use rakam_sources::decode::{DecodeError, Route};
 
 use super::super::reason;
-use super::{Done, LINES_BYTES, Letter, Origin, Part, Preparing};
+use super::{Done, LINES_BYTES, Letter, Origin, Part, Preparing, Whose};
 use crate::catalog::mapper::Stage;
 use crate::ingest::collect::limits;
 use crate::ingest::mapper::Shape;
@@ -86,8 +87,12 @@ impl Preparing<'_> {
             }
             converted => converted.map_err(failed)?,
         };
-        for bad in file.piece.bad.iter().chain(&bad) {
-            self.done.letters.push(of_row(file.split, bad));
+        let columns = columns_of(&file.piece.rows);
+        let raw = file.piece.bad.iter().map(|bad| (bad, columns.clone()));
+        // Those that a conversion refuses are JSON.
+        for (bad, columns) in raw.chain(bad.iter().map(|bad| (bad, None))) {
+            let letter = of_row(file.split, bad, columns);
+            self.done.letters.push(letter);
         }
         let rows = self.unknown_refused(collection, file.split, &schema, rows, &refused)?;
         let (samples, counts) = converter.take_log();
@@ -98,6 +103,7 @@ impl Preparing<'_> {
             table.bytes += rows.get_array_memory_size();
             table.parts.push(Part {
                 rows,
+                is_own: false,
                 origins: vec![Origin::Split(file.split, None)],
             });
         }
@@ -120,14 +126,14 @@ impl Preparing<'_> {
             return Ok(false);
         }
         let ids = rows.column_by_name(ID).cloned();
-        let mut lines = self.lines(collection, Shape::Row);
+        let mut lines = self.lines(collection, Shape::Row, Whose::Others);
         for row in 0..rows.num_rows() {
             print::write_row(rows, schema, row, lines.begin())
                 .map_err(|error| Failure::Error(error.into()))?;
             let has_id = ids.as_ref().is_some_and(|ids| ids.is_valid(row));
             lines.end(Origin::Split(file.split, None), has_id);
             if lines.payload.len() >= LINES_BYTES {
-                let next = self.lines(collection, Shape::Row);
+                let next = self.lines(collection, Shape::Row, Whose::Others);
                 self.add_lines(std::mem::replace(&mut lines, next));
             }
         }
@@ -178,6 +184,7 @@ impl Preparing<'_> {
                 collection: Some(collection),
                 stage: Stage::Project,
                 is_row: true,
+                columns: None,
             });
         }
         filter_record_batch(&rows, &BooleanArray::from(mask))
@@ -185,7 +192,22 @@ impl Preparing<'_> {
     }
 }
 
-fn of_row(split: usize, bad: &BadRow) -> Letter {
+/// The names of the columns of CSV, as a JSON array: what it takes to read a row once more.
+fn columns_of(rows: &Rows) -> Option<Rc<str>> {
+    let Rows::Columns {
+        batch,
+        untyped: true,
+        ..
+    } = rows
+    else {
+        return None;
+    };
+    let schema = batch.schema();
+    let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+    serde_json::to_string(&names).ok().map(Rc::from)
+}
+
+fn of_row(split: usize, bad: &BadRow, columns: Option<Rc<str>>) -> Letter {
     Letter {
         origin: Origin::Split(split, Some(bad.line)),
         payload: Some(bad.bytes.clone()),
@@ -193,5 +215,6 @@ fn of_row(split: usize, bad: &BadRow) -> Letter {
         collection: None,
         stage: Stage::Project,
         is_row: false,
+        columns,
     }
 }

@@ -13,7 +13,7 @@ use super::*;
 use crate::batch::{Batch, Limits};
 use crate::conformance::{World, conforms};
 use crate::error::StopReason;
-use crate::source::Lag;
+use crate::source::{Lag, lag_now};
 
 const WAIT: Duration = Duration::from_secs(30);
 const LIMITS: Limits = Limits {
@@ -161,9 +161,9 @@ async fn records_topics_and_ends() {
     let last = &batch.records()[batch.records().len() - 1];
     assert_eq!(batch.collection(last), Some(&b"named"[..]));
     assert_eq!(last.timestamp_ms, Some(1_700_000_000_000));
-    assert_eq!(fetch.lag("a/1").await, Ok(Some(Lag::Records(0))));
+    assert_eq!(lag_now(&mut *fetch, "a/1").await, Ok(Some(Lag::Records(0))));
     brokers.write("a/1", [Some(&b"four"[..])]);
-    assert_eq!(fetch.lag("a/1").await, Ok(Some(Lag::Records(1))));
+    assert_eq!(lag_now(&mut *fetch, "a/1").await, Ok(Some(Lag::Records(1))));
     // Another process goes on behind the mark.
     let mut fetch = brokers.reading("a/1", batch.moves[0].to.clone()).await;
     let (values, _) = read(&mut *fetch, 1).await;
@@ -217,6 +217,8 @@ fn librdkafka_knows_its_options() {
     };
     assert_eq!(check("fetch.min.bytes", "7"), Ok(()));
     assert_eq!(check("security.protocol", "ssl"), Ok(()));
+    // Credentials come later.
+    assert_eq!(check("security.protocol", "sasl_ssl"), Ok(()));
     for (name, value) in [("no.such.option", "1"), ("fetch.min.bytes", "many")] {
         let error = check(name, value).err().unwrap_or_default();
         assert!(error.contains(name), "{error}");
@@ -225,7 +227,7 @@ fn librdkafka_knows_its_options() {
     let server = [("brokers", "a"), ("security.protocol", "sasl_ssl")];
     let mapping = [("username", "u"), ("ssl.key.pem", "s3cret")];
     let config = KafkaConfig::parse(server, mapping).unwrap_or_else(|e| panic!("{e}"));
-    let error = super::check(&config).err().map(|e| e.to_string());
+    let error = Client::new(&config).err().map(|e| e.to_string());
     assert!(error.is_some_and(|e| !e.contains("s3cret")));
 }
 
@@ -329,10 +331,25 @@ async fn read_to(fetch: &mut dyn Fetch, split: &str, offset: i64) -> (u64, Posit
             count += moved.records;
             at = moved.to.clone();
         }
-        let lag = fetch.lag(split).await;
+        let lag = lag_now(fetch, split).await;
         if at.next_offset() == Some(offset.to_string()) && lag == Ok(Some(Lag::Records(0))) {
             return (count, at);
         }
         assert!(Instant::now() < give_up, "{at:?}, {lag:?}");
+    }
+}
+
+#[test]
+fn a_server_is_checked_without_the_credentials_of_its_owner() {
+    for mechanism in ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] {
+        let server = [
+            ("brokers", "127.0.0.1:1"),
+            ("security.protocol", "SASL_PLAINTEXT"),
+            ("sasl.mechanism", mechanism),
+        ];
+        let config = KafkaConfig::parse(server, []).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(check(&config), Ok(()), "{mechanism}");
+        // Who reads needs them.
+        assert!(Client::new(&config).is_err(), "{mechanism}");
     }
 }

@@ -26,6 +26,10 @@ const APPEARS: Duration = Duration::from_millis(100);
 const APPEARS_TRIES: u32 = 50;
 /// Brokers that make topics by themselves have made it by this try.
 const MADE_BY_BROKERS: u32 = 5;
+/// What librdkafka has had to say meanwhile is no more than this.
+const EVENTS: u32 = 64;
+/// How long no broker has answered anything when that is told. librdkafka itself gives a connection up after a minute.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// What librdkafka has told since it was asked last.
 #[derive(Default)]
@@ -47,7 +51,16 @@ impl ClientContext for Listener {
     fn log(&self, _level: RDKafkaLogLevel, _facility: &str, _message: &str) {}
 
     fn error(&self, error: KafkaError, _reason: &str) {
-        self.with(|reports| reports.complaint = Some(failure(&error)));
+        self.with(|reports| {
+            let complaint = failure(&error);
+            // That nobody is there is what follows when nobody is let in.
+            if !matches!(
+                (&reports.complaint, &complaint),
+                (Some(Failure::Refused(_)), Failure::Transient(_))
+            ) {
+                reports.complaint = Some(complaint);
+            }
+        });
     }
 }
 
@@ -72,8 +85,12 @@ fn lost(error: &KafkaError, bytes: usize) -> Lost {
     use RDKafkaErrorCode as Code;
     match error.rdkafka_error_code() {
         Some(Code::MessageSizeTooLarge | Code::InvalidMessageSize) => {
-            Lost::TooLarge(format!("the broker does not take records of {bytes} bytes"))
+            Lost::Refused(format!("the broker does not take records of {bytes} bytes"))
         }
+        // A compacted topic takes none without a key, others none of some time ago.
+        Some(
+            code @ (Code::InvalidRecord | Code::InvalidDifferentRecord | Code::InvalidTimestamp),
+        ) => Lost::Refused(format!("the broker does not take the record: {code}")),
         Some(code) => Lost::Failed(explain(code)),
         None => Lost::Failed(Failure::Transient(error.to_string())),
     }
@@ -111,12 +128,23 @@ impl Client {
             self.renew(false).await?;
         }
         let (producer, topic) = (self.producer.clone(), Arc::clone(topic));
+        let listener = self.listener.clone();
         blocking(move || {
             let Some(producer) = producer else {
                 return Ok(None);
             };
             let metadata = producer.client().fetch_metadata(Some(&topic), ASK);
-            let metadata = metadata.map_err(|error| failure(&error))?;
+            let metadata = metadata.map_err(|error| {
+                // One event each.
+                for _ in 0..EVENTS {
+                    producer.poll(Duration::ZERO);
+                }
+                match listener.with(|reports| reports.complaint.clone()) {
+                    Some(refused @ Failure::Refused(_)) => refused,
+                    _ => failure(&error),
+                }
+            })?;
+            listener.with(|reports| reports.complaint = None);
             let Some(found) = metadata.topics().iter().find(|t| t.name() == &*topic) else {
                 return Ok(None);
             };
@@ -253,11 +281,12 @@ pub fn check(config: &KafkaConfig) -> Result<(), SourceError> {
 
 /// What writes to the topics of a cluster. Asks no broker yet.
 pub fn publisher(config: &KafkaConfig) -> Result<Box<dyn Publish>, SourceError> {
-    Ok(Box::new(Producer::new(Client {
+    let client = Client {
         config: properties(config)?,
         listener: Listener::default(),
         producer: None,
-    })))
+    };
+    Ok(Box::new(Producer::new(client, SILENCE)))
 }
 
 fn properties(config: &KafkaConfig) -> Result<ClientConfig, SourceError> {

@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use uuid::Uuid;
 
@@ -14,11 +14,16 @@ struct Fake {
     /// Records of so many bytes are too large for the broker, and so is what travels with them.
     takes: usize,
     alone: bool,
-    /// Answers nothing for so many looks, and complains.
+    /// Answers nothing for so many looks, and complains,
     away: u32,
+    /// or not even that.
+    is_silent: bool,
     /// At this place, in the first attempt.
     fails_at: Option<u32>,
     begun: Vec<bool>,
+    /// As librdkafka does, after a refusal it takes nothing more, and gives up what it has.
+    gives_up: bool,
+    has_given_up: bool,
 }
 
 impl Fake {
@@ -43,6 +48,7 @@ impl Cluster for Fake {
     async fn begin(&mut self, alone: bool) -> Result<(), Failure> {
         self.queued.clear();
         self.alone = alone;
+        self.has_given_up = false;
         self.begun.push(alone);
         self.arrived.push(Vec::new());
         Ok(())
@@ -51,10 +57,13 @@ impl Cluster for Fake {
     fn send(&mut self, number: usize, record: &Outgoing, mark: &Mark) -> Result<bool, Lost> {
         assert_eq!(mark.place, record.place);
         if record.value.len() > 1000 {
-            return Err(Lost::TooLarge("far too large".to_owned()));
+            return Err(Lost::Refused("far too large".to_owned()));
         }
         if self.queued.len() == self.room {
             return Ok(false);
+        }
+        if self.has_given_up {
+            return Err(Lost::Failed(Failure::Transient("given up".to_owned())));
         }
         self.queued.push_back((number, record.clone()));
         Ok(true)
@@ -69,16 +78,23 @@ impl Cluster for Fake {
         let queued = std::mem::take(&mut self.queued);
         let fails_at = self.fails_at;
         let mut failed = false;
+        let gives_up = self.gives_up;
+        let mut has_given_up = false;
         let told = queued
             .into_iter()
             .map(|(number, record)| {
+                if has_given_up {
+                    let failure = Failure::Transient("given up".to_owned());
+                    return (number, Err(Lost::Failed(failure)));
+                }
                 let bytes = if self.alone {
                     record.value.len()
                 } else {
                     together
                 };
                 if bytes > self.takes {
-                    return (number, Err(Lost::TooLarge(format!("{bytes} bytes"))));
+                    has_given_up = gives_up;
+                    return (number, Err(Lost::Refused(format!("{bytes} bytes"))));
                 }
                 failed |= fails_at == Some(record.place);
                 if failed {
@@ -94,11 +110,12 @@ impl Cluster for Fake {
         if failed {
             self.fails_at = None;
         }
+        self.has_given_up |= has_given_up;
         told
     }
 
     fn complaint(&mut self) -> Option<Failure> {
-        (self.away > 0).then(|| Failure::Transient("nobody there".to_owned()))
+        (self.away > 0 && !self.is_silent).then(|| Failure::Transient("nobody there".to_owned()))
     }
 }
 
@@ -119,6 +136,10 @@ fn parcel(sizes: &[usize]) -> Arc<Parcel> {
     })
 }
 
+fn producer(fake: Fake) -> Producer<Fake> {
+    Producer::new(fake, Duration::ZERO)
+}
+
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -134,7 +155,7 @@ fn publish(producer: &mut Producer<Fake>, sizes: &[usize]) -> Result<Vec<u32>, S
 
 #[test]
 fn everything_arrives_in_its_order() {
-    let mut producer = Producer::new(Fake::new());
+    let mut producer = producer(Fake::new());
     assert_eq!(publish(&mut producer, &[1; 10]), Ok(vec![]));
     assert_eq!(publish(&mut producer, &[1; 2]), Ok(vec![]));
     let order: Vec<u32> = (0..10).chain(0..2).collect();
@@ -145,32 +166,35 @@ fn everything_arrives_in_its_order() {
 
 #[test]
 fn an_outage_is_waited_out_and_told() {
-    let mut fake = Fake::new();
-    fake.away = 5;
-    let mut producer = Producer::new(fake);
-    let trouble = Trouble::default();
-    let seen = trouble.clone();
-    run(async {
-        let publishing = producer.publish(parcel(&[1; 4]), trouble.clone());
-        let watching = async {
-            while seen.get().is_none() {
-                tokio::task::yield_now().await;
-            }
-            seen.get()
-        };
-        let (published, troubled) = futures::future::join(publishing, watching).await;
-        assert_eq!(published, Ok(vec![]));
-        assert!(troubled.is_some_and(|e| e.contains("nobody there")));
-    });
-    assert_eq!(trouble.get(), None);
-    assert_eq!(producer.cluster.arrived, [vec![0, 1, 2, 3]]);
+    for (is_silent, told) in [(false, "nobody there"), (true, "do not answer")] {
+        let mut fake = Fake::new();
+        fake.away = 5;
+        fake.is_silent = is_silent;
+        let mut producer = producer(fake);
+        let trouble = Trouble::default();
+        let seen = trouble.clone();
+        run(async {
+            let publishing = producer.publish(parcel(&[1; 4]), trouble.clone());
+            let watching = async {
+                while seen.get().is_none() {
+                    tokio::task::yield_now().await;
+                }
+                seen.get()
+            };
+            let (published, troubled) = futures::future::join(publishing, watching).await;
+            assert_eq!(published, Ok(vec![]));
+            assert!(troubled.is_some_and(|e| e.contains(told)));
+        });
+        assert_eq!(trouble.get(), None);
+        assert_eq!(producer.cluster.arrived, [vec![0, 1, 2, 3]]);
+    }
 }
 
 #[test]
 fn after_a_failure_a_new_client_begins_anew() {
     let mut fake = Fake::new();
     fake.fails_at = Some(4);
-    let mut producer = Producer::new(fake);
+    let mut producer = producer(fake);
     assert!(publish(&mut producer, &[1; 6]).is_err_and(|e| e.is_retryable()));
     assert_eq!(publish(&mut producer, &[1; 6]), Ok(vec![]));
     let arrived = &producer.cluster.arrived;
@@ -181,7 +205,7 @@ fn after_a_failure_a_new_client_begins_anew() {
 
 #[test]
 fn only_what_is_too_large_alone_is_refused() {
-    let mut producer = Producer::new(Fake::new());
+    let mut producer = producer(Fake::new());
     // Together too large, each fine.
     assert_eq!(publish(&mut producer, &[60, 60, 60]), Ok(vec![]));
     assert_eq!(producer.cluster.begun, [false, true]);
@@ -191,19 +215,33 @@ fn only_what_is_too_large_alone_is_refused() {
     producer.cluster.arrived = vec![Vec::new()];
     let refused = publish(&mut producer, &[1, 150, 1, 2000, 1, 101, 1]);
     assert_eq!(refused, Ok(vec![1, 3, 5]));
-    let mut arrived: BTreeMap<u32, usize> = BTreeMap::new();
-    for place in producer.cluster.arrived.iter().flatten() {
-        *arrived.entry(*place).or_default() += 1;
-    }
-    for place in [0, 2, 4, 6] {
-        assert!(arrived.contains_key(&place), "{place}: {arrived:?}");
-    }
-    assert!([1, 3, 5].iter().all(|place| !arrived.contains_key(place)));
+    // Each of the others once, and in their order.
+    assert_eq!(producer.cluster.arrived.concat(), [0, 2, 4, 6]);
+}
+
+#[test]
+fn what_arrived_is_not_sent_again_because_of_what_is_refused() {
+    let mut producer = producer(Fake::new());
+    // Some are too large together, some alone.
+    let refused = publish(&mut producer, &[1, 1, 1, 60, 60, 1, 150, 150, 1, 1]);
+    assert_eq!(refused, Ok(vec![6, 7]));
+    let arrived = producer.cluster.arrived.concat();
+    assert_eq!(arrived, [0, 1, 2, 3, 4, 5, 8, 9]);
+}
+
+#[test]
+fn a_client_that_gives_up_behind_a_refusal_has_not_failed() {
+    let mut fake = Fake::new();
+    fake.gives_up = true;
+    let mut producer = producer(fake);
+    let refused = publish(&mut producer, &[1, 150, 1, 1, 1]);
+    assert_eq!(refused, Ok(vec![1]));
+    assert_eq!(producer.cluster.arrived.concat(), [0, 2, 3, 4]);
 }
 
 #[test]
 fn a_topic_that_is_missing_is_an_error() {
-    let mut producer = Producer::new(Fake::new());
+    let mut producer = producer(Fake::new());
     assert_eq!(run(producer.partitions(&[Arc::from("t")])), Ok(vec![4]));
     assert!(run(producer.partitions(&[Arc::from("t"), Arc::from("gone")])).is_err());
 }

@@ -1,0 +1,61 @@
+//! Projects that transactions are dropping ([`LockOn::Project`]): who works in the background passes them over, so that an open
+//! transaction holds up one project and no other.
+
+use crate::pg::locks::{self, LockOn, PROJECT_TAG};
+use crate::pg::spi::{self, View, arg};
+use crate::pg::{PgError, Result};
+
+/// Whether some transaction is dropping the project of a collection. Workers only.
+pub fn concerns(collection_id: i32) -> Result<bool> {
+    let project_id = spi::first(
+        View::Current,
+        "SELECT project_id FROM rakam_internal.collection WHERE collection_id = $1",
+        &[arg(collection_id)],
+        |row| row.must(1),
+    )?;
+    Ok(project_id.is_some_and(|id| !locks::is_free(LockOn::Project(id))))
+}
+
+/// Errors (55P03) if some transaction is dropping the project: before work that would wait for its end with locks in hand.
+pub fn ensure_stays(project_id: i32) -> Result<()> {
+    if locks::is_free(LockOn::Project(project_id)) {
+        return Ok(());
+    }
+    Err(
+        PgError::new("55P03", "the project is being dropped by a transaction")
+            .hint("Try again when that transaction has ended."),
+    )
+}
+
+/// A project and the transaction that is dropping it, which has not ended.
+pub struct Dropping {
+    pub project: String,
+    /// None: it is prepared.
+    pub pid: Option<i32>,
+    pub prepared: Option<String>,
+}
+
+/// The projects that transactions are dropping.
+pub fn all(view: View) -> Result<Vec<Dropping>> {
+    spi::query(
+        view,
+        // Of a prepared transaction the entries have no process; that of its own id says which it is.
+        "SELECT p.name, l.pid, x.gid
+         FROM pg_catalog.pg_locks l
+         JOIN rakam_internal.project p ON p.project_id = l.classid::int8
+         LEFT JOIN pg_catalog.pg_locks t ON l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
+           AND t.virtualtransaction = l.virtualtransaction
+         LEFT JOIN pg_catalog.pg_prepared_xacts x ON x.transaction = t.transactionid
+         WHERE l.locktype = 'advisory' AND l.objsubid = $1 AND l.granted AND l.mode = 'ExclusiveLock'
+           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+         ORDER BY p.name LIMIT 20",
+        &[arg(i32::from(PROJECT_TAG))],
+        |row| {
+            Ok(Dropping {
+                project: row.must(1)?,
+                pid: row.get(2),
+                prepared: row.get(3),
+            })
+        },
+    )
+}
