@@ -6,7 +6,8 @@ CREATE TABLE rakam_internal.installation (
   installation      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
   system_identifier bigint NOT NULL,
   -- Events received before may have come with a dump or with a storage whose catalogue was rebuilt, their transaction ids too.
-  own_since         timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+  -- NULL: all events are from here.
+  own_since         timestamptz
 );
 INSERT INTO rakam_internal.installation (system_identifier)
   SELECT system_identifier FROM pg_catalog.pg_control_system();
@@ -624,7 +625,8 @@ CREATE TABLE rakam_internal.attached_table (
 -- What workers are doing now; a row whose process is gone is nobody's and is removed by the next one of its pid.
 CREATE TABLE rakam_internal.progress (
   pid        int PRIMARY KEY,
-  project_id int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
+  -- No foreign key: a worker would wait for a transaction that drops the project.
+  project_id int NOT NULL,
   what       text NOT NULL,
   done       bigint NOT NULL DEFAULT 0,
   total      bigint NOT NULL,

@@ -24,12 +24,16 @@ CREATE TABLE rakam_internal.announced_rows (LIKE rakam_internal.restore_count, P
 CREATE FUNCTION rakam_internal.set_count_apart() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   INSERT INTO rakam_internal.restore_count SELECT NEW.* ON CONFLICT DO NOTHING;
+  -- The numbers of a dump without anything else are used up, too.
+  INSERT INTO rakam_internal.restore SELECT WHERE NOT EXISTS (SELECT FROM rakam_internal.restore);
   RETURN NULL;
 END $$;
 -- Whoever ends a restore, by hand too: the next one has numbers of its own.
 CREATE FUNCTION rakam_internal.forget_counts() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   DELETE FROM rakam_internal.restore_count;
+  -- What comes from now on is received here.
+  UPDATE rakam_internal.installation SET own_since = pg_catalog.clock_timestamp();
   RETURN NULL;
 END $$;
 CREATE TRIGGER forget_counts AFTER DELETE ON rakam_internal.restore
@@ -41,12 +45,12 @@ DO $$
 DECLARE
   -- What workers make something of, or go on from. Their rows stay as many as they are while a restore is under way.
   counted text[] := '{storage,project,collection,field,dropped_field,hot_chunk,data_file,data_file_stat,data_file_footer,
-    collection_stat,id_run,local_object,manifest_log,file_intent,file_deferred,deletion,source,source_split,source_mark,
+    collection_stat,id_run,local_object,file_intent,file_deferred,deletion,source,source_split,source_mark,
     source_schema,event_store,event_store_topic,outbox_batch,origin_seen}';
   -- Written otherwise than by the rows of the dump: set apart, or added to at any time.
   free text[] := '{inbox_0,inbox_1,inbox_2,inbox_restored,outbox_0,outbox_1,outbox_2,outbox_restored,announced_rows,audit_log}';
   -- Rows that people add by hand are no restore: without those of the tables before, workers make nothing of them.
-  by_hand text[] := '{data_file,data_file_stat,local_object,manifest_log}';
+  by_hand text[] := '{data_file,data_file_stat,local_object}';
   t text;
   numbers text;
 BEGIN

@@ -247,6 +247,17 @@ def test_days_as_milliseconds(db, lake, folder):
     assert db.all("SELECT d FROM acme.days_loaded ORDER BY d") == [(day,), (None,)]
 
 
+def test_lists_over_many_pages(db, lake, folder):
+    here = make(folder, "paged")
+    lists = [[n, n + 1] if n % 3 else [] for n in range(20_000)]
+    table = pyarrow.table({"ints": pyarrow.array(lists, pyarrow.list_(pyarrow.int32()))})
+    small = {"compression": "zstd", "data_page_size": 1_000, "write_batch_size": 100}
+    pyarrow.parquet.write_table(table, here / "a.parquet", **small)
+    attach(db.admin, "paged", here)
+    assert db.one("SELECT sum(i) FROM acme.paged, unnest(ints) i") == sum(map(sum, lists))
+    assert db.one("SELECT rakam.copy_from('acme', 'paged_loaded', %s)", f"file://{here}/a.parquet") == len(lists)
+
+
 def test_what_duckdb_and_copy_to_write(db, lake, folder):
     here = make(folder, "duck")
     duckdb.sql(
@@ -698,6 +709,18 @@ def test_memory_is_bounded(private_cluster):
     with refused("53200", hint="rakam.memory_limit"):
         db.one("SELECT max(length(t)) FROM acme.wide")
     assert db.one("SELECT count(*) FROM acme.wide") == 41
+    with refused("53200", hint="rakam.memory_limit"):
+        db.one("SELECT rakam.copy_from('acme', 'huge', %s)", f"file://{here}/b.parquet")
+    # Pages are there as a whole, those of all columns at a time.
+    here = cluster.make_folder("pages")
+    pages = pyarrow.table({name: ["x" * 1_000_000] * 40 for name in "abc"})
+    pyarrow.parquet.write_table(pages, here / "a.parquet", use_dictionary=False, data_page_size=1 << 30)
+    attach(db.admin, "pages", here)
+    assert db.one("SELECT sum(length(a)) FROM acme.pages") == 40_000_000
+    with refused("53200", hint="rakam.memory_limit"):
+        db.one("SELECT sum(length(a)), sum(length(b)), sum(length(c)) FROM acme.pages")
+    with refused("53200", hint="rakam.memory_limit"):
+        db.one("SELECT rakam.copy_from('acme', 'pages_loaded', %s)", f"file://{here}/a.parquet")
     # What the file has once may be the value of every row; what it does not have at all may be long.
     here = cluster.make_folder("once")
     write = {"compression": "zstd", "use_dictionary": True, "store_schema": False}

@@ -158,6 +158,35 @@ def test_bad_rows_and_misfits_are_told_with_file_and_line(db, lake, folder):
     assert db.one("SELECT count(*) FROM rakam.stat_collection WHERE collection = 'broken' AND events > 0") == 0
 
 
+@pytest.mark.parametrize("name", ["long.csv", "long.json", "long.ndjson"])
+def test_a_record_that_is_too_long(db, lake, folder, name):
+    """It is told about as any other that is no event, and what comes after it is loaded."""
+    events = [{"n": 1, "t": "a"}, {"n": 2, "t": "x" * 4_000_000}, {"n": 3, "t": "b"}]
+    line, text = {
+        "long.csv": (3, "n,t\n" + "".join(f"{event['n']},{event['t']}\n" for event in events)),
+        "long.json": (2, "[" + ",\n".join(map(json.dumps, events)) + "]"),
+        "long.ndjson": (2, "\n".join(map(json.dumps, events))),
+    }[name]
+    path, collection = folder / name, name.replace(".", "_")
+    path.write_text(text)
+    assert load(db.admin, collection, path) == 2
+    assert db.all(f"SELECT n::int, t FROM acme.{collection} ORDER BY n") == [(1, "a"), (3, "b")]
+    ((_, error),) = bad_rows(db, collection)
+    assert f'{name}", line {line}: ' in error and "over the limit" in error, error
+
+
+def test_a_name_that_something_else_has(db, lake, folder):
+    """Nothing is registered or stored where no table could be made."""
+    path = folder / "obstacle.csv"
+    path.write_text("n\n1\n")
+    db.admin.execute("CREATE TABLE acme.obstacle (n int PRIMARY KEY)")
+    db.admin.execute("CREATE TYPE acme.obstacle_type AS ENUM ('a')")
+    for name, what in (("obstacle", "relation"), ("obstacle_pkey", "relation"), ("obstacle_type", "type")):
+        with refused("42710", message=f'{what} "{name}" already exists', hint="another name"):
+            load(db.admin, name, path)
+    assert db.all("SELECT name FROM rakam_internal.collection WHERE starts_with(name, 'obstacle')") == []
+
+
 def test_a_field_that_exists_keeps_its_type(db, lake, folder):
     columns = {
         "n": [1, 2**60],
@@ -439,10 +468,35 @@ def test_rows_that_a_file_cannot_hold(db, lake, folder):
     db.admin.execute("CREATE TEMP TABLE ends (t text)")
     db.admin.execute(f"COPY ends FROM '{path}' (FORMAT csv, HEADER)")
     assert db.one("SELECT count(*) FROM ends") == 3
+    # What copy_from and attach would take for something else.
+    for name in ("*.csv", "a?.parquet", "[1].ndjson", "part*/x.csv"):
+        with refused("22023", message=f'"{folder / name}": it is a pattern', hint="*, ? and ["):
+            save(db.admin, "SELECT 1 AS n", folder / name)
+    with refused("22023", message='"out/*.csv": it is a pattern'):
+        save(db.admin, "SELECT 1 AS n", "out/*.csv")
+    for name in ("twice.csv", "twice.parquet", "twice.ndjson"):
+        with refused("42701", message='column "n" specified more than once', hint="AS"):
+            save(db.admin, "SELECT 1 AS n, 2 AS m, 3 AS n", folder / name)
+        assert not (folder / name).exists()
     # Long rows are fetched, and written, a few at a time.
     path = folder / "long.parquet"
     assert save(db.admin, "SELECT repeat('x', 10000000) AS t FROM generate_series(1, 30)", path) == 30
     assert pyarrow.parquet.ParquetFile(path).metadata.num_rows == 30
+
+
+def most_bytes(session) -> int:
+    """What the session's process has had in memory at most."""
+    status = Path(f"/proc/{session.info.backend_pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
+
+
+def test_long_rows_behind_short_ones_are_fetched_a_few_at_a_time(db, lake, folder):
+    session, path = db.connect(), folder / "growing.csv.zst"
+    assert save(session, "SELECT 'x' AS t FROM generate_series(1, 100)", path) == 100
+    before = most_bytes(session)
+    length = "CASE WHEN g > 3000 THEN 1000000 ELSE 1 END"
+    assert save(session, f"SELECT repeat('x', {length}) AS t FROM generate_series(1, 3400) g", path) == 3400
+    assert most_bytes(session) - before < 200 << 20
 
 
 def test_values_keep_their_type_in_parquet(db, lake, folder):
@@ -691,6 +745,40 @@ def test_a_load_sees_the_collection_vanish_with_its_project(db, folder):
     assert isinstance(outcome[0], psycopg.Error) and outcome[0].sqlstate == "42704", outcome
     assert db.one("SELECT count(*) FROM rakam_internal.file_load") == 0
     assert db.one("SELECT count(*) FROM rakam_internal.progress") == 0
+
+
+def test_a_project_is_dropped_behind_what_a_load_stores(db, folder):
+    """Not between its events and their commit: they would be nobody's."""
+    db.project("held")
+    path = folder / "held.csv"
+    path.write_text("n\n1\n")
+    ending = (
+        "SELECT count(*) FROM pg_locks WHERE relation = 'rakam_internal.file_load'::regclass"
+        " AND mode = 'RowExclusiveLock'"
+    )
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%drop_project%'"
+
+    def drop(session) -> None:
+        session.execute("SET rakam.allow_project_drop = on")
+        session.execute("SELECT rakam.drop_project('held')")
+
+    db.configure(failpoint="load.before_commit=sleep(120000)")
+    try:
+        _, loading, _ = in_background(db, lambda s: load(s, "c", path, project="held"))
+        # Its table is made before its last transaction, which stores the events before it takes its note away.
+        wait_until(lambda: has_column(db.admin, "held.c", "n") and db.one(ending), "the end of the load")
+        _, dropping, dropped = in_background(db, drop)
+        wait_until(lambda: db.one(waiting), "the drop")
+    finally:
+        db.configure(failpoint=None)
+    loading.join(60)
+    dropping.join(60)
+    assert dropped == [None]
+    nobodys = (
+        "SELECT count(*) FROM rakam_internal.hot_chunk h"
+        " LEFT JOIN rakam_internal.collection c USING (collection_id) WHERE c.collection_id IS NULL"
+    )
+    assert db.one(nobodys) == 0
 
 
 # -- history -----------------------------------------------------------------------------------------------------

@@ -678,6 +678,16 @@ def test_dropped_field_is_read_nowhere(db, fresh):
     assert db.all("SELECT field_id, type FROM rakam.fields WHERE project = %s AND field = 'x'", fresh) == [
         (18, "double precision")
     ]
+    # Whatever time of receipt a new event is given, and where it goes first.
+    db.wait_column(f"{fresh}.c", "x")
+    old = "timestamptz '2001-01-01 00:00:00+00'"
+    db.admin.execute(f"INSERT INTO {fresh}.c (_id, x, _received_at) VALUES ('old', 10, {old})")
+    db.admin.execute(
+        f"INSERT INTO {fresh}.c (_id, x, _received_at) SELECT 'old' || n, n, {old} FROM generate_series(1, 2000) n"
+    )
+    db.tick()
+    assert one(db.admin, f"SELECT x FROM {fresh}.c WHERE _id = 'old'") == 10
+    assert one(db.admin, f"SELECT count(x) FROM {fresh}.c WHERE _id LIKE 'old%%'") == 2001
 
 
 def test_what_cannot_be_dropped(db, keys, writer, reader, admin):

@@ -59,9 +59,12 @@ def test_a_promoted_clone_deletes_nothing(lake, private_cluster):
     assert [status for status, _, _ in health(copy, "storage")] == ["ok", "info"]
     clone.promote()
     wait_until(lambda: copy.worker_pid(), "a worker after promotion", 20)
-    at_once(db)
     at_once(copy)
-    owned_by_others(copy, folder, objects(folder) | {old})
+    try:
+        # The original keeps it.
+        owned_by_others(copy, folder, objects(folder) | {old})
+    finally:
+        at_once(db)
     # Now it is the original that has to keep its hands off.
     theirs = objects(folder)
     fill(db, first=500)
@@ -97,9 +100,9 @@ def test_a_copy_by_template_deletes_nothing(lake):
     db.flush()
     rewritten_but_kept(db, folder)
     db.close()
-    at_once(db)
-    db.close()
     with db.cluster.connect() as postgres:
+        # The original is at rest: it would delete what is its own.
+        postgres.execute("ALTER DATABASE lake ALLOW_CONNECTIONS false")
 
         def copied() -> bool:
             with contextlib.suppress(psycopg.errors.ObjectInUse):
@@ -109,8 +112,12 @@ def test_a_copy_by_template_deletes_nothing(lake):
             return False
 
         wait_until(copied, "the copy of the database", 30)
-    copy = Database(db.cluster, "lake_copy")
-    owned_by_others(copy, folder, objects(folder))
+        copy = Database(db.cluster, "lake_copy")
+        at_once(copy)
+        try:
+            owned_by_others(copy, folder, objects(folder))
+        finally:
+            postgres.execute("ALTER DATABASE lake ALLOW_CONNECTIONS true")
     copy.drop()
 
 

@@ -274,6 +274,44 @@ def test_an_open_drop_of_a_project_holds_up_nobody_else(db):
         wait_until(lambda left=left: db.one(left + " WHERE p.name IS NULL") == 0, f"nothing of it in {table}")
 
 
+def test_an_open_drop_of_a_project_that_is_being_flushed_holds_up_nobody_else(private_cluster):
+    """Its flush gives up, and so do the notes of how that went; the others' data files are written as ever."""
+    cluster = private_cluster("flushing", {"rakam.flush_interval": "1s", "rakam.min_file_events": "1"})
+    db = Database(cluster, "flushing").create()
+    folder = cluster.make_folder("flushing-lake")
+    db.admin.execute(f"CREATE SERVER flushing_lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{folder}')")
+    db.project("flushing", "flushing_lake")
+    db.project("waiting")
+    written = "SELECT count(*) FROM rakam.data_files WHERE project = %s"
+    db.configure(failpoint="flush.after_upload=sleep(60000)")
+    collect(db.admin, "flushing", "c", {"n": 1})
+    wait_until(lambda: db.one("SELECT count(*) FROM rakam_internal.file_intent") > 0, "the flush")
+    session = db.connect(autocommit=False)
+    drop_project(session, "flushing")
+    db.configure(failpoint=None)
+    for n in range(3):
+        collect(db.admin, "waiting", "c", {"n": n})
+        wait_until(lambda n=n: db.one(written, "waiting") > n, "a file of the other project", 60)
+    session.rollback()
+    wait_until(lambda: db.one(written, "flushing") > 0, "its own file", 60)
+    assert db.one("SELECT sum(n) FROM flushing.c") == 1
+    db.close()
+
+
+def test_a_drop_sees_everything_that_is_to_go(db):
+    db.project("newer")
+    collect(db.admin, "newer", "c", {"n": 1})
+    session = db.connect(autocommit=False)
+    for level in ("REPEATABLE READ", "SERIALIZABLE"):
+        session.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        session.execute("SET LOCAL rakam.allow_project_drop = on")
+        with refused("55000", hint="READ COMMITTED"):
+            session.execute("SELECT rakam.drop_project('newer')")
+        session.rollback()
+    drop_project(session, "newer")
+    session.commit()
+
+
 def test_lost_privileges_are_given_back(db):
     db.project("robbed")
     collect(db.admin, "robbed", "c", {"n": 1})

@@ -3,6 +3,7 @@ is stopped or the server is killed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -151,6 +152,50 @@ def test_nothing_of_a_dropped_source_is_stored(db, kafka, server):
     create(db, "dropped", topics=["dropped"], collection="again")
     wait_for(db, "again", list(range(20_000)))
     drop(db, "dropped", "others")
+
+
+def test_an_open_transaction_holds_up_no_other_source(db, kafka, server):
+    """Who is about to change a source, or to drop a project, holds up what is read for it, at most."""
+    db.project("going")
+    for topic in ("going", "kept", "free"):
+        kafka.create_topic(topic, 2)
+    db.admin.execute(
+        "SELECT rakam.create_source('going', 'going', 'k', '{\"topics\": [\"going\"], \"collection\": \"e\"}')"
+    )
+    create(db, "kept", topics=["kept"], collection="kept")
+    create(db, "free", topics=["free"], collection="free")
+    everywhere = "SELECT count(*) FROM going._all"
+    counts = itertools.count(1)
+
+    def send() -> int:
+        for topic in ("going", "kept", "free"):
+            kafka.send(topic, numbers(0, 4))
+        return 4 * next(counts)
+
+    def is_read(expected: int) -> bool:
+        return len(stored(db, "free")) == expected
+
+    expected = send()
+    wait_until(lambda n=expected: db.one(everywhere) == n and len(stored(db, "kept")) == n, "all are read")
+    session = db.connect(autocommit=False)
+    session.execute("SET rakam.allow_project_drop = on")
+    session.commit()
+    for change in (
+        "rakam.pause_source('acme', 'kept')",
+        "rakam.drop_source('acme', 'kept')",
+        "rakam.drop_project('going')",
+        "rakam.set_event_store('going', NULL)",
+    ):
+        session.execute(f"SELECT {change}")
+        # Several times: what is noted of the others' progress, too.
+        for _ in range(3):
+            expected = send()
+            wait_until(lambda expected=expected: is_read(expected), f"the other source goes on beside {change}", 30)
+            caught_up(db, "free")
+        session.rollback()
+        wait_until(lambda n=expected: db.one(everywhere) == n and len(stored(db, "kept")) == n, "all are read")
+    drop(db, "kept", "free")
+    db.admin.execute("SELECT rakam.drop_source('going', 'going')")
 
 
 # -- seeking --------------------------------------------------------------------------------------------------------

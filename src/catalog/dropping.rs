@@ -1,9 +1,14 @@
 //! Projects that transactions are dropping ([`LockOn::Project`]): who works in the background passes them over, so that an open
 //! transaction holds up one project and no other.
 
+use std::time::Duration;
+
 use crate::pg::locks::{self, LockOn, PROJECT_TAG};
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{PgError, Result};
+use crate::pg::{PgError, Result, wait};
+
+/// Between two attempts to get a lock that somebody has for a moment.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Whether some transaction is dropping the project of a collection. Workers only.
 pub fn concerns(collection_id: i32) -> Result<bool> {
@@ -25,6 +30,16 @@ pub fn ensure_stays(project_id: i32) -> Result<()> {
         PgError::new("55P03", "the project is being dropped by a transaction")
             .hint("Try again when that transaction has ended."),
     )
+}
+
+/// Takes the lock under which a collection's files and chunks change, to the end of the transaction: nothing is stored for it
+/// behind a drop of its project, and nobody who is in the middle of something waits for the end of one. Error: 55P03.
+pub fn lock_manifest(project_id: i32, collection_id: i32) -> Result<()> {
+    while !locks::try_transaction(LockOn::Manifest(collection_id)) {
+        ensure_stays(project_id)?;
+        wait::wait(None, PAUSE);
+    }
+    Ok(())
 }
 
 /// A project and the transaction that is dropping it, which has not ended.

@@ -448,7 +448,7 @@ pub fn forget(
            SELECT r.run_id FROM rakam_internal.id_run r
            LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) w (project_id, until)
              ON w.project_id = r.project_id
-           WHERE r.max_received < least($1, $2, w.until) AND r.written_at < $1 LIMIT $5))",
+           WHERE r.max_received < least($1, $2, w.until) AND r.written_at < $1 LIMIT $5 FOR UPDATE OF r SKIP LOCKED))",
         &[
             spi::timestamptz_saturating(kept_us),
             spi::timestamptz_saturating(received_us),

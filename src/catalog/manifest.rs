@@ -451,8 +451,10 @@ const LOG_ENTRIES: i64 = 100_000;
 /// Forgets the oldest entries of the log.
 pub fn forget_log() -> Result<()> {
     spi::execute(
-        "DELETE FROM rakam_internal.manifest_log
-         WHERE seq < (SELECT max(seq) FROM rakam_internal.manifest_log) - $1",
+        // Those of a project that some transaction is dropping are left alone.
+        "DELETE FROM rakam_internal.manifest_log WHERE seq = ANY (ARRAY(
+           SELECT seq FROM rakam_internal.manifest_log
+           WHERE seq < (SELECT max(seq) FROM rakam_internal.manifest_log) - $1 LIMIT 100000 FOR UPDATE SKIP LOCKED))",
         &[arg(LOG_ENTRIES)],
     )?;
     Ok(())

@@ -200,9 +200,11 @@ pub fn fold_dropped() -> Result<()> {
         "WITH many AS (
            SELECT project_id, collection FROM rakam_internal.mapper_dropped
            GROUP BY 1, 2 HAVING pg_catalog.count(*) > 1),
+         free AS MATERIALIZED (
+           SELECT d.ctid AS place FROM rakam_internal.mapper_dropped d JOIN many m USING (project_id, collection)
+           FOR UPDATE OF d SKIP LOCKED),
          gone AS (
-           DELETE FROM rakam_internal.mapper_dropped d USING many m
-           WHERE d.project_id = m.project_id AND d.collection = m.collection
+           DELETE FROM rakam_internal.mapper_dropped d USING free f WHERE d.ctid = f.place
            RETURNING d.project_id, d.collection, d.n)
          INSERT INTO rakam_internal.mapper_dropped (project_id, collection, n)
          SELECT project_id, collection, pg_catalog.sum(n)::int8 FROM gone GROUP BY 1, 2",

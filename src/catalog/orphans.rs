@@ -56,15 +56,15 @@ pub fn among(storage_id: i32, paths: &[String]) -> Result<Vec<String>> {
     let names = found.iter().filter_map(|path| file_name_of(path));
     let elsewhere = elsewhere(storage_id, names.map(str::to_owned).collect())?;
     found.retain(|path| file_name_of(path).is_none_or(|name| !elsewhere.contains(name)));
-    // Somebody's table; what has a name of ours is ours all the same.
-    if found.iter().any(|path| file_name_of(path).is_none())
+    // Somebody's table: a copy of our files, too.
+    if !found.is_empty()
         && let Some(storage) = (places::storages(View::Current)?.into_iter())
             .find(|storage| storage.storage_id == storage_id)
     {
         let attached = places::attached()?;
         found.retain(|path| {
             let place = storage.place.below(path);
-            file_name_of(path).is_some() || !attached.iter().any(|table| place.lies_in(table))
+            !attached.iter().any(|table| place.lies_in(table))
         });
     }
     Ok(found)

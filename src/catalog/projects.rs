@@ -497,7 +497,7 @@ thread_local! {
     static NAMED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Notes the present names of roles that were renamed: a dump has the names. Costs nothing where no role has changed. A project
+/// Notes the present names of roles that were renamed, and which are gone: a dump has the names. Costs nothing where no role has changed. A project
 /// that somebody else is changing is left for the next time.
 pub fn follow_renamed_roles() -> Result<()> {
     invalidation::watch(relation::oid("rakam_internal", "project"));
@@ -505,22 +505,31 @@ pub fn follow_renamed_roles() -> Result<()> {
     if NAMED.get() == Some(now) {
         return Ok(());
     }
+    // Renamed or gone.
+    macro_rules! changed {
+        () => {
+            "EXISTS (SELECT FROM (VALUES (p.read_role, p.read_role_name), (p.write_role, p.write_role_name),
+                                         (p.admin_role, p.admin_role_name)) v (role, name)
+                     LEFT JOIN pg_catalog.pg_roles r ON r.oid = v.role
+                     WHERE v.role IS NOT NULL AND r.rolname IS DISTINCT FROM v.name)"
+        };
+    }
     spi::execute(
-        "UPDATE rakam_internal.project SET name = name WHERE project_id = ANY (ARRAY(
-           SELECT project_id FROM rakam_internal.project p
-           WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
-              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
-              OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
-           FOR NO KEY UPDATE SKIP LOCKED))",
+        concat!(
+            "UPDATE rakam_internal.project SET name = name WHERE project_id = ANY (ARRAY(
+               SELECT project_id FROM rakam_internal.project p WHERE ",
+            changed!(),
+            " FOR NO KEY UPDATE SKIP LOCKED))"
+        ),
         &[],
     )?;
     let is_left = spi::run(
         View::Current,
-        "SELECT FROM rakam_internal.project p
-         WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.read_role AND r.rolname <> p.read_role_name)
-            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.write_role AND r.rolname <> p.write_role_name)
-            OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = p.admin_role AND r.rolname <> p.admin_role_name)
-         LIMIT 1",
+        concat!(
+            "SELECT FROM rakam_internal.project p WHERE ",
+            changed!(),
+            " LIMIT 1"
+        ),
         &[],
         |_| Ok(()),
     )? > 0;

@@ -208,12 +208,13 @@ pub fn collections_by_id(view: View, ids: &[i32]) -> Result<Vec<Collection>> {
     )
 }
 
-/// As [`collections_by_id`]; until the end of the transaction they are neither dropped nor renamed.
+/// As [`collections_by_id`]; until the end of the transaction they are neither dropped nor renamed. 55P03: somebody is just
+/// doing that, or has done it in a transaction that stays open.
 pub fn keep_collections(ids: &[i32]) -> Result<Vec<Collection>> {
     spi::query(
         View::Current,
         "SELECT collection_id, project_id, name, ft, schema_version, rakam_internal.kept_since(retention, pg_catalog.now())
-         FROM rakam_internal.collection WHERE collection_id = ANY ($1) ORDER BY collection_id FOR KEY SHARE",
+         FROM rakam_internal.collection WHERE collection_id = ANY ($1) ORDER BY collection_id FOR KEY SHARE NOWAIT",
         &[arg(ids.to_vec())],
         collection_row,
     )
@@ -274,7 +275,8 @@ pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
         "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz
          FROM rakam_internal.field WHERE collection_id = $1
          UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
-                          (SELECT own_since FROM rakam_internal.installation)
+                          (SELECT coalesce((SELECT max(at) FROM rakam_internal.restore), own_since)
+                           FROM rakam_internal.installation)
          FROM rakam_internal.dropped_field WHERE collection_id = $1",
         &[arg(collection.id)],
         |row| fields.add(row),
@@ -292,7 +294,8 @@ pub fn schemas(view: View, collections: &[&Collection]) -> Result<HashMap<i32, S
                 collection_id
          FROM rakam_internal.field WHERE collection_id = ANY ($1)
          UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
-                          (SELECT own_since FROM rakam_internal.installation), collection_id
+                          (SELECT coalesce((SELECT max(at) FROM rakam_internal.restore), own_since)
+                           FROM rakam_internal.installation), collection_id
          FROM rakam_internal.dropped_field WHERE collection_id = ANY ($1)",
         &[arg(ids)],
         |row| fields.entry(row.must(9)?).or_default().add(row),

@@ -41,7 +41,10 @@ pub fn removable_before(view: View, collection_id: i32) -> Result<Option<i64>> {
         "SELECT rakam_internal.kept_since(c.retention,
                   least(pg_catalog.clock_timestamp() - interval '5 seconds', s.oldest))
          FROM rakam_internal.collection c,
-              (SELECT min(a.xact_start) AS oldest FROM pg_catalog.pg_stat_activity a
+              -- Who does not track his activities shows no transaction.
+              (SELECT min(coalesce(a.xact_start, CASE WHEN a.state = 'disabled' AND (a.backend_xid IS NOT NULL
+                                                   OR a.backend_xmin IS NOT NULL) THEN a.backend_start END)) AS oldest
+               FROM pg_catalog.pg_stat_activity a
                WHERE a.pid <> pg_catalog.pg_backend_pid() AND (a.datid IS NULL OR a.datid =
                  (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))) s
          WHERE c.collection_id = $1 AND c.retention IS NOT NULL",

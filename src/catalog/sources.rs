@@ -226,15 +226,17 @@ pub fn pause(project_id: i32, name: &str, paused: bool) -> Result<bool> {
     Ok(true)
 }
 
-/// What the source struggles with now; None: with nothing.
-pub fn note_trouble(source_id: i32, error: Option<&str>) -> Result<()> {
-    spi::execute(
-        "UPDATE rakam_internal.source
+/// What the source struggles with now; None: with nothing. False: it is gone, or somebody is changing it.
+pub fn note_trouble(source_id: i32, error: Option<&str>) -> Result<bool> {
+    let noted = spi::execute(
+        "WITH free AS MATERIALIZED (
+           SELECT source_id FROM rakam_internal.source WHERE source_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
+         UPDATE rakam_internal.source s
          SET last_error = $2, error_at = CASE WHEN $2 IS NOT NULL THEN pg_catalog.clock_timestamp() END
-         WHERE source_id = $1 AND last_error IS DISTINCT FROM $2",
+         FROM free WHERE s.source_id = free.source_id",
         &[arg(source_id), arg(error)],
     )?;
-    Ok(())
+    Ok(noted > 0)
 }
 
 /// Tells who listens on `rakam_alert` that a split has stopped.
@@ -302,12 +304,15 @@ pub struct NewSplit {
     pub is_ended: bool,
 }
 
-/// Notes splits; those that are noted already stay as they are. The source has begun with them; false: it is gone.
+/// Notes splits; those that are noted already stay as they are. The source has begun with them; false: it is gone, or somebody
+/// is changing it.
 pub fn add_splits(source_id: i32, splits: &[NewSplit]) -> Result<bool> {
     let found: Option<i32> = spi::first(
         View::Current,
-        "UPDATE rakam_internal.source SET begun_at = coalesce(begun_at, pg_catalog.clock_timestamp())
-         WHERE source_id = $1 RETURNING project_id",
+        "WITH free AS MATERIALIZED (
+           SELECT source_id FROM rakam_internal.source WHERE source_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
+         UPDATE rakam_internal.source s SET begun_at = coalesce(begun_at, pg_catalog.clock_timestamp())
+         FROM free WHERE s.source_id = free.source_id RETURNING s.project_id",
         &[arg(source_id)],
         |row| row.must(1),
     )?;

@@ -29,14 +29,19 @@ pub fn of_day(view: View, project_id: i32, day: i32) -> Result<i64> {
 /// Makes one row of the rows of each project and day, and forgets days before yesterday. One caller at a time.
 pub fn sum_up() -> Result<()> {
     spi::execute(
-        "DELETE FROM rakam_internal.usage
-         WHERE day < (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')::date - 1",
+        // Rows of a project that some transaction is dropping are left alone.
+        "DELETE FROM rakam_internal.usage WHERE ctid = ANY (ARRAY(
+           SELECT ctid FROM rakam_internal.usage
+           WHERE day < (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')::date - 1 FOR UPDATE SKIP LOCKED))",
         &[],
     )?;
     spi::execute(
         "WITH many AS (SELECT project_id, day FROM rakam_internal.usage GROUP BY 1, 2 HAVING count(*) > 1),
-              gone AS (DELETE FROM rakam_internal.usage u USING many m
-                       WHERE u.project_id = m.project_id AND u.day = m.day RETURNING u.project_id, u.day, u.bytes)
+              free AS MATERIALIZED (
+                SELECT u.ctid AS place FROM rakam_internal.usage u JOIN many m USING (project_id, day)
+                FOR UPDATE OF u SKIP LOCKED),
+              gone AS (DELETE FROM rakam_internal.usage u USING free f
+                       WHERE u.ctid = f.place RETURNING u.project_id, u.day, u.bytes)
          INSERT INTO rakam_internal.usage (project_id, day, bytes)
            SELECT project_id, day, sum(bytes)::int8 FROM gone GROUP BY 1, 2",
         &[],

@@ -13,14 +13,16 @@ use arrow::datatypes::{Schema as ArrowSchema, SchemaRef};
 use async_trait::async_trait;
 use bytes::Bytes;
 use pgrx::pg_sys;
-use rakam_engine::{Broker, BudgetPool, EngineError, Reserved, ScanInput, ScanMetrics, ScanPlan};
+use rakam_engine::{
+    Broker, BudgetPool, EngineError, RequestMemory, Reserved, ScanInput, ScanMetrics, ScanPlan,
+};
 use rakam_event::schema::{Field, Schema};
 use rakam_event::types::FieldType;
 use rakam_files::FilesError;
 use rakam_files::format::{Format, Options};
 use rakam_files::locate::Root;
 use rakam_files::object::{READER_BYTES, Stop, WAITING_THREADS, blocking};
-use rakam_files::source::Spec;
+use rakam_files::source::{Meter, Spec};
 use rakam_files::table::read::{self, Known, Part};
 use rakam_files::table::{Form, Pruner, Reader, Wanted};
 use rakam_lake::cache as lake;
@@ -348,7 +350,9 @@ impl Job {
     async fn open(self: &Arc<Self>, part: Part) -> std::result::Result<Reader, EngineError> {
         let job = Arc::clone(self);
         let is_first = part.part == 0;
-        let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning, &job.stop);
+        let memory = Arc::new(RequestMemory::new(&self.memory));
+        let meter = Meter::of(&self.stop).with_memory(memory);
+        let open = move || Reader::open(&part, &job.spec, &job.wanted, &job.pruning, &meter);
         let reader = blocking(open)
             .await
             .and_then(|opened| opened)

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arrow::array::{Array, RecordBatch};
+use arrow::array::RecordBatch;
 use rakam_event::schema::Schema;
 use rakam_lake::backlog::Months;
 use rakam_lake::chunk;
@@ -88,7 +88,7 @@ impl Work {
             // None is much smaller than the others, which a merge would take up again.
             let chunk_rows = rows.div_ceil(chunks.max(1));
             for part in Months::new(&batches, chunk_rows)? {
-                for part in of_chunk_size(part?) {
+                for part in append::of_chunk_size(part?) {
                     let part = append::stamped(&part, self.xid)?;
                     if let Some(chunk) = Encoded::new(&part, self.schema.version)?
                         && !told.send(Told::Chunk(chunk)).await
@@ -100,29 +100,4 @@ impl Work {
         }
         Ok(())
     }
-}
-
-/// Rows that may be of many more bytes than others, in parts of twice a chunk's at most; one row may have more.
-fn of_chunk_size(rows: RecordBatch) -> Vec<RecordBatch> {
-    let (mut parts, mut whole) = (Vec::new(), vec![rows]);
-    while let Some(rows) = whole.pop() {
-        let n = rows.num_rows();
-        if n < 2 || sliced_bytes(&rows) <= 2 * CHUNK_BYTES {
-            parts.push(rows);
-        } else {
-            whole.push(rows.slice(n / 2, n - n / 2));
-            whole.push(rows.slice(0, n / 2));
-        }
-    }
-    parts
-}
-
-/// About the bytes of the values of these rows, which may be some of an array's.
-fn sliced_bytes(rows: &RecordBatch) -> usize {
-    let columns = rows.columns().iter();
-    columns
-        .filter(|column| column.null_count() < column.len())
-        // What has no size of its own in a slice is not long.
-        .map(|column| column.to_data().get_slice_memory_size().unwrap_or(0))
-        .sum()
 }

@@ -25,8 +25,9 @@ use crate::pg::cursor::{self, Column, Cursor, Integers};
 use crate::pg::security::ActAs;
 use crate::pg::{ErrorReport, PgError, Result, exit, not_null, wait, xact};
 
-/// Rows fetched at a time: the server has all of them in memory. Fewer of long ones, by what those before them had.
-const FETCH_ROWS: u64 = 1000;
+/// Rows fetched at a time: the server has all of them in memory, and long ones may come behind any number of short ones. Fewer
+/// of long ones, by what those before them had.
+const FETCH_ROWS: u64 = 64;
 const FIRST_ROWS: u64 = 16;
 const FETCH_BYTES: u64 = 4 << 20;
 /// As COPY TO makes its files: others may read them.
@@ -36,7 +37,8 @@ const MODE: u32 = 0o644;
 /// search path; the file, or object of a bucket, appears under its name when it is complete.
 /// SQL: `rakam.copy_to(project text, sql text, url text, format text DEFAULT NULL)`.
 /// Errors: 42501 no right to read the project or to write the file, or no SELECT, 42601 not one statement, 22023 unknown
-/// format or path, 0A000 a format that is not written, 58P02 a storage has the file already.
+/// format or path, or a pattern, 42701 two columns of one name, 0A000 a format that is not written, 58P02 a storage has the
+/// file already.
 #[pg_extern(volatile, parallel_unsafe)]
 fn copy_to(
     project: Option<&str>,
@@ -168,6 +170,14 @@ enum Target {
 impl Target {
     fn new(place: &Place) -> Result<Self> {
         let name = locate::relative(&place.pattern)?.to_owned();
+        if locate::is_pattern(&name) {
+            let refused = FilesError::Path {
+                path: place.called(),
+                reason: "it is a pattern, and a file to be written has one name",
+            };
+            let hint = "Name a file without the characters *, ? and [.";
+            return Err(PgError::from(refused).hint(hint));
+        }
         match &place.root {
             Root::Directory { path, confined } => {
                 LocalFile::new(path, *confined, name).map(Self::Local)

@@ -49,6 +49,9 @@ const BUFFER_BYTES_MAX: usize = 128 << 20;
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 /// A transaction is repeated so often when it met another one.
 const ATTEMPTS: usize = 4;
+/// How long a lock that others have on the collection is waited for, and how soon it is asked for again.
+const LOCK_PATIENCE: Duration = Duration::from_secs(60);
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of events after which there is another inbox row.
 const INBOX_ROW_BYTES: usize = 1 << 20;
 /// How much larger than an event its text in a file may be.
@@ -181,6 +184,18 @@ impl<'a> Load<'a> {
                 .hint("rakam.set_quota raises the quota."));
             }
         };
+        // Else its table could not be made at the end, when everything is stored. What has its name may also be the table that
+        // has been made for it meanwhile.
+        if collection.ft.is_none()
+            && let Some(what) = registry::obstacle(View::Current, &collection)?
+            && find()?.is_some_and(|again| again.ft.is_none())
+        {
+            return Err(
+                PgError::new("42710", format!("{what} \"{name}\" already exists")).hint(
+                    "A collection's table cannot have its name: choose another name, or rename what has it.",
+                ),
+            );
+        }
         let schema = registry::schema(View::Current, &collection)?;
         let stored = note::begin(key, project.id, collection.id)?;
         let limits = Limits {
@@ -292,16 +307,36 @@ impl<'a> Load<'a> {
 
     /// The collection as it is registered now.
     fn registered(&self) -> Result<Collection> {
-        registry::collection_by_id(View::Current, self.collection.id)?.ok_or_else(|| {
-            let name = &self.collection.name;
-            PgError::new("42704", format!("collection \"{name}\" was dropped"))
-        })
+        registry::collection_by_id(View::Current, self.collection.id)?.ok_or_else(|| self.dropped())
+    }
+
+    fn dropped(&self) -> PgError {
+        let name = &self.collection.name;
+        PgError::new("42704", format!("collection \"{name}\" was dropped"))
+    }
+
+    fn locked(&self) -> PgError {
+        let name = &self.collection.name;
+        PgError::new(
+            "55P03",
+            format!("collection \"{name}\" is locked by another transaction"),
+        )
+        .hint("Call it again when that transaction has ended: it goes on where it was.")
+    }
+
+    /// Keeps the collection from being dropped until the end of the transaction.
+    fn keep(&self) -> Result<()> {
+        if registry::keep_collections(&[self.collection.id])?.is_empty() {
+            return Err(self.dropped());
+        }
+        Ok(())
     }
 
     /// Stores what is in the buffer, with the note of how far the files are stored; `last` ends the load.
     fn store(&mut self, last: bool) -> std::result::Result<(), Failure> {
         failpoint::hit("load.before_store");
         let (samples, counts) = self.log.take();
+        let end = Instant::now() + LOCK_PATIENCE;
         let mut attempt = 1;
         loop {
             let stored = xact::worker(|| {
@@ -334,6 +369,13 @@ impl<'a> Load<'a> {
                 {
                     attempt += 1;
                 }
+                // Somebody adds fields to the collection, or drops it in a transaction that is still open.
+                Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
+                    if Instant::now() >= end {
+                        return Err(Failure::Error(self.locked()));
+                    }
+                    wait::wait(None, LOCK_PAUSE);
+                }
                 Err(failure) => return Err(failure),
             }
         }
@@ -357,14 +399,8 @@ impl<'a> Load<'a> {
         )?;
         payer.quota.events_per_second = None;
         let is_mapped = mapper::applies(self.project.id, &collection.name)?;
+        let mut ready = Vec::new();
         for (schema, pieces) in &self.buffer {
-            let target = Target {
-                project_id: self.project.id,
-                collection_id: collection.id,
-                schema_version: schema.version,
-                level: 0,
-                since_us: None,
-            };
             let mut months = BTreeMap::<i32, Vec<RecordBatch>>::new();
             for piece in pieces {
                 let (mut chunks, mut inbox) = (piece.rows.months.clone(), Vec::new());
@@ -389,6 +425,22 @@ impl<'a> Load<'a> {
                     months.entry(month).or_default().push(rows);
                 }
             }
+            if !months.is_empty() {
+                ready.push((schema, months));
+            }
+        }
+        if !ready.is_empty() {
+            // Behind the mappers, who take what time they like: others wait while it is kept.
+            self.keep()?;
+        }
+        for (schema, months) in ready {
+            let target = Target {
+                project_id: self.project.id,
+                collection_id: collection.id,
+                schema_version: schema.version,
+                level: 0,
+                since_us: None,
+            };
             let plain = || months.values().flatten();
             let rows: usize = plain().map(RecordBatch::num_rows).sum();
             let bytes: usize = plain().map(value_bytes).sum();

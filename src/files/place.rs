@@ -88,6 +88,14 @@ impl InBucket {
 }
 
 impl Place {
+    /// What it is called in messages.
+    pub fn called(&self) -> String {
+        match &self.root {
+            Root::Directory { path, .. } => locate::called(path, &path.join(&self.pattern)),
+            Root::Bucket(_) => self.pattern.clone(),
+        }
+    }
+
     /// The place for listing and reading, until `stop`. Touches neither disk nor network. `counters` counts what is read of
     /// a bucket.
     pub fn open(&self, keep: Keep, counters: &Arc<Counters>, stop: &Stop) -> Result<locate::Root> {

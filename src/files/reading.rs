@@ -2,14 +2,16 @@
 //! parts their events by month, while the load stores what came before.
 //!
 //! Both are bounded: what has been converted and is not stored yet has a place in memory ([`Conversion::room`]), and
-//! without one they wait. They end when nobody receives any more, wherever they wait.
+//! without one they wait. What is just read has its part of the memory of engines, as it has where a query reads it. They end
+//! when nobody receives any more, wherever they wait.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arrow::array::{Array, ArrayRef, BooleanArray, RecordBatch};
 use arrow::compute::{filter_record_batch, is_not_null, is_null};
 use arrow::error::ArrowError;
+use rakam_engine::{BudgetPool, RequestMemory, Reserved};
 use rakam_event::batch::{EventStamp, InvalidCount, InvalidValue};
 use rakam_event::schema::{ID, Schema};
 use rakam_event::types::FieldType;
@@ -22,15 +24,19 @@ use rakam_lake::error::LakeError;
 use rakam_lake::{backlog, chunk};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::block_in_place;
+use tokio::time::sleep;
 
-use crate::pg::Result;
 use crate::pg::runtime::{self, Port, Runtime, Sender};
+use crate::pg::{Result, guc, memory};
 
 /// Pieces that wait to be converted, and converted ones that wait for the load (of which their memory is the bound).
 const PIECES: usize = 1;
 const CONVERTED: usize = 256;
 /// Memory is counted in units of so many bytes.
 const ROOM_UNIT: usize = 4096;
+/// How long memory that queries have is waited for, and how soon it is asked for again.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(30);
+const MEMORY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Ends the readers of its files when it is dropped.
 #[derive(Default)]
@@ -124,9 +130,13 @@ pub fn start(files: Files, conversion: Conversion, readers: &Readers) -> Result<
     let runtime = Runtime::current()?;
     let (told, port) = runtime::port(CONVERTED)?;
     let (pieces, read) = mpsc::channel(PIECES);
+    let shared = Shared {
+        pool: memory::pool(),
+        limit: guc::memory_limit_bytes(),
+    };
     let names = files.files.iter().map(|file| file.name.clone()).collect();
     runtime.spawn(async move {
-        let end = match stop.or(read_all(files, &pieces, &stop)).await {
+        let end = match stop.or(read_all(files, &pieces, &stop, &shared)).await {
             Ok(()) => Read::End,
             Err(error) => Read::Failed(error),
         };
@@ -137,11 +147,35 @@ pub fn start(files: Files, conversion: Conversion, readers: &Readers) -> Result<
     Ok(port)
 }
 
+/// The memory that all engines of the server have together.
+struct Shared {
+    pool: Arc<BudgetPool>,
+    /// There is no more of it.
+    limit: usize,
+}
+
+impl Shared {
+    /// So much of it, for the reading of a file.
+    async fn take(&self, bytes: u64, file: &str) -> std::result::Result<Reserved, FilesError> {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let end = Instant::now() + MEMORY_PATIENCE;
+        let mut memory = self.pool.reserve("files of a load");
+        while memory.resize(bytes).is_err() {
+            if bytes > self.limit || Instant::now() >= end {
+                return Err(FilesError::OutOfMemory(file.to_owned()));
+            }
+            sleep(MEMORY_PAUSE).await;
+        }
+        Ok(memory)
+    }
+}
+
 /// Reads the files to their end, or until nobody listens or it is told to stop.
 async fn read_all(
     files: Files,
     pieces: &mpsc::Sender<Read>,
     stop: &Stop,
+    shared: &Shared,
 ) -> std::result::Result<(), FilesError> {
     let Files {
         files,
@@ -151,7 +185,7 @@ async fn read_all(
     } = files;
     let mut before: u64 = files.iter().take(first).map(|file| file.bytes).sum();
     for (index, file) in files.iter().enumerate().skip(first) {
-        let meter = Meter::of(stop);
+        let meter = Meter::of(stop).with_memory(Arc::new(RequestMemory::new(&shared.pool)));
         let open = {
             let (file, spec, meter) = (file.clone(), spec.clone(), meter.clone());
             move || source::open(&file, &spec, from, &meter)
@@ -159,12 +193,16 @@ async fn read_all(
         let mut source = blocking(open).await??;
         let declared: Arc<[_]> = source.declared().into();
         loop {
+            // Before it is read: whoever may not hold it does not make it either.
+            let bytes = source.next_bytes();
+            let memory = shared.take(bytes, &file.name).await?;
             let piece;
             (source, piece) = blocking(move || {
                 let piece = source.next();
                 (source, piece)
             })
             .await?;
+            drop(memory);
             let Some(piece) = piece? else { break };
             let read = Read::Piece {
                 file: index,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Int64Array, RecordBatch};
+use arrow::array::{Array, Int64Array, RecordBatch};
 use rakam_event::schema::XID;
 use rakam_lake::chunk::{ChunkFormat, ChunkInfo, Writer};
 use rakam_lake::error::LakeError;
@@ -95,4 +95,29 @@ fn insert(target: Target, format: ChunkFormat, info: &ChunkInfo, data: Vec<u8>) 
         data: &data.into(),
     });
     Ok(())
+}
+
+/// Rows that may be of many more bytes than others, in parts of twice a chunk's at most; one row may have more.
+pub fn of_chunk_size(rows: RecordBatch) -> Vec<RecordBatch> {
+    let (mut parts, mut whole) = (Vec::new(), vec![rows]);
+    while let Some(rows) = whole.pop() {
+        let n = rows.num_rows();
+        if n < 2 || sliced_bytes(&rows) <= 2 * CHUNK_BYTES {
+            parts.push(rows);
+        } else {
+            whole.push(rows.slice(n / 2, n - n / 2));
+            whole.push(rows.slice(0, n / 2));
+        }
+    }
+    parts
+}
+
+/// About the bytes of the values of these rows, which may be some of an array's.
+fn sliced_bytes(rows: &RecordBatch) -> usize {
+    let columns = rows.columns().iter();
+    columns
+        .filter(|column| column.null_count() < column.len())
+        // What has no size of its own in a slice is not long.
+        .map(|column| column.to_data().get_slice_memory_size().unwrap_or(0))
+        .sum()
 }

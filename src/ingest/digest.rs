@@ -488,6 +488,9 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
     let due = xact::worker(|| inbox::parked::due(View::Current, 100))?;
     let mut left = 0;
     for parked in due {
+        if !locks::is_free(LockOn::Project(parked.row.project_id)) {
+            continue;
+        }
         let outcome = xact::in_passing(|| retry(&parked))?;
         left += u64::from(outcome == Some(true));
     }

@@ -51,11 +51,21 @@ pub struct Batch {
 }
 
 /// As [`charge`] and [`charge_stored`], of a batch that cannot be made smaller: one that is of more events than a second may
-/// have is taken in when nothing is owed, and what comes after it waits the longer.
+/// have is taken in when nothing is owed, and what comes after it waits the longer; one that is of more bytes than a day may
+/// have when it is the first of the day.
 pub fn charge_batch(project: &Project, batch: &Batch) -> Result<()> {
     room::take((batch.stored_bytes + batch.inbox_bytes + batch.charged_bytes) as i64)?;
-    take_bytes(project, batch.inbox_bytes as i64, Arrival::Digest)?;
-    take_bytes(project, batch.stored_bytes as i64, Arrival::Commit)?;
+    let day = match project.quota.bytes_per_day {
+        Some(per_day) if per_day > 0 => per_day,
+        _ => i64::MAX,
+    };
+    let inbox = (batch.inbox_bytes as i64).min(day);
+    take_bytes(project, inbox, Arrival::Digest)?;
+    take_bytes(
+        project,
+        (batch.stored_bytes as i64).min(day - inbox),
+        Arrival::Commit,
+    )?;
     if let Some(per_second) = project.quota.events_per_second.filter(|_| batch.events > 0) {
         let meter = meter::of(project.id);
         if !meter.take_batch(batch.events as i64, per_second) {

@@ -6,6 +6,7 @@ use rakam_sources::publish::StoreOptions;
 use crate::catalog::audit;
 use crate::catalog::event_store::{self, NewStore};
 use crate::catalog::projects::{self, Right};
+use crate::catalog::restore;
 use crate::pg::jsonb::JsonbText;
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, not_null, server, xact};
@@ -36,6 +37,7 @@ fn set_event_store(
 fn set(project: &str, server: Option<&str>, options: Option<&str>) -> Result<()> {
     xact::ensure_writable("set an event store")?;
     let project = projects::authorize(project, Right::Admin)?;
+    restore::ensure_over()?;
     let Some(name) = server else {
         if options.is_some_and(|options| options.trim() != "{}") {
             return Err(

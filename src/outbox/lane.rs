@@ -45,7 +45,6 @@ pub struct Lane {
     pub work: Option<Work>,
     /// Of the work: what is told of an earlier one, which was given up, comes too late.
     pub attempt: u64,
-    pub began: Option<Instant>,
     pub trouble: Trouble,
     /// What was noted as its error.
     pub noted: Option<String>,
@@ -61,7 +60,6 @@ impl Lane {
     /// Begins with some work; the number of the attempt.
     pub fn begin(&mut self) -> u64 {
         self.attempt += 1;
-        self.began = Some(Instant::now());
         self.trouble = Trouble::default();
         self.attempt
     }

@@ -32,8 +32,9 @@ use crate::sources::service::{self, Service};
 const BATCH_ROWS: i64 = 2_000;
 const BATCH_EVENTS: i64 = 20_000;
 const BATCH_BYTES: i64 = 4 << 20;
-/// Stores that are worked on at a time: this many batches are in memory.
+/// Stores that are worked on at a time, and whose batches are in memory at most.
 const STORES_AT_A_TIME: usize = 8;
+const STORES_IN_MEMORY: usize = 4 * STORES_AT_A_TIME;
 /// How long an attempt may struggle before it gives way, and how long a store that failed waits: longer each time.
 const STRUGGLE: Duration = Duration::from_secs(20);
 const PAUSE_MOST: Duration = Duration::from_secs(8);
@@ -182,11 +183,14 @@ impl Relay {
             }
             let is_due = lane.due.is_none_or(|due| due <= now);
             let (is_under_way, has_work) = (lane.is_under_way(), lane.work.is_some());
-            let all_under_way = self.lanes.values().filter(|l| l.work.is_some()).count();
+            let count = |is: fn(&Lane) -> bool| self.lanes.values().filter(|lane| is(lane)).count();
+            // Those that wait to be noted wait for somebody's transaction.
+            let is_full = count(Lane::is_under_way) >= STORES_AT_A_TIME
+                || count(|lane| lane.work.is_some()) >= STORES_IN_MEMORY;
             let outcome = match store {
                 _ if !is_due || is_under_way => continue,
                 _ if has_work => self.note_published(id),
-                _ if all_under_way >= STORES_AT_A_TIME => continue,
+                _ if is_full => continue,
                 // Its rows are locked until a transaction ends that is dropping the project: no other store waits for that.
                 Ok(store) if !locks::is_free(LockOn::Project(store.project_id)) => continue,
                 Ok(store) => self.begin_store(&store),
@@ -417,15 +421,13 @@ impl Relay {
         lane.trouble = Trouble::of(error);
     }
 
-    /// Ends attempts that have struggled for too long: others may wait, and servers may have new options.
+    /// Ends attempts that have struggled for too long without getting on: others may wait, and servers may have new options.
     fn give_way(&mut self) {
         let struggling: Vec<(i32, String)> = self
             .lanes
             .iter()
-            .filter(|(_, lane)| {
-                lane.work.is_some() && lane.began.is_some_and(|began| began.elapsed() >= STRUGGLE)
-            })
-            .filter_map(|(id, lane)| Some((*id, lane.trouble.get()?)))
+            .filter(|(_, lane)| lane.work.is_some())
+            .filter_map(|(id, lane)| Some((*id, lane.trouble.lasting(STRUGGLE)?)))
             .collect();
         for (id, error) in struggling {
             self.failed(id, error);
@@ -515,6 +517,8 @@ fn connect(lane: &mut Lane, store: &EventStore) -> std::result::Result<(), Failu
     if lane.service.as_ref() != Some(&service) {
         lane.publisher = None;
     }
+    // Noted also if it is of no use: it is tried again when it is another one.
+    let service = lane.service.insert(service);
     if lane.publisher.is_none() {
         lane.publisher = Some(
             service
@@ -522,7 +526,6 @@ fn connect(lane: &mut Lane, store: &EventStore) -> std::result::Result<(), Failu
                 .map_err(|error| Failure::Error(error.into()))?,
         );
     }
-    lane.service = Some(service);
     Ok(())
 }
 

@@ -72,7 +72,8 @@ fn create(name: &str, storage: Option<&str>) -> Result<(String, KeySet)> {
 }
 
 /// Drops a project with everything in it. SQL: `rakam.drop_project(name text)`.
-/// Errors: 42501 no such project or neither superuser nor rakam_admin, 55000 `rakam.allow_project_drop` is off.
+/// Errors: 42501 no such project or neither superuser nor rakam_admin, 55000 `rakam.allow_project_drop` is off, or the
+/// transaction is REPEATABLE READ or SERIALIZABLE.
 #[pg_extern(volatile, parallel_unsafe)]
 fn drop_project(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     Ok(audit::call("drop_project", name, None, || {
@@ -84,6 +85,17 @@ fn drop_by_name(name: &str) -> Result<()> {
     ensure_server_admin("drop a project")?;
     xact::ensure_writable("drop a project")?;
     let project = catalog::by_name(name)?.ok_or_else(|| PgError::no_project(name))?;
+    if xact::keeps_snapshot() {
+        // What others have stored since its snapshot would stay.
+        return Err(PgError::new(
+            "55000",
+            format!(
+                "cannot drop project \"{}\" with this isolation level",
+                project.name
+            ),
+        )
+        .hint("Call it in a transaction with ISOLATION LEVEL READ COMMITTED."));
+    }
     if !guc::allow_project_drop() {
         return Err(
             PgError::new("55000", format!("cannot drop project \"{}\"", project.name))

@@ -6,7 +6,7 @@ use rakam_sources::options::SourceOptions;
 
 use super::service;
 use crate::catalog::projects::{self, Project, Right};
-use crate::catalog::{audit, sources};
+use crate::catalog::{audit, restore, sources};
 use crate::pg::jsonb::JsonbText;
 use crate::pg::security::{self, ActAs};
 use crate::pg::{ErrorReport, PgError, Result, not_null, server, wake, xact};
@@ -104,6 +104,7 @@ fn change(
         let project = projects::authorize(not_null(project, "project")?, Right::Admin)?;
         let name = sources::name_of(not_null(name, "name")?)?;
         let _owner = ActAs::owner();
+        restore::ensure_over()?;
         if !change(&project, &name)? {
             return Err(unknown(&name));
         }

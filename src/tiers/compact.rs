@@ -30,7 +30,7 @@ use crate::catalog::deletion::{self, Object};
 use crate::catalog::dropping;
 use crate::catalog::progress::{self, Progress};
 use crate::catalog::{manifest, rebuild, registry, retention};
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, scratch, wait};
@@ -147,7 +147,7 @@ fn expire(collection_id: i32, before_us: Option<i64>) -> Outcome<()> {
         let Some(collection) = registry::collection_by_id(view, collection_id)? else {
             return Ok(());
         };
-        locks::transaction(LockOn::Manifest(collection_id));
+        dropping::lock_manifest(collection.project_id, collection_id)?;
         let (mut events, mut bytes, mut files) = (0, 0, 0);
         for file in candidates::files_before(view, collection_id, before_us)? {
             wait::check_interrupts();
@@ -524,7 +524,7 @@ fn keep(step: &mut Step<'_>, finished: Vec<Finished<Vec<u8>>>, level: i16) -> Ou
 /// Last transaction: the outputs for the inputs, if those are what was read.
 fn commit(step: &mut Step<'_>) -> Result<Compacted> {
     let (view, id) = (View::Current, step.home.collection.id);
-    locks::transaction(LockOn::Manifest(id));
+    dropping::lock_manifest(step.home.project.id, id)?;
     if registry::collection_by_id(view, id)?.is_none() {
         return Err(changed());
     }

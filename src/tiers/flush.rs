@@ -26,8 +26,8 @@ use crate::catalog::progress::{self, Progress};
 use crate::catalog::projects;
 use crate::catalog::registry::{self, Collection};
 use crate::catalog::retention;
-use crate::ingest::append::{Target, append};
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::ingest::append::{Target, append, of_chunk_size};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
@@ -365,8 +365,7 @@ fn split(
     chunk_ids: &[i64],
     batches: &[RecordBatch],
 ) -> Result<bool> {
-    // A project is dropped under this lock: nothing is stored for it behind that.
-    locks::transaction(LockOn::Manifest(collection.id));
+    dropping::lock_manifest(collection.project_id, collection.id)?;
     if registry::collection_by_id(View::Current, collection.id)?.is_none() {
         return Ok(false);
     }
@@ -379,7 +378,10 @@ fn split(
     };
     backlog::split_by_month(batches, SPLIT_ROWS, |part| {
         wait::check_interrupts();
-        append(target, &part)
+        for part in of_chunk_size(part) {
+            append(target, &part)?;
+        }
+        Result::Ok(())
     })?;
     delete_chunks(collection, chunk_ids)?;
     failpoint::hit("flush.after_split");
@@ -426,7 +428,7 @@ fn write_files(
 fn commit(step: &Step) -> Result<Flushed> {
     let collection = &step.home.collection;
     let mut flushed = Flushed::default();
-    locks::transaction(LockOn::Manifest(collection.id));
+    dropping::lock_manifest(step.home.project.id, collection.id)?;
     if registry::collection_by_id(View::Current, collection.id)?.is_none() {
         // Dropped meanwhile; the objects go by their intents.
         return Ok(flushed);

@@ -76,6 +76,9 @@ pub fn storages(asked: Asked) -> std::result::Result<u64, Failure> {
 }
 
 fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
+    if asked == Asked::ByTime {
+        compare(storage_id)?;
+    }
     let lock = LockOn::Gc(storage_id);
     let _lock = match asked {
         Asked::ByCall => SessionLock::take(lock),
@@ -103,12 +106,6 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
         // What counts there is not known before that is through.
         return Ok(0);
     }
-    if asked == Asked::ByTime {
-        let check_s = CHECK_INTERVAL.as_secs_f64();
-        if xact::worker(|| storages::check_is_due(storage_id, check_s))? {
-            check::storage(storage_id, Some(&remote), check::Depth::Listing)?;
-        }
-    }
     let abandoned = abandoned(storage_id, &remote)?;
     // Before files go: that they do not count any more.
     match asked {
@@ -116,6 +113,26 @@ fn storage(storage_id: i32, asked: Asked) -> std::result::Result<u64, Failure> {
         Asked::ByTime => describe::try_storage(storage_id)?,
     }
     Ok(abandoned + out_of_use(storage_id, Some(&remote), asked)?)
+}
+
+/// Compares a storage with the manifest if it is time. That takes as long as the storage is large: callers who wait for what is
+/// due do not wait for it.
+fn compare(storage_id: i32) -> std::result::Result<(), Failure> {
+    let check_s = CHECK_INTERVAL.as_secs_f64();
+    if !xact::worker(|| storages::check_is_due(storage_id, check_s))? {
+        return Ok(());
+    }
+    // What is wrong with it is told by whoever deletes.
+    let Ok(Some(remote)) = Remote::open(storage_id) else {
+        return Ok(());
+    };
+    if xact::worker(|| storages::reach(storage_id))?.waiting {
+        return Ok(());
+    }
+    if xact::worker(|| rebuild::is_rebuilding(storage_id))? {
+        return Ok(());
+    }
+    check::storage(storage_id, Some(&remote), check::Depth::Listing).map(drop)
 }
 
 /// Deletes what was announced and never entered the manifest.

@@ -12,7 +12,7 @@ use rakam_lake::row_chunk::{MAX_ROWS, Rows};
 use crate::catalog::manifest::{self, ChunkRow};
 use crate::catalog::{dropping, registry};
 use crate::ingest::append::{CHUNK_BYTES, Target, append, append_rows};
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
@@ -61,8 +61,10 @@ struct Choice<'a> {
 }
 
 fn one(collection_id: i32) -> Result<bool> {
-    // A project is dropped under this lock: nothing is stored for it behind that.
-    locks::transaction(LockOn::Manifest(collection_id));
+    let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
+        return Ok(false);
+    };
+    dropping::lock_manifest(collection.project_id, collection_id)?;
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(false);
     };

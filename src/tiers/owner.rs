@@ -97,7 +97,12 @@ fn settle(remote: &Remote, wish: Wish) -> Outcome<bool> {
             }
         }
         // Without conditional writes there never was one.
-        None if fence.standing == "unfenced" && fence.nonce.is_none() => return unfenced(id),
+        None if fence.nonce.is_none()
+            && (fence.standing == "unfenced"
+                || fence.standing == "new" && !remote.writes_conditionally()?) =>
+        {
+            return unfenced(id);
+        }
         None => return foreign(id, "nobody: its owner object is gone"),
         Some((bytes, version)) => match Owner::decode(&bytes) {
             Ok(owner) => match owner.difference(&identity, &fence.nonces()) {

@@ -94,9 +94,13 @@ pub fn is_open(collection_id: i32) -> std::result::Result<bool, Failure> {
 /// Asks every storage that failed last, so that what is back is used at once.
 pub fn ask_failing() -> std::result::Result<(), Failure> {
     for storage_id in xact::worker(storages::failing)? {
-        if let Some(remote) = Remote::open(storage_id)?
-            && let Err(Failure::ExtensionGone) = owner::look(&remote)
-        {
+        let looked = match Remote::open(storage_id) {
+            Ok(Some(remote)) => owner::look(&remote),
+            Ok(None) => continue,
+            Err(failure) => Err(failure),
+        };
+        // One whose server is gone stops no other, either: deleting what is out of use tells of it.
+        if let Err(Failure::ExtensionGone) = looked {
             return Err(Failure::ExtensionGone);
         }
     }

@@ -19,7 +19,7 @@ use crate::catalog::dropping;
 use crate::catalog::manifest;
 use crate::catalog::{rebuild, registry};
 use crate::ingest::append::{Target, append};
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
@@ -98,8 +98,10 @@ fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Res
 /// Writes one chunk anew, under the collection's job lock; false: there is none to be written.
 fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
     let view = View::Current;
-    // A project is dropped under this lock: nothing is stored for it behind that.
-    locks::transaction(LockOn::Manifest(collection_id));
+    let Some(collection) = registry::collection_by_id(view, collection_id)? else {
+        return Ok(false);
+    };
+    dropping::lock_manifest(collection.project_id, collection_id)?;
     let due = deletion::next_reduced_chunk(view, collection_id, worth.share, worth.age_s)?;
     let Some(chunk_id) = due else {
         return Ok(false);
@@ -225,7 +227,7 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
 /// Last transaction: the new file for the old one.
 fn commit(step: &Step) -> Result<()> {
     let (old, home) = (&step.old, &step.home);
-    locks::transaction(LockOn::Manifest(home.collection.id));
+    dropping::lock_manifest(home.project.id, home.collection.id)?;
     if registry::collection_by_id(View::Current, home.collection.id)?.is_none() {
         // Dropped meanwhile; the object goes by its intent.
         return Ok(());

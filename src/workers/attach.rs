@@ -150,7 +150,7 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
         .map_err(Failure::Error)?
         .map_err(error)?;
     if files.is_empty() {
-        return Err(error(FilesError::NoFile(place.pattern.clone())));
+        return Err(error(FilesError::NoFile(place.called())));
     }
     let spec = Spec {
         format,
@@ -201,12 +201,13 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
             format: request.format.as_deref(),
             n: found.rows as i64,
         })?;
-        for storage_id in &storages {
-            orphans::unqueue_known(*storage_id)?;
-        }
         ddl::create_attached(&project, &request.name, &columns)?;
         audit::store_expected()
     })?;
+    // However many they are, nobody else waits; and each is looked at once more before it is deleted.
+    for storage_id in &storages {
+        xact::worker(|| orphans::unqueue_known(*storage_id))?;
+    }
     Ok(left_out.into_iter().map(|(name, _)| name).collect())
 }
 

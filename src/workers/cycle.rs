@@ -474,7 +474,7 @@ impl<'a> Cycle<'a> {
         match outcome {
             Ok(value) => {
                 if self.back_off.remove(&(step, id)).is_some() {
-                    xact::worker(|| job::succeeded(step.name(), id))?;
+                    xact::in_passing(|| job::succeeded(step.name(), id))?;
                 }
                 Ok(Some(value))
             }
@@ -482,7 +482,7 @@ impl<'a> Cycle<'a> {
             Err(Failure::Error(error)) => {
                 self.put_off(step, id);
                 error.clone().warn();
-                xact::worker(|| job::failed(step.name(), id, &error.message))?;
+                xact::in_passing(|| job::failed(step.name(), id, &error.message))?;
                 Ok(None)
             }
         }

@@ -18,7 +18,7 @@ use crate::catalog::retention::{self, Keep};
 use crate::catalog::{audit, inbox, registry};
 use crate::files::load;
 use crate::ingest::digest;
-use crate::pg::locks::{LockOn, SessionLock};
+use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, not_null, security, shared, wait};
@@ -334,11 +334,14 @@ fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failur
     Ok(json!(rows))
 }
 
-/// The collections of a scope.
+/// The collections of a scope; of all projects but those that some transaction is dropping.
 fn targets(scope: &Scope) -> std::result::Result<Vec<Collection>, Failure> {
-    let targets = xact::worker(|| {
+    let mut targets = xact::worker(|| {
         registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())
     })?;
+    if scope.projects.is_none() {
+        targets.retain(|collection| locks::is_free(LockOn::Project(collection.project_id)));
+    }
     match &scope.collection {
         Some(name) if targets.is_empty() => Err(Failure::Error(
             PgError::new("42704", format!("collection \"{name}\" does not exist"))

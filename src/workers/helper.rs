@@ -153,18 +153,18 @@ pub extern "C-unwind" fn rakam_helper_main(argument: pg_sys::Datum) {
     }
 }
 
-/// Notes how a step ended; false: the extension is gone.
+/// Notes how a step ended, unless the row is that of a project which some transaction is dropping; false: the extension is gone.
 fn note(step: &'static str, id: i32, outcome: Result<(), Failure>) -> bool {
     let noted = match outcome {
-        Ok(()) => xact::worker(|| job::succeeded(step, id)),
+        Ok(()) => xact::in_passing(|| job::succeeded(step, id)),
         Err(Failure::ExtensionGone) => return false,
         Err(Failure::Error(error)) => {
             error.clone().warn();
-            xact::worker(|| job::failed(step, id, &error.message))
+            xact::in_passing(|| job::failed(step, id, &error.message))
         }
     };
     match noted {
-        Ok(()) => true,
+        Ok(_) => true,
         Err(Failure::ExtensionGone) => false,
         Err(Failure::Error(error)) => {
             error.warn();

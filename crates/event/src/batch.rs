@@ -143,6 +143,13 @@ impl BatchBuilder {
         Ok(builder)
     }
 
+    /// For events that are stored as they came: they may have come with a dump.
+    pub fn of_stored(schema: &Schema, layout: Layout, limits: &Limits) -> Result<Self, EventError> {
+        let mut builder = Self::new(schema, layout, limits)?;
+        builder.dropped.clone_from(&schema.dropped);
+        Ok(builder)
+    }
+
     pub fn new(schema: &Schema, layout: Layout, limits: &Limits) -> Result<Self, EventError> {
         let stored = layout == Layout::Stored;
         let xid = schema::arrow_field(schema::XID_FIELD_ID, schema::XID, FieldType::Int8);
@@ -207,7 +214,7 @@ impl BatchBuilder {
             fields,
             extra_text: ObjectWriter::default(),
             max_string_bytes: limits.max_string_bytes,
-            dropped: schema.dropped.clone(),
+            dropped: schema.dropped.iter().map(DroppedField::for_new).collect(),
             log: stored.then(InvalidLog::default),
             rows: 0,
             bytes: 0,

@@ -25,7 +25,7 @@ impl Discovery {
             known: types.len(),
             types,
             room: room(schema, max_fields),
-            dropped: schema.dropped.clone(),
+            dropped: schema.dropped.iter().map(DroppedField::for_new).collect(),
         }
     }
 

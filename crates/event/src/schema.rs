@@ -91,6 +91,16 @@ pub struct DroppedField {
 }
 
 impl DroppedField {
+    /// The same for events that are made into columns now, by this server: their transaction ids are its own, whatever time
+    /// of receipt they are given.
+    pub fn for_new(&self) -> Self {
+        let is_own = self.at_us >= self.own_since_us;
+        Self {
+            own_since_us: if is_own { i64::MIN } else { self.own_since_us },
+            ..self.clone()
+        }
+    }
+
     /// Whether the field was dropped after the event: what the event has under the name is gone. Both marks have
     /// to say so, since a transaction that began before the drop may still send events after it; of what may be from another
     /// server the clock alone.

@@ -197,6 +197,49 @@ fn read_quoted(
     }
 }
 
+/// How many bytes at the front of `bytes` belong to a record whose beginning is gone, and whether it ends behind them. What the
+/// byte after it may give another meaning is left for later, unless there will be none.
+fn pass_over(
+    bytes: &[u8],
+    ended: bool,
+    options: &CsvOptions,
+    marks: Marks,
+    quoted: &mut bool,
+) -> (usize, bool) {
+    let (quote, escape) = (options.quote, options.escape);
+    let mut at = 0;
+    loop {
+        let rest = &bytes[at..];
+        at += match *quoted {
+            true => memchr::memchr2(quote, escape, rest).unwrap_or(rest.len()),
+            false => marks.plain(rest),
+        };
+        let Some(&byte) = bytes.get(at) else {
+            return (at, ended);
+        };
+        let next = bytes.get(at + 1).copied();
+        if next.is_none() && !ended && (*quoted || byte == b'\r') {
+            return (at, false);
+        }
+        at += 1;
+        if *quoted {
+            let is_escaped = next.is_some_and(|next| next == quote || next == escape);
+            if byte == escape && is_escaped {
+                at += 1;
+            } else {
+                *quoted = byte != quote;
+            }
+        } else if byte == quote {
+            *quoted = true;
+        } else if byte == b'\n' {
+            return (at, true);
+        } else if byte == b'\r' {
+            // The end of a line, of one byte or two.
+            return (at + usize::from(next == Some(b'\n')), true);
+        }
+    }
+}
+
 /// A text column in the making.
 #[derive(Default)]
 struct TextColumn {
@@ -269,7 +312,13 @@ impl CsvSource {
             if self.window.ended() && self.window.bytes().is_empty() {
                 return Ok(());
             }
-            let length = self.read(&mut record)?;
+            let Some(length) = self.read(&mut record)? else {
+                return Err(FilesError::RecordTooLarge {
+                    name: self.name.clone(),
+                    line: self.position.line + 1,
+                    limit: self.max_record_bytes,
+                });
+            };
             // Blank lines before the header say nothing.
             let blank = record.is_empty_cell();
             if !self.options.header {
@@ -300,23 +349,46 @@ impl CsvSource {
         Ok(())
     }
 
-    /// Reads the next record, which is not taken off yet; its length.
-    fn read(&mut self, record: &mut Record) -> Result<usize, FilesError> {
+    /// Reads the next record, which is not taken off yet; its length. None: it is too long.
+    fn read(&mut self, record: &mut Record) -> Result<Option<usize>, FilesError> {
         loop {
             let ended = self.window.ended();
             let bytes = self.window.bytes();
             if let Some(length) = read_record(bytes, ended, &self.options, self.marks, record) {
-                return Ok(length);
+                return Ok(Some(length));
             }
             if self.window.bytes().len() > self.max_record_bytes {
-                return Err(FilesError::RecordTooLarge {
-                    name: self.name.clone(),
-                    line: self.position.line + 1,
-                    limit: self.max_record_bytes,
-                });
+                return Ok(None);
             }
             self.window.fill()?;
         }
+    }
+
+    /// Takes a record off that is too long, of which no more is kept than there is now.
+    fn skip_long_record(&mut self) -> Result<BadRow, FilesError> {
+        let limit = self.max_record_bytes;
+        let error = format!("record is over the limit of {limit} bytes");
+        let mut bad = BadRow::new(self.position.line + 1, self.window.bytes(), error);
+        let mut quoted = false;
+        loop {
+            let (length, is_end) = pass_over(
+                self.window.bytes(),
+                self.window.ended(),
+                &self.options,
+                self.marks,
+                &mut quoted,
+            );
+            self.advance(length);
+            if is_end {
+                break;
+            }
+            self.window.fill()?;
+        }
+        if quoted {
+            // It has taken all that came after it.
+            bad.error = NOT_CLOSED.to_owned();
+        }
+        Ok(bad)
     }
 
     /// Whether the first `length` bytes of the window are UTF-8. Looks at all of them at once.
@@ -402,7 +474,12 @@ impl Source for CsvSource {
                 self.window.fill()?;
                 continue;
             }
-            let length = self.read(&mut record)?;
+            let Some(length) = self.read(&mut record)? else {
+                bad.push(self.skip_long_record()?);
+                bytes += self.max_record_bytes;
+                self.position.row += 1;
+                continue;
+            };
             let is_utf8 = self.is_utf8(length);
             let line = self.position.line + 1;
             let raw = &self.window.bytes()[..length];

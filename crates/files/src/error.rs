@@ -74,8 +74,13 @@ pub enum FilesError {
     },
     #[error("file \"{name}\" has two columns \"{column}\"")]
     SameColumn { name: String, column: String },
+    /// Of what is to be written.
+    #[error("column \"{0}\" specified more than once")]
+    SameName(String),
     #[error("the files have no columns")]
     NoColumns,
+    #[error("not enough memory to read file \"{0}\"")]
+    OutOfMemory(String),
     /// A bucket did not do what was asked.
     #[error("{message}")]
     Store {
@@ -163,8 +168,9 @@ impl FilesError {
             Self::BadRow { .. } => "22P04",
             Self::BadValue { .. } | Self::BadFolder { .. } => "22P02",
             Self::OtherType { .. } => "42804",
-            Self::SameColumn { .. } => "42701",
+            Self::SameColumn { .. } | Self::SameName(_) => "42701",
             Self::NoColumns => "42P16",
+            Self::OutOfMemory(_) => "53200",
             Self::Store { sqlstate, .. } => sqlstate,
             Self::Cancelled => "57014",
         }
@@ -185,6 +191,9 @@ impl FilesError {
             Self::OtherType { .. } => {
                 "Attach the files of each type apart, by a narrower pattern.".to_owned()
             }
+            Self::SameName(_) => {
+                "Give each column of the query a name of its own with AS.".to_owned()
+            }
             Self::ReservedColumn(_) => {
                 "Rename the column: _project, _collection and $server_time cannot be loaded."
                     .to_owned()
@@ -194,6 +203,10 @@ impl FilesError {
             }
             Self::NoFile(_) => {
                 "The path of a file:// url is one on the server; *, ? and [] match within a name, ** matches folders."
+                    .to_owned()
+            }
+            Self::OutOfMemory(_) => {
+                "Raise rakam.memory_limit, read fewer columns, or write the file with shorter pages and lists."
                     .to_owned()
             }
             Self::Store { hint, .. } => return hint.clone(),

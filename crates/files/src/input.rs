@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use flate2::read::MultiGzDecoder;
+use rakam_lake::cache::Memory;
 
 use crate::error::FilesError;
 use crate::format::Compression;
@@ -16,21 +17,32 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// The decompressor may keep this much of what it wrote, as log2: what `zstd` itself accepts without being told.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// Between who reads a file and who waits for it: bytes read of the file itself, for progress, and whether anybody does wait
-/// any more. Clones share both.
+/// Between who reads a file and who waits for it: bytes read of the file itself, for progress, whether anybody does wait
+/// any more, and whose memory it is. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Meter {
     bytes: Arc<AtomicU64>,
     stop: Option<Stop>,
+    memory: Option<Arc<dyn Memory>>,
 }
 
 impl Meter {
     /// Of a file whose reading ends when it is told to.
     pub fn of(stop: &Stop) -> Self {
         Self {
-            bytes: Arc::default(),
             stop: Some(stop.clone()),
+            ..Self::default()
         }
+    }
+
+    /// What a file takes beyond what every file needs is taken of this.
+    pub fn with_memory(mut self, memory: Arc<dyn Memory>) -> Self {
+        self.memory = Some(memory);
+        self
+    }
+
+    pub(crate) fn memory(&self) -> Option<Arc<dyn Memory>> {
+        self.memory.clone()
     }
 
     pub fn bytes(&self) -> u64 {

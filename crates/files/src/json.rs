@@ -13,7 +13,6 @@ use crate::source::{
 /// A file of JSON events.
 pub struct JsonSource {
     window: Window,
-    name: String,
     array: bool,
     position: Position,
     max_record_bytes: usize,
@@ -30,7 +29,6 @@ pub fn lines(
     let input = input::open(file, from.byte, meter)?;
     Ok(JsonSource {
         window: Window::new(input, &file.name),
-        name: file.name.clone(),
         array: false,
         position: from,
         max_record_bytes: spec.max_record_bytes,
@@ -109,11 +107,15 @@ impl JsonSource {
         }
     }
 
-    fn skip_long_line(&mut self) -> Result<Text, FilesError> {
-        let line = self.position.line + 1;
+    /// What is at the front, as a row that is too long.
+    fn too_long(&self) -> BadRow {
         let limit = self.max_record_bytes;
         let error = format!("event is over the limit of {limit} bytes");
-        let bad = BadRow::new(line, self.window.bytes(), error);
+        BadRow::new(self.position.line + 1, self.window.bytes(), error)
+    }
+
+    fn skip_long_line(&mut self) -> Result<Text, FilesError> {
+        let bad = self.too_long();
         loop {
             let bytes = self.window.bytes();
             if let Some(end) = memchr(b'\n', bytes) {
@@ -147,11 +149,33 @@ impl JsonSource {
                 return Ok((!bytes.is_empty()).then_some(Text::Whole(bytes.len())));
             }
             if bytes.len() > self.max_record_bytes + 1 {
-                return Err(FilesError::RecordTooLarge {
-                    name: self.name.clone(),
-                    line: self.position.line + 1,
-                    limit: self.max_record_bytes,
-                });
+                return self.skip_long_element(scan).map(Some);
+            }
+            self.window.fill()?;
+        }
+    }
+
+    /// Takes an element off that is too long, with the comma behind it. `scan` has seen what there is of it.
+    fn skip_long_element(&mut self, mut scan: Scan) -> Result<Text, FilesError> {
+        let bad = self.too_long();
+        loop {
+            let bytes = self.window.bytes();
+            if let Some(end) = scan.element_end(bytes) {
+                self.ended = bytes[end] == b']';
+                self.advance(end + 1);
+                return Ok(Text::TooLong(bad));
+            }
+            // All but a backslash whose byte has not been read yet.
+            let seen = if self.window.ended() {
+                self.ended = true;
+                bytes.len()
+            } else {
+                scan.at
+            };
+            self.advance(seen);
+            scan.at = 0;
+            if self.ended {
+                return Ok(Text::TooLong(bad));
             }
             self.window.fill()?;
         }

@@ -20,6 +20,7 @@ pub mod log;
 pub mod object;
 mod parquet_file;
 mod parquet_object;
+mod parquet_pages;
 mod parquet_rows;
 pub mod sink;
 pub mod source;

@@ -192,7 +192,8 @@ fn there(root: &Path) -> Result<PathBuf, FilesError> {
     fs::canonicalize(root).map_err(|e| FilesError::io("open", "of the storage", &e))
 }
 
-fn is_pattern(name: &str) -> bool {
+/// Whether a name has characters that stand for others: what is read under it may be several files.
+pub fn is_pattern(name: &str) -> bool {
     name.contains(['*', '?', '['])
 }
 
@@ -362,8 +363,9 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
     }
     let base = glob::Pattern::escape(&root.to_string_lossy());
     let whole = format!("{}/{pattern}", base.trim_end_matches('/'));
+    let name = called(&root, &root.join(pattern));
     let paths = glob::glob_with(&whole, MATCHING).map_err(|_| FilesError::Path {
-        path: pattern.to_owned(),
+        path: name.clone(),
         reason: "it is not a valid pattern",
     })?;
     for path in paths {
@@ -373,11 +375,11 @@ pub fn find(root: &Path, pattern: &str, confined: bool) -> Result<Vec<Found>, Fi
             found.push(file);
         }
         if found.len() > MAX_FILES {
-            return Err(too_many(pattern, "it matches more than 100,000 files"));
+            return Err(too_many(&name, "it matches more than 100,000 files"));
         }
     }
     if found.is_empty() {
-        return Err(FilesError::NoFile(called(&root, &root.join(pattern))));
+        return Err(FilesError::NoFile(name));
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
@@ -471,7 +473,8 @@ fn data_below(
                 found.push(file);
             }
             if found.len() > most {
-                return Err(too_many(prefix, "there are too many files below it"));
+                let name = called(&root, &root.join(prefix));
+                return Err(too_many(&name, "there are too many files below it"));
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! The file is anybody's: see [`rakam_lake::untrusted`]. Its footer does not say how long its texts are: a value that a
 //! dictionary has once may be that of every row. Texts are therefore read as views of the file's pages, and only so many
-//! rows are handed on as are short enough when they are written out ([`super::parquet_rows`]).
+//! rows are handed on as are short enough when they are written out ([`super::parquet_rows`]). What the pages take is counted
+//! as they come ([`super::parquet_pages`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -19,14 +20,15 @@ use parquet::basic::LogicalType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 use rakam_event::types::FieldType;
-use rakam_lake::untrusted::{self, Checked};
+use rakam_lake::untrusted;
 
 use crate::cell;
 use crate::error::FilesError;
 use crate::input::Meter;
 use crate::locate::{Found, Location};
 use crate::parquet_object::{ParquetObject, ParquetRead};
-use crate::parquet_rows::{self, Batches, Bound};
+use crate::parquet_pages::{Account, Pages};
+use crate::parquet_rows::{self, Batches, Bound, Pace};
 use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
 /// A piece of long rows has fewer of them.
@@ -85,12 +87,13 @@ impl ChunkReader for Bytewise {
     }
 }
 
-pub type Builder = ParquetRecordBatchReaderBuilder<Checked<Bytewise>>;
+pub type Builder = ParquetRecordBatchReaderBuilder<Pages>;
 
 /// A file that is anybody's.
 pub struct ParquetFile {
     name: String,
     bytes: Bytewise,
+    account: Account,
 }
 
 impl ParquetFile {
@@ -106,41 +109,49 @@ impl ParquetFile {
         let own = Self {
             name: file.name.clone(),
             bytes,
+            account: Account::default(),
         };
         let builder = own.contained(|| {
-            let bytes = Checked::new(own.bytes.clone())?;
-            let told = ArrowReaderMetadata::load(&bytes, ArrowReaderOptions::new())?;
+            let pages = Pages::new(own.bytes.clone(), &own.account)?;
+            let told = ArrowReaderMetadata::load(&pages, ArrowReaderOptions::new())?;
             let options =
                 ArrowReaderOptions::new().with_schema(parquet_rows::with_views(told.schema()));
             // As they are, if the library does not take its own types back.
             let viewed = ArrowReaderMetadata::try_new(told.metadata().clone(), options);
-            Ok(Builder::new_with_metadata(bytes, viewed.unwrap_or(told)))
+            Ok(Builder::new_with_metadata(pages, viewed.unwrap_or(told)))
         })?;
         let builder = builder.map_err(|e| own.failed(e))?;
         Ok((own, builder))
     }
 
-    /// A reader of these row groups, of which only these columns are wanted, as many rows at a time as the bound allows.
+    /// A reader of these row groups, of which only these columns are wanted, as many rows at a time as the bound allows. What
+    /// their pages take is that of who waits for it, by the meter.
     pub fn build(
         &self,
         builder: Builder,
         groups: Vec<usize>,
         mask: ProjectionMask,
         bound: Bound,
+        meter: &Meter,
     ) -> Result<Batches, FilesError> {
+        let metadata = builder.metadata();
         if let Bytewise::Object(object) = &self.bytes {
-            object.expect(builder.metadata(), &groups, &mask);
+            object.expect(metadata, &groups, &mask);
         }
-        let row_bytes = parquet_rows::row_bytes(builder.metadata(), &groups, &mask);
-        let rows = bound.rows_of(row_bytes);
+        let row_bytes = parquet_rows::row_bytes(metadata, &groups, &mask);
+        let pace = Pace::new(metadata, &groups, &mask, bound.rows_of(row_bytes));
+        let memory = meter.memory();
+        self.account
+            .expect(metadata, &groups, &mask, pace.at_once, memory);
         let builder = builder
-            .with_batch_size(rows)
+            .with_batch_size(pace.at_once)
             .with_projection(mask)
             .with_row_groups(groups);
         let reader = self
             .contained(|| builder.build())?
             .map_err(|e| self.failed(e))?;
-        Ok(Batches::new(reader, bound, row_bytes))
+        let account = &self.account;
+        Ok(Batches::new(reader, bound, row_bytes, pace, account))
     }
 
     /// The next rows. Their texts are views: [`crate::cell::plain`] makes plain columns of them.
@@ -158,6 +169,9 @@ impl ParquetFile {
 
     /// What was wrong with the fetching of the file, if that is why; else what is wrong with the file.
     fn because(&self, own: impl FnOnce(&str) -> FilesError) -> FilesError {
+        if self.account.is_refused() {
+            return FilesError::OutOfMemory(self.name.clone());
+        }
         let failure = match &self.bytes {
             Bytewise::Object(object) => object.failure(),
             Bytewise::File(_) => None,
@@ -236,7 +250,7 @@ impl ParquetSource {
         let kept = (first..groups.len()).collect();
         let bytes = file.bytes.len();
         let builder = builder.with_offset(usize::try_from(skip).unwrap_or(usize::MAX));
-        let batches = file.build(builder, kept, ProjectionMask::all(), PIECE)?;
+        let batches = file.build(builder, kept, ProjectionMask::all(), PIECE, meter)?;
         if batches.row_bytes() > ROW_BYTES_MAX {
             return Err(FilesError::RecordTooLarge {
                 name: found.name.clone(),
@@ -281,6 +295,10 @@ impl Source for ParquetSource {
                 ..Position::default()
             },
         }))
+    }
+
+    fn next_bytes(&self) -> u64 {
+        self.batches.next_bytes()
     }
 
     fn declared(&self) -> &[(String, FieldType)] {

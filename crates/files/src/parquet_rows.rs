@@ -3,18 +3,26 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
-use parquet::basic::Type as PhysicalType;
-use parquet::file::metadata::ParquetMetaData;
+use parquet::basic::{Encoding, Type as PhysicalType};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::schema::types::ColumnDescriptor;
+
+use crate::parquet_pages::Account;
 
 /// A view of a text.
 const VIEW_BYTES: u64 = 16;
 /// What the reader keeps of each value of a list beside it: its levels.
 const LEVELS_BYTES: u64 = 4;
+/// Rows that are decoded at a time where texts are written out, in all such columns together; and of one at least.
+const WRITTEN_ROWS: usize = 64;
+const WRITTEN_ROWS_MIN: usize = 4;
+/// What the reader takes for the texts of such a column each time, however short they are.
+const WRITTEN_BYTES: u64 = 4096;
 
 /// Rows that are handed on at a time, and their bytes as plain columns. One row may have more.
 #[derive(Debug, Clone, Copy)]
@@ -84,8 +92,52 @@ pub fn row_bytes(metadata: &ParquetMetaData, groups: &[usize], mask: &Projection
         .unwrap_or(0)
 }
 
+/// Whether texts of a column may be written out whatever is done: those that are made one of the other (DELTA_BYTE_ARRAY) lie
+/// nowhere in the file for a view to show, so that each may be as long as all that the page has.
+pub fn is_written_out(column: &ColumnChunkMetaData) -> bool {
+    column.column_type() == PhysicalType::BYTE_ARRAY
+        && column.encodings_mask().is_set(Encoding::DELTA_BYTE_ARRAY)
+}
+
+/// How rows are decoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Of a batch,
+    pub rows: usize,
+    /// and of its parts.
+    pub at_once: usize,
+    /// What a part takes beside its values.
+    pub part_bytes: u64,
+}
+
+impl Pace {
+    pub fn new(
+        metadata: &ParquetMetaData,
+        groups: &[usize],
+        mask: &ProjectionMask,
+        rows: usize,
+    ) -> Self {
+        let written_out = |group: usize| {
+            let columns = metadata.row_group(group).columns().iter().enumerate();
+            columns
+                .filter(|(leaf, column)| mask.leaf_included(*leaf) && is_written_out(column))
+                .count()
+        };
+        let columns = groups.iter().map(|&group| written_out(group)).max();
+        let columns = columns.unwrap_or(0);
+        Self {
+            rows,
+            at_once: match columns {
+                0 => rows,
+                columns => rows.min((WRITTEN_ROWS / columns).max(WRITTEN_ROWS_MIN)),
+            },
+            part_bytes: columns as u64 * WRITTEN_BYTES,
+        }
+    }
+}
+
 /// The bytes of a value in memory, but for the text that a view shows.
-fn value_bytes(column: &ColumnDescriptor) -> u64 {
+pub fn value_bytes(column: &ColumnDescriptor) -> u64 {
     let own = match column.physical_type() {
         PhysicalType::BOOLEAN => 1,
         PhysicalType::INT32 | PhysicalType::FLOAT => 4,
@@ -104,6 +156,8 @@ pub struct Batches {
     reader: ParquetRecordBatchReader,
     bound: Bound,
     row_bytes: u64,
+    pace: Pace,
+    account: Account,
     /// What has been read and not been handed on.
     rest: Option<Rest>,
 }
@@ -116,11 +170,20 @@ struct Rest {
 }
 
 impl Batches {
-    pub fn new(reader: ParquetRecordBatchReader, bound: Bound, row_bytes: u64) -> Self {
+    /// `reader` decodes as many rows at a time as `pace` says, and `account` is that of its pages.
+    pub fn new(
+        reader: ParquetRecordBatchReader,
+        bound: Bound,
+        row_bytes: u64,
+        pace: Pace,
+        account: &Account,
+    ) -> Self {
         Self {
             reader,
             bound,
             row_bytes,
+            pace,
+            account: account.clone(),
             rest: None,
         }
     }
@@ -139,8 +202,8 @@ impl Batches {
     pub fn next(&mut self) -> Option<Result<RecordBatch, ArrowError>> {
         let mut rest = match self.rest.take() {
             Some(rest) => rest,
-            None => match self.reader.next()? {
-                Ok(batch) => Rest::new(batch),
+            None => match self.read() {
+                Ok(rest) => rest?,
                 Err(error) => return Some(Err(error)),
             },
         };
@@ -148,21 +211,50 @@ impl Batches {
         self.rest = (rest.at < rest.batch.num_rows()).then_some(rest);
         Some(Ok(next))
     }
-}
 
-impl Rest {
-    fn new(batch: RecordBatch) -> Self {
-        let mut lengths = vec![0; batch.num_rows()];
-        for column in batch.columns() {
-            add_lengths(column, &mut lengths);
+    /// Decodes the next rows, part by part, until there are as many as a batch may have, or their texts are.
+    fn read(&mut self) -> Result<Option<Rest>, ArrowError> {
+        let Pace {
+            rows,
+            at_once,
+            part_bytes,
+        } = self.pace;
+        self.account.next_batch();
+        let (mut parts, mut lengths) = (Vec::new(), Vec::new());
+        let mut bytes: u64 = 0;
+        while parts.is_empty() || lengths.len() + at_once <= rows && bytes < self.bound.bytes {
+            let Some(part) = self.reader.next().transpose()? else {
+                break;
+            };
+            let of_part = lengths_of(&part);
+            bytes = bytes.saturating_add(part_bytes);
+            bytes = bytes.saturating_add(of_part.iter().sum());
+            lengths.extend(of_part);
+            parts.push(part);
         }
-        Self {
+        let batch = match &parts[..] {
+            [] => return Ok(None),
+            [part] => part.clone(),
+            [first, ..] => concat_batches(&first.schema(), &parts)?,
+        };
+        Ok(Some(Rest {
             batch,
             lengths,
             at: 0,
-        }
+        }))
     }
+}
 
+/// The bytes of each row's texts.
+fn lengths_of(batch: &RecordBatch) -> Vec<u64> {
+    let mut lengths = vec![0; batch.num_rows()];
+    for column in batch.columns() {
+        add_lengths(column, &mut lengths);
+    }
+    lengths
+}
+
+impl Rest {
     /// The rows from the first on whose texts are of so many bytes, at least one.
     fn next(&mut self, bytes: u64) -> RecordBatch {
         let mut sum: u64 = 0;

@@ -1,5 +1,6 @@
 //! Writing rows to a file: Parquet, CSV as COPY writes it, or one JSON object a line.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,7 @@ use parquet::file::properties::WriterProperties;
 use parquet::schema::types::{SchemaDescriptor, Type};
 use rakam_event::coerce::Value;
 use rakam_event::column::Column;
+use rakam_event::json;
 use rakam_event::types::FieldType;
 
 use crate::error::FilesError;
@@ -316,6 +318,8 @@ pub struct Sink {
 
 impl Sink {
     /// Writes to `file`, which is called `name`; its suffix says how text is compressed.
+    ///
+    /// Error: 42701 two columns of one name, of which readers see one; where lines have the names, the first of them.
     pub fn new(
         file: Destination,
         name: &str,
@@ -323,6 +327,7 @@ impl Sink {
         columns: &[(String, ColumnType)],
     ) -> Result<Self, FilesError> {
         let form = row_form(format)?;
+        ensure_different(columns.iter().map(|(name, _)| name.as_str()))?;
         let failed = |e| FilesError::io("write", name, &e);
         let compression = Compression::of_name(name);
         let kind = if form == RowForm::Values {
@@ -451,6 +456,12 @@ impl Sink {
 
     /// Appends a JSON text as a line.
     pub fn line(&mut self, json: &str) -> Result<(), FilesError> {
+        if self.bytes == 0 {
+            let mut names = Vec::new();
+            // Not ours to judge if it is no object.
+            let _walked = json::object_entries(json, |name, _| names.push(name.to_owned()));
+            ensure_different(names.iter().map(String::as_str))?;
+        }
         self.line.clear();
         self.line.extend_from_slice(json.as_bytes());
         self.end_line()
@@ -495,6 +506,16 @@ impl Sink {
             }
         }
     }
+}
+
+fn ensure_different<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), FilesError> {
+    let mut seen = HashSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(FilesError::SameName(name.to_owned()));
+        }
+    }
+    Ok(())
 }
 
 fn parquet_failed(name: &str, error: ParquetError) -> FilesError {
@@ -611,6 +632,28 @@ mod tests {
             sink.cells([end, end].into_iter()).unwrap();
         });
         assert_eq!(two, "a,b\n\\.,\\.\n");
+    }
+
+    #[test]
+    fn columns_have_names_of_their_own() {
+        let column = |name: &str| (name.to_owned(), ColumnType::Field(FieldType::Text));
+        let sink = |name: &str, columns: &[(String, ColumnType)]| {
+            let to = Destination::Gathered(Gathered::default());
+            Sink::new(to, name, Format::of_name(name).unwrap(), columns)
+        };
+        for name in ["x.csv", "x.parquet"] {
+            assert!(sink(name, &[column("a"), column("A")]).is_ok());
+            let refused = sink(name, &[column("a"), column("b"), column("a")]);
+            assert_eq!(
+                refused.map(drop),
+                Err(FilesError::SameName("a".to_owned())),
+                "{name}"
+            );
+        }
+        let mut lines = sink("x.ndjson", &[column("line")]).unwrap();
+        let refused = lines.line(r#"{"a":1,"b":{"a":2},"\u0061":3}"#);
+        assert_eq!(refused, Err(FilesError::SameName("a".to_owned())));
+        lines.line(r#"{"a":1,"b":{"a":2}}"#).unwrap();
     }
 
     #[test]

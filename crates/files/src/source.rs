@@ -101,6 +101,11 @@ pub trait Source: Send {
     /// The next piece; None at the end.
     fn next(&mut self) -> Result<Option<Piece>, FilesError>;
 
+    /// About the memory that the next call of [`Self::next`] needs; 0 where only the rows will tell.
+    fn next_bytes(&self) -> u64 {
+        0
+    }
+
     /// Columns whose type the file itself declares, by their names in the file.
     fn declared(&self) -> &[(String, FieldType)] {
         &[]
@@ -113,7 +118,7 @@ pub struct Spec {
     /// None: by each file's suffix.
     pub format: Option<Format>,
     pub options: Options,
-    /// A record may be so large; a larger one of a text format is a bad row, or ends the reading.
+    /// A record may be so large; a larger one of a text format is a bad row.
     pub max_record_bytes: usize,
 }
 

@@ -159,7 +159,7 @@ impl Rows {
                         // The digest decided which names are fields.
                         max_fields: 0,
                     };
-                    BatchBuilder::new(schema, layout.clone(), &limits).map_err(malformed)?
+                    BatchBuilder::of_stored(schema, layout.clone(), &limits).map_err(malformed)?
                 }
             };
             let (_, builder) = making.insert((max_string_bytes, builder));

@@ -114,6 +114,8 @@ pub enum StopReason {
     Gone,
     #[error("its stream has no record \"{0}\": it was made anew")]
     UnknownRecord(String),
+    #[error("records from \"{0}\" on may have been deleted before they were read")]
+    Trimmed(String),
     #[error("the object has changed since it was found")]
     Changed,
     #[error("{0}")]

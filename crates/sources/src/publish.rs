@@ -9,7 +9,8 @@
 //! wrote it are used, not those that it gets later: with them, a key would go on in another partition, which a reader may be
 //! ahead in.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use rakam_event::names;
@@ -69,23 +70,35 @@ pub struct Refused {
 
 /// What a publisher struggles with while it goes on trying; shared with whoever waits for it.
 #[derive(Debug, Clone, Default)]
-pub struct Trouble(Arc<Mutex<Option<String>>>);
+pub struct Trouble(Arc<Mutex<Option<(String, Instant)>>>);
 
 impl Trouble {
     pub fn of(error: String) -> Self {
-        Self(Arc::new(Mutex::new(Some(error))))
+        Self(Arc::new(Mutex::new(Some((error, Instant::now())))))
+    }
+
+    fn present(&self) -> MutexGuard<'_, Option<(String, Instant)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In words.
     pub fn get(&self) -> Option<String> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.lasting(Duration::ZERO)
+    }
+
+    /// In words, if there was no moment without any for so long.
+    pub fn lasting(&self, time: Duration) -> Option<String> {
+        let present = self.present();
+        let (error, since) = present.as_ref()?;
+        (since.elapsed() >= time).then(|| error.clone())
     }
 
     pub(crate) fn set(&self, error: Option<SourceError>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = error.map(|e| e.to_string());
+        let mut present = self.present();
+        let since = present
+            .as_ref()
+            .map_or_else(Instant::now, |(_, since)| *since);
+        *present = error.map(|e| (e.to_string(), since));
     }
 }
 

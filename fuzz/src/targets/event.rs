@@ -90,6 +90,7 @@ fn stored(declared: &[(String, FieldType)], texts: &[&str], limits: &Limits) {
         name: "gone".to_owned(),
         xid: STAMP.xid + 1,
         at_us: STAMP.received_at_us,
+        own_since_us: i64::MIN,
     };
     let schema = roads::schema(true, declared).with_dropped(vec![dropped]);
     let mut builder = BatchBuilder::new(&schema, Layout::Stored, limits).unwrap();

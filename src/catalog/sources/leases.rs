@@ -4,6 +4,8 @@
 //! splits that it moves. So a process that was stopped for long, or that lost the connection to everybody else, can store
 //! nothing once somebody else has its splits, and nobody has to ask it.
 
+use std::collections::HashSet;
+
 use rakam_sources::batch::{Batch, written_us};
 use rakam_sources::position::Position;
 use rakam_sources::source::Lag;
@@ -75,16 +77,20 @@ pub fn take(source_id: i32, seen: &[Lease], holder: i32) -> Result<Vec<Taken>> {
     )
 }
 
-/// Gives splits back that this process reads no more.
-pub fn release(source_id: i32, held: &[(String, i64)]) -> Result<()> {
+/// Gives splits back that this process reads no more. Those that somebody is changing stay its own: it answers the others.
+pub fn release(source_id: i32, held: &[(String, i64)]) -> Result<Vec<String>> {
     let (splits, epochs) = columns(held.iter().map(|(split, epoch)| (split, *epoch)));
-    spi::execute(
-        "UPDATE rakam_internal.source_split s SET holder = NULL
-         FROM ROWS FROM (unnest($2::text[]), unnest($3::int8[])) n(split, epoch)
-         WHERE s.source_id = $1 AND s.split = n.split AND s.epoch = n.epoch",
+    spi::query(
+        View::Current,
+        "WITH free AS MATERIALIZED (
+           SELECT s.split FROM rakam_internal.source_split s
+           JOIN ROWS FROM (unnest($2::text[]), unnest($3::int8[])) n(split, epoch) ON s.split = n.split AND s.epoch = n.epoch
+           WHERE s.source_id = $1 FOR NO KEY UPDATE OF s SKIP LOCKED)
+         UPDATE rakam_internal.source_split s SET holder = NULL
+         FROM free WHERE s.source_id = $1 AND s.split = free.split RETURNING s.split",
         &[arg(source_id), arg(splits), arg(epochs)],
-    )?;
-    Ok(())
+        |row| row.must(1),
+    )
 }
 
 fn columns<'a>(leases: impl Iterator<Item = (&'a String, i64)>) -> (Vec<String>, Vec<i64>) {
@@ -179,8 +185,8 @@ pub fn advance(
     Ok(Claim::Ours)
 }
 
-/// Notes how far behind their ends splits are.
-pub fn note_lag(source_id: i32, lags: &[(String, Option<Lag>)]) -> Result<()> {
+/// Notes how far behind their ends splits are; answers of which. Those that somebody is changing are left for the next time.
+pub fn note_lag(source_id: i32, lags: &[(String, Option<Lag>)]) -> Result<HashSet<String>> {
     let (mut splits, mut records, mut ms) = (vec![], vec![], vec![]);
     for (split, lag) in lags {
         splits.push(split.clone());
@@ -192,12 +198,17 @@ pub fn note_lag(source_id: i32, lags: &[(String, Option<Lag>)]) -> Result<()> {
         records.push(r);
         ms.push(m);
     }
-    spi::execute(
-        "UPDATE rakam_internal.source_split s SET lag_records = n.records, lag_ms = n.ms
-         FROM ROWS FROM (unnest($2::text[]), unnest($3::int8[]), unnest($4::int8[])) n(split, records, ms)
-         WHERE s.source_id = $1 AND s.split = n.split AND s.state = 'open'
-           AND (s.lag_records, s.lag_ms) IS DISTINCT FROM (n.records, n.ms)",
+    let noted = spi::query(
+        View::Current,
+        "WITH free AS MATERIALIZED (
+           SELECT s.split, n.records, n.ms FROM rakam_internal.source_split s
+           JOIN ROWS FROM (unnest($2::text[]), unnest($3::int8[]), unnest($4::int8[])) n(split, records, ms)
+             ON s.split = n.split
+           WHERE s.source_id = $1 AND s.state = 'open' FOR NO KEY UPDATE OF s SKIP LOCKED)
+         UPDATE rakam_internal.source_split s SET lag_records = free.records, lag_ms = free.ms
+         FROM free WHERE s.source_id = $1 AND s.split = free.split RETURNING s.split",
         &[arg(source_id), arg(splits), arg(records), arg(ms)],
+        |row| row.must(1),
     )?;
-    Ok(())
+    Ok(noted.into_iter().collect())
 }

@@ -335,7 +335,7 @@ impl Consumer {
             .min(AGAIN_MAX);
         *attempts += 1;
         *until = Instant::now() + pause;
-        xact::worker(|| sources::note_trouble(id, Some(&error.message)))
+        xact::worker(|| sources::note_trouble(id, Some(&error.message))).map(drop)
     }
 
     fn hear(&mut self, told: Told) -> std::result::Result<(), Failure> {

@@ -19,6 +19,7 @@ use crate::catalog::projects::Quota;
 use crate::catalog::sources::leases::{self, Claim};
 use crate::catalog::sources::{self, Source};
 use crate::ingest::stream::{Prepared, Stream};
+use crate::pg::locks::{self, LockOn};
 use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc};
@@ -34,9 +35,11 @@ const PROBE_MIN: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// One for which there is no room now is asked about more often, since that costs little: it is prepared already.
-const ROOM_RETRY_MAX: Duration = Duration::from_secs(1);
+const ROOM_RETRY_MAX: Duration = Duration::from_millis(100);
 /// It is prepared anew after so long: its events were received when they were prepared.
 const PREPARED_FOR: Duration = Duration::from_secs(60);
+/// Nothing is stored for a project that some transaction is dropping; it is asked again so often.
+const BEING_DROPPED: Duration = Duration::from_secs(1);
 /// A window of de-duplication is noted in so many parts.
 const MARKS_PER_WINDOW: f64 = 16.0;
 const MARKS_INTERVAL: Duration = Duration::from_secs(60);
@@ -191,12 +194,12 @@ impl Reading {
         self.has_new = false;
         let held = &self.held;
         let (share, taken) = xact::worker(|| {
-            let share = share(id, &leases::open(id)?, held, among);
+            let mut share = share(id, &leases::open(id)?, held, among);
             let give_back: Vec<(String, i64)> = (share.give_back.iter())
                 .filter_map(|split| Some((split.clone(), *held.get(split)?)))
                 .collect();
             if !give_back.is_empty() {
-                leases::release(id, &give_back)?;
+                share.give_back = leases::release(id, &give_back)?;
             }
             let taken = match share.take.is_empty() {
                 true => Vec::new(),
@@ -339,6 +342,14 @@ impl Reading {
         let Some(batch) = self.queue.front_mut() else {
             return Ok(false);
         };
+        // Its transaction would wait for the one that drops the project, and with it all that this process reads.
+        if !locks::is_free(LockOn::Project(self.source.project_id)) {
+            self.retry_at = Some(Instant::now() + BEING_DROPPED);
+            self.prepared = prepared;
+            self.trouble.storing = Some("the project is being dropped by a transaction".to_owned());
+            self.note_trouble()?;
+            return Ok(false);
+        }
         if prepared.is_none() && Copies::concern(batch) {
             self.copies.remove_from(Arc::make_mut(batch));
         }
@@ -451,8 +462,12 @@ impl Reading {
             return Ok(());
         }
         let id = self.source.id;
-        xact::worker(|| leases::note_lag(id, &changed))?;
-        self.lags.extend(changed);
+        let noted = xact::worker(|| leases::note_lag(id, &changed))?;
+        (self.lags).extend(
+            changed
+                .into_iter()
+                .filter(|(split, _)| noted.contains(split)),
+        );
         Ok(())
     }
 
@@ -487,8 +502,9 @@ impl Reading {
             return Ok(());
         }
         let id = self.source.id;
-        xact::worker(|| sources::note_trouble(id, now.as_deref()))?;
-        self.trouble.noted = Some(now);
+        if xact::worker(|| sources::note_trouble(id, now.as_deref()))? {
+            self.trouble.noted = Some(now);
+        }
         Ok(())
     }
 
@@ -500,7 +516,7 @@ impl Reading {
             return Ok(());
         }
         let id = self.source.id;
-        xact::worker(|| leases::release(id, &held))
+        xact::worker(|| leases::release(id, &held)).map(drop)
     }
 }
 

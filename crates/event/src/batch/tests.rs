@@ -381,6 +381,13 @@ fn an_event_from_before_a_drop_has_no_value_of_the_field() {
             ..field
         })
     };
+    // Dropped here before the event was sent, which is given an older time of receipt.
+    let given = dropped.clone().map(|field| schema::DroppedField {
+        xid: STAMP.xid - 1,
+        at_us: NOW + 2,
+        own_since_us: NOW + 1,
+        ..field
+    });
     let event = r#"{"color":"red","n":1,"_extra":{"shade":"blue","m":2}}"#;
     let gone = Some(r#"{"n":1,"m":2}"#);
     let there = Some(r#"{"color":"red","n":1,"shade":"blue","m":2}"#);
@@ -388,6 +395,7 @@ fn an_event_from_before_a_drop_has_no_value_of_the_field() {
         (dropped.to_vec(), gone),
         (restored(NOW + 1).to_vec(), gone),
         (restored(NOW).to_vec(), there),
+        (given.to_vec(), there),
         (Vec::new(), there),
     ] {
         let schema = schema(true, &[]).with_dropped(drop);

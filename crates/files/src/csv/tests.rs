@@ -147,17 +147,67 @@ fn reading_continues_where_a_piece_ended() {
 }
 
 #[test]
-fn an_endless_record_is_an_error() {
+fn a_record_that_is_too_long_is_a_bad_row() {
+    let (cell, lines) = ("x".repeat(3 << 20), "say \"\"x\"\",\n".repeat(1 << 18));
+    let content = format!("a,b\n1,2\n{cell},x\r\n3,4\r{cell}\n5,\"{lines}\"\n6,7\n");
+    let (rows, bad) = shown(content.as_bytes(), "{}");
+    let last = format!("{}: 6|7", 6 + (1 << 18));
+    assert_eq!(rows, ["2: 1|2", "4: 3|4", &last]);
+    let over = |line: u64| format!("{line}: record is over the limit of 1048576 bytes");
+    assert_eq!(bad, [3, 4, 5].map(over));
+}
+
+/// However its bytes come.
+#[test]
+fn a_record_is_passed_over_to_its_own_end() {
+    for (content, options) in [
+        ("a,b\nc", "{}"),
+        ("a\r\nc", "{}"),
+        ("a\rc", "{}"),
+        ("a\r", "{}"),
+        ("\"a\"\"\n\"\"\",\"\r\n\"x\r\nc", "{}"),
+        ("\"a\"", "{}"),
+        ("\"a\"\"", "{}"),
+        (
+            "'a\\'\n\\\\',\\'\n'\nc",
+            r#"{"quote": "'", "escape": "\\"}"#,
+        ),
+    ] {
+        let options = spec(options).options.csv("x.csv").unwrap();
+        let (bytes, marks) = (content.as_bytes(), Marks::new(&options));
+        let mut record = Record::default();
+        let length = read_record(bytes, true, &options, marks, &mut record).unwrap();
+        for step in 1..=bytes.len() {
+            let (mut at, mut end, mut quoted) = (0, step, false);
+            loop {
+                let ended = end == bytes.len();
+                let (n, is_end) = pass_over(&bytes[at..end], ended, &options, marks, &mut quoted);
+                at += n;
+                if is_end {
+                    break;
+                }
+                end = (end + step).min(bytes.len());
+            }
+            assert_eq!(at, length, "{content:?} by {step}");
+            assert_eq!(quoted, record.cells.is_empty(), "{content:?} by {step}");
+        }
+    }
+}
+
+#[test]
+fn a_header_that_is_too_long_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.csv");
-    std::fs::write(&path, format!("a,b\n1,\"{}", "x\n".repeat(1 << 20))).unwrap();
+    std::fs::write(&path, "x\n".repeat(1 << 20).replacen('x', "\"", 1)).unwrap();
     let file = Found::file(path, "x.csv");
-    let from = Position::default();
-    let mut source = CsvSource::open(&file, &spec("{}"), from, &Meter::default()).unwrap();
-    assert_eq!(
-        source.next().map(drop).map_err(|e| e.sqlstate()),
-        Err("54000")
-    );
+    let opened = CsvSource::open(&file, &spec("{}"), Position::default(), &Meter::default());
+    assert_eq!(opened.map(drop).map_err(|e| e.sqlstate()), Err("54000"));
+}
+
+#[test]
+fn an_endless_record_is_one_bad_row() {
+    let content = format!("a,b\n1,\"{}", "x\n".repeat(1 << 20));
+    check(&content, "{}", &[], &["2: a quote is not closed"]);
 }
 
 /// Whatever lies around them, and however long the cells are.

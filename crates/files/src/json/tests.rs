@@ -74,8 +74,31 @@ fn long_lines_are_bad_rows() {
             "2! event is over the limit of 1048576 bytes"
         ]
     );
+}
+
+#[test]
+fn long_elements_are_bad_rows() {
+    let over = "event is over the limit of 1048576 bytes";
     let endless = format!("[{{\"a\":\"{}", "x".repeat(2 << 20));
-    assert!(shown(endless.as_bytes(), 1 << 20)[0].contains("line 1: a record is larger"));
+    assert_eq!(shown(endless.as_bytes(), 1 << 20), [format!("1! {over}")]);
+    // Whatever is in it, and wherever what has been read ends.
+    for before in 0..4 {
+        let blanks = " ".repeat(before);
+        let text = "\\\"],{\\\\".repeat(1 << 18);
+        let list = "[{},1],".repeat(1 << 18);
+        let content = format!(
+            "[{{}},{blanks}{{\"a\":\"{text}\",\"b\":[{list}2]}}\n,\n{{\"c\":3}},\n\"{text}\"]"
+        );
+        assert_eq!(
+            shown(content.as_bytes(), 1 << 20),
+            [
+                "1: {}".to_owned(),
+                "3: {\"c\":3}".to_owned(),
+                format!("1! {over}"),
+                format!("4! {over}"),
+            ]
+        );
+    }
 }
 
 #[test]

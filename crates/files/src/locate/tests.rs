@@ -137,5 +137,13 @@ fn a_whole_path_is_shown_as_it_is() {
     ] {
         assert_eq!(missing.unwrap_err(), FilesError::NoFile(named("b.csv")));
     }
+    let invalid = find(server, &named("a[")[1..], false).unwrap_err();
+    let many = data_below(server, &named("")[1..], false, (None, 0), &|| true).unwrap_err();
+    for (error, name) in [(invalid, "a["), (many, "")] {
+        match error {
+            FilesError::Path { path, .. } => assert_eq!(path, named(name)),
+            other => panic!("{other}"),
+        }
+    }
     assert_eq!(find(&folder, "*.csv", true).unwrap()[0].name, "a.csv");
 }

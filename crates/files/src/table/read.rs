@@ -22,7 +22,6 @@ use crate::error::FilesError;
 use crate::format::{Compression, Format};
 use crate::input::Meter;
 use crate::locate::Found;
-use crate::object::Stop;
 use crate::parquet_file::{self, ParquetFile};
 use crate::parquet_rows::{Batches, Bound};
 use crate::source::{self, Position, Rows, Source, Spec, TextEvent};
@@ -117,13 +116,13 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// It ends when it is told to, with an error.
+    /// It ends when the meter's stop says so, with an error.
     pub fn open(
         part: &Part,
         spec: &Spec,
         wanted: &Arc<[Wanted]>,
         pruner: &dyn Pruner,
-        stop: &Stop,
+        meter: &Meter,
     ) -> Result<Self, FilesError> {
         let file = &part.file;
         let mut folders = HashMap::new();
@@ -149,15 +148,16 @@ impl Reader {
             return Ok(reader);
         }
         reader.input = match part.format {
-            Format::Parquet => reader.parquet(part, pruner)?,
+            Format::Parquet => reader.parquet(part, pruner, meter)?,
             format => {
-                let meter = Meter::of(stop);
                 let spec = Spec {
                     format: Some(format),
                     ..spec.clone()
                 };
-                let source = source::open(file, &spec, Position::default(), &meter)?;
-                Input::Rows { source, meter }
+                Input::Rows {
+                    source: source::open(file, &spec, Position::default(), meter)?,
+                    meter: meter.clone(),
+                }
             }
         };
         Ok(reader)
@@ -229,7 +229,12 @@ impl Reader {
         }
     }
 
-    fn parquet(&mut self, part: &Part, pruner: &dyn Pruner) -> Result<Input, FilesError> {
+    fn parquet(
+        &mut self,
+        part: &Part,
+        pruner: &dyn Pruner,
+        meter: &Meter,
+    ) -> Result<Input, FilesError> {
         let name = &self.name;
         if Compression::of_name(name) != Compression::None {
             return Err(parquet_file::compressed(name));
@@ -279,7 +284,7 @@ impl Reader {
             rows: BATCH_ROWS,
             bytes: BATCH_BYTES,
         };
-        let batches = file.build(builder, kept, mask, bound)?;
+        let batches = file.build(builder, kept, mask, bound, meter)?;
         Ok(Input::Parquet {
             file: Box::new(file),
             batches: Box::new(batches),

@@ -42,6 +42,21 @@ impl Listener {
     fn refusal(&self) -> std::sync::MutexGuard<'_, Option<Failure>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The outcome of a call; of one that reached nobody with the reason, as far as it is known.
+    fn explained<T>(&self, outcome: Result<T, Failure>) -> Result<T, Failure> {
+        let mut refusal = self.refusal();
+        match outcome {
+            Ok(value) => {
+                *refusal = None;
+                Ok(value)
+            }
+            Err(Failure::Transient(reason)) => {
+                Err(refusal.clone().unwrap_or(Failure::Transient(reason)))
+            }
+            failed => failed,
+        }
+    }
 }
 
 impl ClientContext for Listener {
@@ -67,19 +82,8 @@ impl Client {
             .map_err(unusable)
     }
 
-    /// The outcome of a call; of one that reached nobody with the reason, as far as it is known.
     fn explained<T>(&self, outcome: Result<T, Failure>) -> Result<T, Failure> {
-        let mut refusal = self.0.context().refusal();
-        match outcome {
-            Ok(value) => {
-                *refusal = None;
-                Ok(value)
-            }
-            Err(Failure::Transient(reason)) => {
-                Err(refusal.clone().unwrap_or(Failure::Transient(reason)))
-            }
-            failed => failed,
-        }
+        self.0.context().explained(outcome)
     }
 
     /// Takes in what librdkafka has to say, for a client that reads nothing.
@@ -129,10 +133,8 @@ impl Client {
                         Offset::Offset((*time_ms).max(0)),
                     )
                     .map_err(|e| failure(&e))?;
-                let found = self
-                    .0
-                    .offsets_for_times(times, ASK)
-                    .map_err(|e| failure(&e))?;
+                let found = self.0.offsets_for_times(times, ASK);
+                let found = self.explained(found.map_err(|e| failure(&e)))?;
                 let element = found.elements().into_iter().next();
                 if let Some(Err(error)) = element.as_ref().map(|e| e.error()) {
                     return Err(failure(&error));
@@ -355,8 +357,9 @@ impl Asker {
 
 impl Ask for Asker {
     fn ends(&self, partitions: &[Partition]) -> Result<Vec<(i64, i64)>, Failure> {
-        let oldest = self.offsets(partitions, Offset::Beginning)?;
-        let next = self.offsets(partitions, Offset::End)?;
+        let ask = |end| self.0.context().explained(self.offsets(partitions, end));
+        let oldest = ask(Offset::Beginning)?;
+        let next = ask(Offset::End)?;
         Ok(oldest.into_iter().zip(next).collect())
     }
 }

@@ -25,6 +25,8 @@ const WRITE: &str = "write to Kafka";
 /// How long the answer to a record is waited for at a time: longer each time, since no answer comes fast in an outage.
 const WAIT: Duration = Duration::from_millis(1);
 const WAIT_MOST: Duration = Duration::from_millis(50);
+/// A client that has failed may have more to tell for so long.
+const HEAR_OUT: Duration = Duration::from_millis(500);
 
 /// Why a record did not arrive.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,16 +117,18 @@ impl<C: Cluster> Producer<C> {
         let mut under_way = 0usize;
         let mut wait = WAIT;
         let mut heard = Instant::now();
+        let mut failed: Option<(Failure, Instant)> = None;
         loop {
-            let mut failed = None;
-            while let Some(&number) = queue.peek() {
+            while failed.is_none()
+                && let Some(&number) = queue.peek()
+            {
                 let record = &parcel.records[number];
                 match self.cluster.send(number, record, &parcel.mark(record)) {
                     Ok(true) => under_way += 1,
                     Ok(false) => break,
                     Err(Lost::Refused(reason)) => progress.refuse(parcel, number, reason),
                     Err(Lost::Failed(failure)) => {
-                        failed = Some(failure);
+                        failed = Some((failure, Instant::now()));
                         break;
                     }
                 }
@@ -149,15 +153,25 @@ impl<C: Cluster> Producer<C> {
                 match outcome {
                     Ok(()) => progress.arrived(number),
                     Err(Lost::Refused(reason)) => refused.push((number, reason)),
-                    Err(Lost::Failed(failure)) => failed = Some(failure),
+                    Err(Lost::Failed(failure)) => {
+                        failed.get_or_insert((failure, Instant::now()));
+                    }
                 }
             }
             if !refused.is_empty() {
-                // After a refusal the client gives up whatever is behind it: that is no failure of its own.
+                // After a refusal the client gives up whatever is behind it: that is no failure of its own, nor a struggle.
+                trouble.set(None);
                 return Ok(refused);
             }
-            if let Some(failure) = failed {
-                return Err(failure);
+            if let Some((failure, since)) = &failed {
+                // A refusal may be told behind the failure that it makes.
+                if under_way == 0 || since.elapsed() >= HEAR_OUT {
+                    return Err(failure.clone());
+                }
+                if is_quiet {
+                    tokio::time::sleep(wait).await;
+                }
+                continue;
             }
             let complaint = self.cluster.complaint().or_else(|| {
                 let is_silent = heard.elapsed() >= self.patience;

@@ -33,6 +33,8 @@ use crate::source::{Fetch, Split, Splits, Start};
 const CONNECT: Duration = Duration::from_secs(5);
 /// An answer has up to 10 MB.
 const ANSWER: Duration = Duration::from_secs(30);
+/// A stream keeps its records for a day at least; half of it is left to clocks that differ.
+const KEPT: Duration = Duration::from_secs(12 * 60 * 60);
 
 /// A stream of Amazon's.
 #[derive(Clone)]
@@ -327,7 +329,7 @@ impl Splits for Shards {
 /// Opens the shards of a stream for reading. Asks nobody yet.
 pub fn fetch(config: &KinesisConfig, stream: &str) -> Result<Box<dyn Fetch>, SourceError> {
     let stream = AwsStream::new(config, stream)?;
-    Ok(Box::new(Reader::new(stream, Pace::default())))
+    Ok(Box::new(Reader::new(stream, Pace::default(), KEPT)))
 }
 
 /// What writes to a stream. Asks nobody yet.

@@ -4,11 +4,15 @@
 //! again: a shard answers five requests a second. Several shards are asked at once, those that wait longest first. A shard ends
 //! when it gives no next iterator *and* the shards that follow it are known, or the list says that it is closed: an answer
 //! without a next iterator alone is not believed.
+//!
+//! At a record that was deleted the service begins with the oldest one that it has, and does not say so. So where that may
+//! have happened, an iterator begins at the record that was read last, not after it: if another one comes first, the shard
+//! stops. If none comes, nobody can tell whether there were any, and a shard that is not closed goes on.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use futures::future::join_all;
@@ -16,7 +20,7 @@ use futures::future::join_all;
 use super::aggregate::{self, Held};
 use super::{Answer, Failure, Raw, Stream};
 use crate::batch::{Batch, Limits, NewRecord, Offset, Stop};
-use crate::cursor::Cursors;
+use crate::cursor::{Cursor, Cursors};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
 use crate::published::split_mark;
@@ -29,6 +33,8 @@ const AT_ONCE: usize = 4;
 const MOST_RECORDS: usize = 10_000;
 /// A record is taken for so large when it is asked how many may come.
 const RECORD_BYTES: usize = 1 << 10;
+/// An iterator at a record that was deleted may bring nothing for ever. After so many answers the oldest record is asked for.
+const EMPTY_MOST: u32 = 5;
 
 /// How often a shard is asked.
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +61,17 @@ impl Default for Pace {
 #[derive(Debug)]
 pub(crate) struct Known {
     hashes: RangeInclusive<u128>,
+    /// They may be those of an earlier stream of the name.
+    may_have_other_hashes: bool,
     iterator: Option<String>,
+    /// The record that has to come first.
+    expects: Option<String>,
+    /// So many answers were empty since it was asked for.
+    empty: u32,
+    /// They were too many: the oldest record is asked for.
+    asks_oldest: bool,
+    /// What is not stored of it was written later than this; None: not known.
+    unread_since: Option<SystemTime>,
     /// It gave no next iterator: whether it is closed has to be asked.
     may_have_ended: bool,
     due: Instant,
@@ -63,15 +79,33 @@ pub(crate) struct Known {
     behind_ms: Option<u64>,
 }
 
+impl Cursor<Known> {
+    /// The record that a new iterator has to begin with; None: there is none, or what is behind it cannot have been deleted.
+    fn expected(&self, kept: Duration) -> Option<String> {
+        let is_kept = |since: SystemTime| since.elapsed().is_ok_and(|age| age < kept);
+        if self.more.unread_since.is_some_and(is_kept) {
+            return None;
+        }
+        match &self.read {
+            Position::After(sequence) => Some(sequence.clone()),
+            // Where somebody has it begin: the number that a shard starts with is no record's.
+            _ => None,
+        }
+    }
+}
+
 /// What a shard answered.
 enum Told {
-    Records(Answer),
+    /// With the range of its hash keys, if that was asked for.
+    Records(Answer, Option<RangeInclusive<u128>>),
     Closed(bool),
 }
 
 pub(crate) struct Reader<S> {
     stream: S,
     pace: Pace,
+    /// No record is deleted before it is so old.
+    kept: Duration,
     cursors: Cursors<Known>,
     ranges: HashMap<String, RangeInclusive<u128>>,
     /// A poll began whose batch nobody has got.
@@ -79,10 +113,11 @@ pub(crate) struct Reader<S> {
 }
 
 impl<S: Stream> Reader<S> {
-    pub(crate) fn new(stream: S, pace: Pace) -> Self {
+    pub(crate) fn new(stream: S, pace: Pace, kept: Duration) -> Self {
         Self {
             stream,
             pace,
+            kept,
             cursors: Cursors::default(),
             ranges: HashMap::new(),
             undelivered: false,
@@ -133,6 +168,7 @@ impl<S: Stream> Reader<S> {
         // The service takes no limit of bytes.
         let fitting = limits.records.min(limits.bytes / RECORD_BYTES);
         let most = fitting.clamp(1, MOST_RECORDS);
+        let kept = self.kept;
         let Self {
             stream, cursors, ..
         } = self;
@@ -141,12 +177,22 @@ impl<S: Stream> Reader<S> {
             .iter()
             .filter_map(|&place| {
                 let cursor = cursors.at(place)?;
-                let iterator = cursor.more.iterator.clone();
+                let mut position = cursor.read.clone();
+                if cursor.more.iterator.is_none() && !cursor.more.may_have_ended {
+                    cursor.more.expects = cursor.expected(kept);
+                    if let Some(sequence) = &cursor.more.expects {
+                        position = match cursor.more.asks_oldest {
+                            true => Position::Beginning,
+                            false => Position::At(sequence.clone()),
+                        };
+                    }
+                }
                 let ask = Ask {
                     shard: cursor.split.clone(),
-                    position: cursor.read.clone(),
-                    iterator,
+                    position,
+                    iterator: cursor.more.iterator.clone(),
                     may_have_ended: cursor.more.may_have_ended,
+                    may_have_other_hashes: cursor.more.may_have_other_hashes,
                 };
                 Some(async move { (place, ask.run(stream, most).await) })
             })
@@ -164,33 +210,32 @@ impl<S: Stream> Reader<S> {
         let known = &mut cursor.more;
         let now = Instant::now();
         let failure = match told {
-            Ok(Told::Records(answer)) => {
+            Ok(Told::Records(answer, hashes)) => {
                 known.failures = 0;
                 known.due = now + pace.pause;
-                known.behind_ms = answer.behind_ms;
-                known.may_have_ended = answer.next.is_none();
-                let ended = answer.next.is_none() && answer.has_children;
-                known.iterator = answer.next;
-                if ended || !answer.records.is_empty() {
-                    let moved = batch.moved(&cursor.split, &cursor.read);
-                    for raw in &answer.records {
-                        add(batch, moved, raw, &known.hashes);
-                        cursor.read = Position::After(raw.sequence.clone());
-                    }
-                    batch.moves[moved].to = cursor.read.clone();
-                    batch.moves[moved].ended = ended;
+                if let Some(hashes) = hashes {
+                    known.hashes = hashes;
+                    known.may_have_other_hashes = false;
                 }
-                cursor.done = ended;
+                if let Some(reason) = take(cursor, answer, batch) {
+                    self.stop(place, reason, batch);
+                }
                 return;
             }
             Ok(Told::Closed(closed)) => {
                 known.failures = 0;
                 known.due = now + pace.pause;
                 known.may_have_ended = false;
-                if closed {
-                    let moved = batch.moved(&cursor.split, &cursor.read);
-                    batch.moves[moved].ended = true;
-                    cursor.done = true;
+                if !closed {
+                    return;
+                }
+                match known.expects.take() {
+                    Some(sequence) => self.stop(place, StopReason::Trimmed(sequence), batch),
+                    None => {
+                        let moved = batch.moved(&cursor.split, &cursor.read);
+                        batch.moves[moved].ended = true;
+                        cursor.done = true;
+                    }
                 }
                 return;
             }
@@ -198,6 +243,11 @@ impl<S: Stream> Reader<S> {
         };
         // Whatever it was, the position gives a new iterator.
         let had_iterator = known.iterator.take().is_some();
+        if had_iterator && !matches!(cursor.read, Position::At(_) | Position::After(_)) {
+            // No record would tell that the stream was made anew.
+            known.may_have_other_hashes = true;
+            self.ranges.clear();
+        }
         let reason = match (&failure, &cursor.read) {
             (Failure::Expired, _) if had_iterator => {
                 known.due = now;
@@ -210,13 +260,7 @@ impl<S: Stream> Reader<S> {
             _ => None,
         };
         if let Some(reason) = reason {
-            cursor.done = true;
-            batch.stops.push(Stop {
-                split: cursor.split.clone(),
-                reason,
-            });
-            // A stream that was made anew has other ranges.
-            self.ranges.clear();
+            self.stop(place, reason, batch);
             return;
         }
         let factor = 1u32 << known.failures.min(16);
@@ -227,6 +271,20 @@ impl<S: Stream> Reader<S> {
             known.behind_ms = None;
             batch.trouble = Some(failure.into_error(READ));
         }
+    }
+
+    /// Reads a shard no further.
+    fn stop(&mut self, place: usize, reason: StopReason, batch: &mut Batch) {
+        let Some(cursor) = self.cursors.at(place) else {
+            return;
+        };
+        cursor.done = true;
+        batch.stops.push(Stop {
+            split: cursor.split.clone(),
+            reason,
+        });
+        // A stream that was made anew has other ranges.
+        self.ranges.clear();
     }
 }
 
@@ -250,7 +308,12 @@ impl<S: Stream> Fetch for Reader<S> {
         }
         let known = Known {
             hashes: self.hashes(shard).await?,
+            may_have_other_hashes: false,
             iterator: None,
+            expects: None,
+            empty: 0,
+            asks_oldest: false,
+            unread_since: None,
             may_have_ended: false,
             due: Instant::now(),
             failures: 0,
@@ -318,6 +381,7 @@ struct Ask {
     position: Position,
     iterator: Option<String>,
     may_have_ended: bool,
+    may_have_other_hashes: bool,
 }
 
 impl Ask {
@@ -334,8 +398,82 @@ impl Ask {
                 iterator => iterator?,
             },
         };
-        stream.records(&iterator, most).await.map(Told::Records)
+        let hashes = match self.may_have_other_hashes {
+            true => {
+                let shards = stream.shards().await?;
+                let shard = shards.into_iter().find(|s| s.split.id == self.shard);
+                Some(shard.map_or(0..=u128::MAX, |s| s.hashes))
+            }
+            false => None,
+        };
+        let answer = stream.records(&iterator, most).await?;
+        Ok(Told::Records(answer, hashes))
     }
+}
+
+/// Takes what an answer brings, or says why the shard stops.
+fn take(cursor: &mut Cursor<Known>, answer: Answer, batch: &mut Batch) -> Option<StopReason> {
+    let known = &mut cursor.more;
+    known.behind_ms = answer.behind_ms;
+    known.may_have_ended = answer.next.is_none();
+    let ended = answer.next.is_none() && answer.has_children;
+    known.iterator = answer.next;
+    let mut records = answer.records.as_slice();
+    if let Some(expected) = known.expects.take() {
+        let is_behind = answer.behind_ms.is_some_and(|ms| ms > 0);
+        match records.first() {
+            Some(first) if first.sequence == expected => {}
+            // Older ones are kept, and so it is as well: it is asked for again.
+            Some(first) if known.asks_oldest && is_below(&first.sequence, &expected) => {
+                (known.empty, known.asks_oldest) = (0, false);
+                known.may_have_ended = false;
+                known.iterator = None;
+                return None;
+            }
+            // Of an open shard nothing is left. A source that rests must not stop for that.
+            None if known.iterator.is_some() && !is_behind => {}
+            // A later answer tells, or the list whether the shard is closed.
+            None if !ended => {
+                known.expects = Some(expected);
+                known.empty += 1;
+                if known.empty >= EMPTY_MOST && !known.asks_oldest {
+                    known.asks_oldest = true;
+                    known.iterator = None;
+                }
+                return None;
+            }
+            _ => return Some(StopReason::Trimmed(expected)),
+        }
+        (known.empty, known.asks_oldest) = (0, false);
+    }
+    // What was read comes once more.
+    if let (Position::After(read), Some((first, others))) = (&cursor.read, records.split_first())
+        && first.sequence == *read
+    {
+        records = others;
+    }
+    if records.is_empty()
+        && cursor.read == cursor.acked
+        && let Some(behind_ms) = answer.behind_ms
+    {
+        known.unread_since = SystemTime::now().checked_sub(Duration::from_millis(behind_ms));
+    }
+    if ended || !records.is_empty() {
+        let moved = batch.moved(&cursor.split, &cursor.read);
+        for raw in records {
+            add(batch, moved, raw, &known.hashes);
+            cursor.read = Position::After(raw.sequence.clone());
+        }
+        batch.moves[moved].to = cursor.read.clone();
+        batch.moves[moved].ended = ended;
+    }
+    cursor.done = ended;
+    None
+}
+
+/// Whether a sequence number is below another one: they begin with no zeros.
+fn is_below(sequence: &str, other: &str) -> bool {
+    (sequence.len(), sequence) < (other.len(), other)
 }
 
 /// Adds the user records of a record, all or none of an aggregate to the same batch.

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::aggregate::tests::pack;
 use super::reader::{Pace, Reader};
 use super::{Answer, Failure, Raw, Shard, Stream, located};
-use crate::batch::{Batch, Limits};
+use crate::batch::{Batch, Limits, Stop};
 use crate::conformance::{World, conforms};
 use crate::error::{SourceError, StopReason};
 use crate::position::Position;
@@ -24,6 +24,9 @@ const PACE: Pace = Pace {
     backoff_most: Duration::ZERO,
 };
 
+/// Where an iterator is that brings nothing.
+const STALLED: usize = usize::MAX;
+
 #[derive(Default)]
 struct Data {
     records: Vec<Raw>,
@@ -32,6 +35,10 @@ struct Data {
     /// Whether answers name the children.
     tells_children: bool,
     hashes: Option<(u128, u128)>,
+    /// So many records were deleted, the oldest first.
+    trimmed: usize,
+    /// Whether iterators at those bring nothing, instead of the oldest record.
+    stalls: bool,
 }
 
 #[derive(Default)]
@@ -40,6 +47,8 @@ struct State {
     /// Iterators before this one have expired.
     valid_from: usize,
     iterators: Vec<(String, usize)>,
+    /// So many answers bring nothing yet.
+    gaps: usize,
     /// What the next requests answer instead.
     faults: Vec<Failure>,
 }
@@ -68,8 +77,18 @@ impl FakeStream {
         change(self.state().shards.entry(shard.to_owned()).or_default());
     }
 
+    /// It takes records for deleted whenever they may be.
     fn reader(&self) -> Reader<Self> {
-        Reader::new(self.clone(), PACE)
+        Reader::new(self.clone(), PACE, Duration::ZERO)
+    }
+
+    fn sequence(&self, shard: &str, record: usize) -> String {
+        self.state().shards[shard].records[record].sequence.clone()
+    }
+
+    fn expire_iterators(&self) {
+        let mut state = self.state();
+        state.valid_from = state.iterators.len();
     }
 }
 
@@ -100,6 +119,11 @@ impl Stream for FakeStream {
             found.ok_or_else(|| Failure::Invalid("sequence".to_owned()))
         };
         let at = match position {
+            Position::At(sequence) | Position::After(sequence)
+                if data.stalls && place(sequence)? < data.trimmed =>
+            {
+                STALLED
+            }
             Position::At(sequence) => place(sequence)?,
             Position::After(sequence) => place(sequence)? + 1,
             Position::Time(time) => data
@@ -126,6 +150,18 @@ impl Stream for FakeStream {
         let (shard, at) = state.iterators[number].clone();
         let data = state.shards.get(&shard);
         let data = data.ok_or_else(|| Failure::Missing("shard".to_owned()))?;
+        if at == STALLED {
+            let next = Some(state.iterators.len().to_string());
+            state.iterators.push((shard, at));
+            return Ok(Answer {
+                next,
+                behind_ms: Some(86_400_000),
+                ..Answer::default()
+            });
+        }
+        // From the oldest one on that is left.
+        let at = at.max(data.trimmed);
+        let most = if state.gaps == 0 { most } else { 0 };
         let records: Vec<Raw> = data.records.iter().skip(at).take(most).cloned().collect();
         let end = at + records.len();
         let left = data.records.len() - end;
@@ -133,6 +169,7 @@ impl Stream for FakeStream {
         let has_children = ended && data.tells_children;
         let next = (!ended).then(|| state.iterators.len().to_string());
         state.iterators.push((shard, end));
+        state.gaps = state.gaps.saturating_sub(1);
         Ok(Answer {
             records,
             next,
@@ -380,6 +417,165 @@ async fn a_stream_made_anew_stops() {
     stream.change("gone", |data| data.hashes = Some((11, 30)));
     open(&mut reader, "gone", Position::Beginning).await;
     assert_eq!(values(&next(&mut reader).await), ["c"]);
+}
+
+#[tokio::test]
+async fn records_deleted_before_they_were_read_stop() {
+    let stream = FakeStream::default();
+    for value in ["a", "b", "c", "d"] {
+        stream.write("s", value.as_bytes());
+    }
+    stream.change("s", |data| data.trimmed = 2);
+    let (first, third) = (stream.sequence("s", 0), stream.sequence("s", 2));
+    let expected = [Stop {
+        split: "s".to_owned(),
+        reason: StopReason::Trimmed(first.clone()),
+    }];
+    for (position, gaps) in [
+        (Position::After(first.clone()), 0),
+        // What is left is far behind.
+        (Position::After(first.clone()), 3),
+    ] {
+        stream.state().gaps = gaps;
+        let mut reader = stream.reader();
+        open(&mut reader, "s", position).await;
+        let batch = next(&mut reader).await;
+        assert_eq!((&batch.stops[..], batch.moves.len()), (&expected[..], 0));
+        assert!(poll(&mut reader).await.is_empty());
+        // Who could not note it hears it again.
+        reader.rewind().await.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(next(&mut reader).await.stops, expected);
+        // Somebody has decided where it goes on.
+        open(&mut reader, "s", Position::Time(0)).await;
+        assert_eq!(values(&next(&mut reader).await), ["c", "d"]);
+    }
+    for (position, expected) in [
+        (Position::Beginning, "c d"),
+        // Somebody has decided where it begins.
+        (Position::At(first), "c d"),
+        (Position::At(third.clone()), "c d"),
+        (Position::After(third), "d"),
+    ] {
+        let mut reader = stream.reader();
+        open(&mut reader, "s", position).await;
+        assert_eq!(values(&next(&mut reader).await).join(" "), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_shard_with_nothing_left_stops_if_it_is_closed() {
+    for tells_children in [true, false] {
+        let stream = FakeStream::default();
+        stream.write("s", b"a");
+        let last = stream.sequence("s", 0);
+        stream.change("s", |data| data.trimmed = 1);
+        let mut reader = stream.reader();
+        open(&mut reader, "s", Position::After(last)).await;
+        assert!(poll(&mut reader).await.is_empty());
+        stream.write("s", b"b");
+        assert_eq!(values(&next(&mut reader).await), ["b"]);
+
+        // Whether more than the last record was deleted of it nobody knows.
+        stream.change("s", |data| {
+            data.closed = true;
+            data.tells_children = tells_children;
+        });
+        for trimmed in [1, 2] {
+            stream.change("s", |data| data.trimmed = trimmed);
+            let mut reader = stream.reader();
+            let last = stream.sequence("s", 1);
+            open(&mut reader, "s", Position::After(last.clone())).await;
+            let batch = next(&mut reader).await;
+            assert!(batch.records().is_empty());
+            let reasons: Vec<_> = batch.stops.iter().map(|s| &s.reason).collect();
+            match trimmed {
+                1 => assert_eq!((batch.moves[0].ended, reasons.len()), (true, 0)),
+                _ => assert_eq!(reasons, [&StopReason::Trimmed(last)]),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_nothing_comes_the_oldest_record_is_asked_for() {
+    let stream = FakeStream::default();
+    for value in ["a", "b", "c"] {
+        stream.write("s", value.as_bytes());
+    }
+    // It took its time, and was not deleted.
+    stream.change("s", |data| data.closed = true);
+    stream.state().gaps = 7;
+    let mut reader = stream.reader();
+    let second = Position::After(stream.sequence("s", 1));
+    open(&mut reader, "s", second).await;
+    assert_eq!(values(&next(&mut reader).await), ["c"]);
+
+    stream.change("s", |data| {
+        data.closed = false;
+        data.stalls = true;
+        data.trimmed = 1;
+    });
+    let mut reader = stream.reader();
+    let first = stream.sequence("s", 0);
+    open(&mut reader, "s", Position::After(first.clone())).await;
+    let stops = next(&mut reader).await.stops;
+    assert_eq!(stops[0].reason, StopReason::Trimmed(first));
+
+    // Nothing is left: it goes on with what comes.
+    stream.change("s", |data| data.trimmed = 3);
+    let mut reader = stream.reader();
+    let last = Position::After(stream.sequence("s", 2));
+    open(&mut reader, "s", last).await;
+    for _ in 0..10 {
+        assert!(poll(&mut reader).await.is_empty());
+    }
+    stream.write("s", b"d");
+    assert_eq!(values(&next(&mut reader).await), ["d"]);
+}
+
+#[tokio::test]
+async fn a_new_iterator_asks_whether_records_were_deleted_meanwhile() {
+    let hour = Duration::from_secs(3600);
+    for (kept, stops) in [(Duration::ZERO, true), (hour, false)] {
+        let stream = FakeStream::default();
+        stream.write("s", b"a");
+        let mut reader = Reader::new(stream.clone(), PACE, kept);
+        open(&mut reader, "s", Position::Beginning).await;
+        assert_eq!(values(&next(&mut reader).await), ["a"]);
+        // An answer says that it is all.
+        assert!(poll(&mut reader).await.is_empty());
+        stream.change("s", |data| data.trimmed = 1);
+        stream.write("s", b"b");
+        stream.expire_iterators();
+        let mut batch = Batch::default();
+        while batch.is_empty() {
+            batch = reader.poll(&LIMITS).await.unwrap_or_else(|e| panic!("{e}"));
+        }
+        assert_eq!(batch.stops.is_empty(), !stops);
+        if stops {
+            continue;
+        }
+        assert_eq!(values(&batch), ["b"]);
+        // Nor if it could not be stored.
+        reader.rewind().await.unwrap_or_else(|e| panic!("{e}"));
+        let batch = next(&mut reader).await;
+        let expected = (vec!["b".to_owned()], vec![]);
+        assert_eq!((values(&batch), batch.stops), expected);
+    }
+}
+
+#[tokio::test]
+async fn ranges_are_looked_up_again_where_no_record_tells_the_stream() {
+    let stream = FakeStream::default();
+    stream.change("s", |data| data.hashes = Some((0, 10)));
+    let mut reader = stream.reader();
+    open(&mut reader, "s", Position::Beginning).await;
+    assert!(poll(&mut reader).await.is_empty());
+    // Made anew.
+    stream.change("s", |data| data.hashes = Some((11, 30)));
+    stream.write("s", &pack(&[("k", Some(20), b"a")]));
+    stream.expire_iterators();
+    assert_eq!(values(&next(&mut reader).await), ["a"]);
 }
 
 #[tokio::test]

@@ -136,16 +136,22 @@ impl Reading {
         let new = new_splits(plan, positions);
         if !new.is_empty() || !self.source.has_begun {
             let (id, project_id) = (self.source.id, self.source.project_id);
-            xact::worker(|| {
-                sources::add_splits(id, &new)?;
+            let added = xact::worker(|| {
+                if !sources::add_splits(id, &new)? {
+                    return Ok(false);
+                }
                 // What a shard has brought may come once more in those that follow it.
                 for (split, parents) in &parents {
                     for (origin, seen) in event_store::seen(id, parents)? {
                         event_store::note_seen(id, project_id, split, origin, &seen)?;
                     }
                 }
-                Ok(())
+                Ok(true)
             })?;
+            if !added {
+                self.list_again(false);
+                return Ok(());
+            }
             self.source.has_begun = true;
             self.has_new = !new.is_empty();
         }

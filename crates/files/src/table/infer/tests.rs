@@ -14,7 +14,6 @@ use parquet::file::properties::WriterProperties;
 
 use crate::format::Options;
 use crate::locate;
-use crate::object::Stop;
 use crate::table::read::{Known as Rowset, Pruner, Reader, parts};
 use crate::table::value::{Form, Wanted};
 
@@ -66,7 +65,8 @@ fn rows(root: &Path, wanted: &[(&str, Form)], from: i64) -> Result<Vec<String>, 
     let mut shown = Vec::new();
     for file in locate::below(root, "data", true, None, &|| true)? {
         for part in parts(&file, &spec(), 2)? {
-            let mut reader = Reader::open(&part, &spec(), &wanted, &From(from), &Stop::new())?;
+            let meter = Meter::default();
+            let mut reader = Reader::open(&part, &spec(), &wanted, &From(from), &meter)?;
             while let Some(batch) = reader.next_batch()? {
                 let options = FormatOptions::new().with_null("NULL");
                 let formatters: Vec<_> = batch

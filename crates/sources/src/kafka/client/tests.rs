@@ -210,6 +210,22 @@ async fn an_unreachable_broker_is_trouble() {
 }
 
 #[test]
+fn who_asks_for_ends_hears_why_nobody_answers() {
+    let nowhere = Brokers("127.0.0.1:1".to_owned());
+    let client = Client::new(&nowhere.config()).unwrap_or_else(|e| panic!("{e}"));
+    let partition = Partition::parse("t/0").unwrap_or_else(|e| panic!("{e}"));
+    let refused = Failure::Refused("wrong password".to_owned());
+    *client.0.context().refusal() = Some(refused.clone());
+    let ends = client.asker().ends(&[partition]);
+    assert_eq!(ends, Err(refused));
+    // Once a call has succeeded, what fails has another reason.
+    let listener = client.0.context();
+    assert_eq!(listener.explained(Ok(())), Ok(()));
+    let lost = Failure::Transient("lost".to_owned());
+    assert_eq!(listener.explained::<()>(Err(lost.clone())), Err(lost));
+}
+
+#[test]
 fn librdkafka_knows_its_options() {
     let check = |name: &str, value: &str| {
         let config = KafkaConfig::parse([("brokers", "a"), (name, value)], []);
