@@ -15,7 +15,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{ChunkReader, Length};
 use rakam_lake::cache::Memory;
-use rakam_lake::untrusted::Checked;
+use rakam_lake::untrusted::{Checked, PageHead};
 
 use crate::parquet_file::{Bytewise, BytewiseRead};
 use crate::parquet_rows;
@@ -27,48 +27,30 @@ const FREE_BYTES: u64 = 64 << 20;
 const WRITTEN_PAGE_BYTES: u64 = 2 << 20;
 /// About an entry of a dictionary in memory, beside its text.
 const ENTRY_BYTES: u64 = 16;
-/// So much is read of a page to find its head, which is longer only if it has bounds of long texts.
-const HEAD_BYTES: u64 = 1 << 10;
-const MAX_HEAD_BYTES: u64 = 16 << 20;
-
 /// A file whose pages are looked at. Clones share what is known of them.
 #[derive(Clone)]
 pub struct Pages {
     file: Arc<Checked<Bytewise>>,
-    bytes: Bytewise,
     account: Account,
 }
 
 impl Pages {
     pub fn new(bytes: Bytewise, account: &Account) -> Result<Self> {
         Ok(Self {
-            file: Arc::new(Checked::new(bytes.clone())?),
-            bytes,
+            file: Arc::new(Checked::new(bytes)?),
             account: account.clone(),
         })
     }
 
     /// Reads from here on, where a page begins once pages are expected.
     fn begin(&self, start: u64) -> Result<BytewiseRead> {
-        if self.account.expects_pages() {
-            self.account.announce(start, self.head(start)?)?;
+        let (head, read) = self.file.page(start)?;
+        if let Some(head) = head
+            && self.account.expects_pages()
+        {
+            self.account.announce(start, head)?;
         }
-        // Last: all readers of a file share one place in it.
-        self.file.get_read(start)
-    }
-
-    fn head(&self, start: u64) -> Result<Head> {
-        let mut wanted = HEAD_BYTES;
-        loop {
-            let mut bytes = Vec::new();
-            let mut read = self.bytes.get_read(start)?.take(wanted);
-            read.read_to_end(&mut bytes)?;
-            match Head::read(&bytes) {
-                Some(head) => return Ok(head),
-                None if bytes.len() as u64 == wanted && wanted < MAX_HEAD_BYTES => wanted *= 4,
-                None => return Err(malformed("the head of a page is malformed")),
-            }
-        }
+        Ok(read)
     }
 }
 
@@ -149,7 +131,7 @@ struct Leaf {
     /// What a value of a list takes; 0 where each row has one, which is counted by rows.
     value_bytes: u64,
     /// Of the page that comes next.
-    head: Option<Head>,
+    head: Option<PageHead>,
     dictionary: u64,
     page: u64,
 }
@@ -206,7 +188,7 @@ impl Account {
     }
 
     /// What the head that lies here says of its page. Pages may be passed over: nothing is taken yet.
-    fn announce(&self, at: u64, head: Head) -> Result<()> {
+    fn announce(&self, at: u64, head: PageHead) -> Result<()> {
         if head.is_dictionary && head.values > head.bytes {
             return Err(malformed("a dictionary has more values than bytes"));
         }
@@ -288,7 +270,7 @@ impl Drop for Held {
 
 impl Leaf {
     /// About what a page takes, with what is made of it at a time.
-    fn bytes_of(&self, head: Head, rows: u64) -> u64 {
+    fn bytes_of(&self, head: PageHead, rows: u64) -> u64 {
         let value_bytes = match head.is_dictionary {
             true => ENTRY_BYTES,
             false => self.value_bytes,
@@ -302,174 +284,6 @@ impl Leaf {
         };
         let written = head.bytes.saturating_mul(written);
         (head.bytes.saturating_add(values)).saturating_add(written)
-    }
-}
-
-/// What the head of a page says of it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Head {
-    is_dictionary: bool,
-    /// Before compression.
-    bytes: u64,
-    values: u64,
-    /// Its texts are made one by one, of the one before and a few bytes: DELTA_BYTE_ARRAY.
-    is_written_out: bool,
-}
-
-/// As in parquet.thrift.
-const DICTIONARY_PAGE: i32 = 2;
-const DELTA_BYTE_ARRAY: i32 = 7;
-
-impl Head {
-    /// None: it is not whole, or the library might read it in another way. Of what is said twice the larger counts.
-    fn read(bytes: &[u8]) -> Option<Self> {
-        let mut head = Self::default();
-        let size = |value: i32| u64::from(value.max(0).unsigned_abs());
-        let mut number = |outer: Option<i64>, id: i64, value: i32| match (outer, id) {
-            (None, 1) => head.is_dictionary = value == DICTIONARY_PAGE,
-            (None, 2) => head.bytes = head.bytes.max(size(value)),
-            (Some(5 | 7 | 8), 1) => head.values = head.values.max(size(value)),
-            (Some(5), 2) | (Some(8), 4) => head.is_written_out |= value == DELTA_BYTE_ARRAY,
-            _ => {}
-        };
-        Numbers { rest: bytes }.structure(None, 0, &mut number)?;
-        Some(head)
-    }
-}
-
-/// The whole numbers of a structure in Thrift's compact protocol. Whether it is what the library takes it for is looked at by
-/// [`Checked`].
-struct Numbers<'a> {
-    rest: &'a [u8],
-}
-
-/// Wire types.
-const STOP: u8 = 0;
-const TRUE: u8 = 1;
-const FALSE: u8 = 2;
-const I8: u8 = 3;
-const I16: u8 = 4;
-const I32: u8 = 5;
-const I64: u8 = 6;
-const DOUBLE: u8 = 7;
-const BINARY: u8 = 8;
-const LIST: u8 = 9;
-const SET: u8 = 10;
-const MAP: u8 = 11;
-const STRUCT: u8 = 12;
-const UUID: u8 = 13;
-
-/// Nesting of fields that nobody knows.
-const MAX_DEPTH: usize = 32;
-
-impl Numbers<'_> {
-    fn byte(&mut self) -> Option<u8> {
-        self.rest.split_off_first().copied()
-    }
-
-    fn skip(&mut self, bytes: usize) -> Option<()> {
-        self.rest.split_off(..bytes).map(drop)
-    }
-
-    fn varint(&mut self) -> Option<u64> {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    fn zigzag(&mut self) -> Option<i64> {
-        let folded = self.varint()?;
-        Some((folded >> 1) as i64 ^ -((folded & 1) as i64))
-    }
-
-    /// Calls `number` with the id and value of each number of a structure, and of the structures in it with their own id.
-    fn structure(
-        &mut self,
-        outer: Option<i64>,
-        depth: usize,
-        number: &mut dyn FnMut(Option<i64>, i64, i32),
-    ) -> Option<()> {
-        if depth > MAX_DEPTH {
-            return None;
-        }
-        let mut id = 0_i64;
-        loop {
-            let head = self.byte()?;
-            let wire = head & 0x0f;
-            if wire == STOP {
-                return Some(());
-            }
-            id = match head >> 4 {
-                0 => self.zigzag()?,
-                delta => id + i64::from(delta),
-            };
-            // Of others the library takes 16 bits, which may be those of a known one.
-            if !(0..=i64::from(i16::MAX)).contains(&id) {
-                return None;
-            }
-            match wire {
-                TRUE | FALSE => {}
-                I16 | I32 | I64 => {
-                    let value = self.zigzag()?;
-                    if depth < 2 {
-                        // As much of it as the library takes.
-                        number(outer, id, value as i32);
-                    }
-                }
-                STRUCT => self.structure(Some(id), depth + 1, number)?,
-                _ => self.value(wire, depth)?,
-            }
-        }
-    }
-
-    /// Passes over a value.
-    fn value(&mut self, wire: u8, depth: usize) -> Option<()> {
-        match wire {
-            TRUE | FALSE | I8 => self.skip(1),
-            I16 | I32 | I64 => self.varint().map(drop),
-            DOUBLE => self.skip(8),
-            UUID => self.skip(16),
-            BINARY => {
-                let length = self.varint()?;
-                self.skip(usize::try_from(length).ok()?)
-            }
-            LIST | SET => {
-                let head = self.byte()?;
-                let size = match head >> 4 {
-                    15 => self.varint()?,
-                    size => u64::from(size),
-                };
-                self.elements(size, &[head & 0x0f], depth)
-            }
-            MAP => match self.varint()? {
-                0 => Some(()),
-                size => {
-                    let types = self.byte()?;
-                    self.elements(size, &[types >> 4, types & 0x0f], depth)
-                }
-            },
-            STRUCT => self.structure(None, depth + 1, &mut |_, _, _| ()),
-            _ => None,
-        }
-    }
-
-    fn elements(&mut self, size: u64, wires: &[u8], depth: usize) -> Option<()> {
-        // Each takes a byte at least.
-        if depth > MAX_DEPTH || size > self.rest.len() as u64 {
-            return None;
-        }
-        for _ in 0..size {
-            for &wire in wires {
-                self.value(wire, depth + 1)?;
-            }
-        }
-        Some(())
     }
 }
 

@@ -66,16 +66,23 @@ impl Type {
     }
 }
 
-/// Walks a structure at the front of `bytes`, calling `number` with the id and value of each of its own integers. Answers
-/// how many bytes it takes.
+/// Walks a structure at the front of `bytes`, calling `number` with the id and value of each of its integers, and of those of the
+/// structures in it with the id of that one before. Answers how many bytes it takes.
 pub(crate) fn walk(
     bytes: &[u8],
     structure: Struct,
-    mut number: impl FnMut(i64, i64),
+    mut number: impl FnMut(Option<i64>, i64, i64),
 ) -> Walked<usize> {
     let mut walker = Walker { rest: bytes };
-    walker.structure(structure, 0, &mut number)?;
+    walker.structure(structure, None, 0, &mut number)?;
     Ok(bytes.len() - walker.rest.len())
+}
+
+fn fields_of(ty: Option<Type>) -> Struct {
+    match ty {
+        Some(Type::Struct(known)) => known,
+        _ => &[],
+    }
 }
 
 struct Walker<'a> {
@@ -114,8 +121,9 @@ impl Walker<'_> {
     fn structure(
         &mut self,
         known: Struct,
+        outer: Option<i64>,
         depth: usize,
-        number: &mut dyn FnMut(i64, i64),
+        number: &mut dyn FnMut(Option<i64>, i64, i64),
     ) -> Walked<()> {
         if depth > MAX_DEPTH {
             return Err(Fault::Malformed);
@@ -129,8 +137,12 @@ impl Walker<'_> {
             }
             id = match head >> 4 {
                 0 => self.zigzag()?,
-                delta => id.checked_add(i64::from(delta)).ok_or(Fault::Malformed)?,
+                delta => id + i64::from(delta),
             };
+            // Of others the library takes 16 bits, which may be those of a known one.
+            if !(0..=i64::from(i16::MAX)).contains(&id) {
+                return Err(Fault::Malformed);
+            }
             let ty = known
                 .iter()
                 .find(|(known, _)| *known == id)
@@ -141,7 +153,8 @@ impl Walker<'_> {
             match wire {
                 // The value of a field, unlike that of an element, is in its head.
                 TRUE | FALSE => {}
-                I16 | I32 | I64 => number(id, self.zigzag()?),
+                I16 | I32 | I64 => number(outer, id, self.zigzag()?),
+                STRUCT if depth == 0 => self.structure(fields_of(ty), Some(id), 1, number)?,
                 _ => self.value(wire, ty, depth)?,
             }
         }
@@ -181,13 +194,7 @@ impl Walker<'_> {
                 }
                 Ok(())
             }
-            STRUCT => {
-                let known = match ty {
-                    Some(Type::Struct(known)) => known,
-                    _ => &[],
-                };
-                self.structure(known, depth + 1, &mut |_, _| ())
-            }
+            STRUCT => self.structure(fields_of(ty), None, depth + 1, &mut |_, _, _| ()),
             _ => Err(Fault::Malformed),
         }
     }
@@ -222,7 +229,7 @@ mod tests {
 
     fn walked(bytes: &[u8]) -> (Walked<usize>, Vec<(i64, i64)>) {
         let mut numbers = Vec::new();
-        let end = walk(bytes, OUTER, |id, value| numbers.push((id, value)));
+        let end = walk(bytes, OUTER, |_, id, value| numbers.push((id, value)));
         (end, numbers)
     }
 

@@ -55,8 +55,17 @@ impl<R: ChunkReader> Checked<R> {
         })
     }
 
-    /// Looks at the head of the page that begins here.
-    fn check_page(&self, start: u64) -> Result<()> {
+    /// Reads from here on: where a page begins, with what its head says.
+    pub fn page(&self, start: u64) -> Result<(Option<PageHead>, R::T)> {
+        let head = match start < self.metadata_at {
+            true => Some(self.page_head(start)?),
+            false => None,
+        };
+        // Last: readers of a file may share one place in it.
+        Ok((head, self.file.get_read(start)?))
+    }
+
+    fn page_head(&self, start: u64) -> Result<PageHead> {
         let mut wanted = HEAD_BYTES;
         loop {
             let mut head = Vec::new();
@@ -64,19 +73,66 @@ impl<R: ChunkReader> Checked<R> {
                 .get_read(start)?
                 .take(wanted)
                 .read_to_end(&mut head)?;
-            let mut impossible = false;
-            let walked = walk(&head, PAGE_HEADER, |id, value| {
-                impossible |= matches!(id, 2 | 3) && !(0..=MAX_PAGE_BYTES).contains(&value);
-            });
-            return match walked {
-                Ok(_) if impossible => Err(malformed("a page has an impossible size")),
-                Ok(_) => Ok(()),
+            let mut found = PageHead::default();
+            return match walk(&head, PAGE_HEADER, |outer, id, value| {
+                found.note(outer, id, value)
+            }) {
+                Ok(_) if found.is_impossible => Err(malformed("a page has an impossible size")),
+                Ok(_) => Ok(found),
                 Err(Fault::Truncated) if head.len() as u64 == wanted && wanted < MAX_HEAD_BYTES => {
                     wanted *= 4;
                     continue;
                 }
                 Err(_) => Err(malformed("the head of a page is malformed")),
             };
+        }
+    }
+}
+
+/// What the head of a page says of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PageHead {
+    pub is_dictionary: bool,
+    /// Before compression.
+    pub bytes: u64,
+    pub values: u64,
+    /// Its texts are made one by one, of the one before and a few bytes: DELTA_BYTE_ARRAY.
+    pub is_written_out: bool,
+    is_impossible: bool,
+}
+
+/// As in parquet.thrift: a type of pages, and an encoding.
+const DICTIONARY_PAGE: i64 = 2;
+const DELTA_BYTE_ARRAY: i64 = 7;
+
+impl PageHead {
+    pub fn new(is_dictionary: bool, bytes: u64, values: u64, is_written_out: bool) -> Self {
+        Self {
+            is_dictionary,
+            bytes,
+            values,
+            is_written_out,
+            is_impossible: false,
+        }
+    }
+
+    /// Of what is said twice the larger counts.
+    fn note(&mut self, outer: Option<i64>, id: i64, value: i64) {
+        let size = u64::try_from(value).unwrap_or(0);
+        match (outer, id) {
+            (None, 1) => self.is_dictionary |= value == DICTIONARY_PAGE,
+            (None, 2 | 3) => {
+                self.is_impossible |= !(0..=MAX_PAGE_BYTES).contains(&value);
+                if id == 2 {
+                    self.bytes = self.bytes.max(size);
+                }
+            }
+            (Some(5 | 7 | 8), 1) => {
+                self.is_impossible |= !(0..=i64::from(i32::MAX)).contains(&value);
+                self.values = self.values.max(size);
+            }
+            (Some(5), 2) | (Some(8), 4) => self.is_written_out |= value == DELTA_BYTE_ARRAY,
+            _ => {}
         }
     }
 }
@@ -91,10 +147,7 @@ impl<R: ChunkReader> ChunkReader for Checked<R> {
     type T = R::T;
 
     fn get_read(&self, start: u64) -> Result<Self::T> {
-        if start < self.metadata_at {
-            self.check_page(start)?;
-        }
-        self.file.get_read(start)
+        self.page(start).map(|(_, read)| read)
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
@@ -118,7 +171,7 @@ pub(crate) fn check_metadata(bytes: &[u8]) -> Result<()> {
 }
 
 fn check(bytes: &[u8], structure: Struct) -> Result<()> {
-    match walk(bytes, structure, |_, _| ()) {
+    match walk(bytes, structure, |_, _, _| ()) {
         Ok(_) => Ok(()),
         Err(_) => Err(malformed("its metadata is malformed")),
     }
@@ -358,6 +411,40 @@ mod tests {
     }
 
     #[test]
+    fn heads_of_pages() {
+        // Of 1000 and 10 bytes, with 5 values: a page of the first version, a dictionary, a page of the second version.
+        let first = b"\x15\x00\x15\xd0\x0f\x15\x14\x2c\x15\x0a\x15\x0e\x15\x06\x15\x06\x00\x00";
+        let dictionary = b"\x15\x04\x15\xd0\x0f\x15\x14\x4c\x15\x0a\x15\x00\x00\x00";
+        let second = b"\x15\x06\x15\xd0\x0f\x15\x14\x5c\x15\x0a\x15\x00\x15\x0a\x15\x00\x15\x00\x15\x00\x00\x00";
+        let read = |bytes: &[u8]| {
+            let mut head = PageHead::default();
+            walk(bytes, PAGE_HEADER, |outer, id, value| {
+                head.note(outer, id, value)
+            })
+            .map(|_| head)
+        };
+        for (bytes, is_dictionary, is_written_out) in [
+            (&first[..], false, true),
+            (dictionary, true, false),
+            (second, false, false),
+        ] {
+            let head = PageHead::new(is_dictionary, 1000, 5, is_written_out);
+            assert_eq!(read(bytes), Ok(head));
+            for end in 0..bytes.len() {
+                assert_eq!(read(&bytes[..end]), Err(Fault::Truncated));
+            }
+        }
+        // Field 65538, which is field 2 in 16 bits; and what nobody knows.
+        assert_eq!(
+            read(b"\x15\x00\x05\x84\x80\x08\x02\x00"),
+            Err(Fault::Malformed)
+        );
+        let unknown =
+            b"\x15\x00\x15\xd0\x0f\xf9\x25\x02\x04\x1b\x01\x8c\x01a\x15\x02\x00\x18\x01b\x11\x00";
+        assert_eq!(read(unknown), Ok(PageHead::new(false, 1000, 0, false)));
+    }
+
+    #[test]
     fn impossible_claims_are_refused_before_anything_is_allocated() {
         let end = |metadata: &[u8]| {
             let length = (metadata.len() as u32).to_le_bytes();
@@ -377,7 +464,12 @@ mod tests {
         let mut file = testing::file(1, 1).sink;
         let page = &file[4..];
         let mut sizes = Vec::new();
-        walk(page, PAGE_HEADER, |id, value| sizes.push((id, value))).unwrap();
+        walk(page, PAGE_HEADER, |outer, id, value| {
+            if outer.is_none() {
+                sizes.push((id, value));
+            }
+        })
+        .unwrap();
         assert_eq!(sizes[1].0, 2, "{sizes:?}");
         // The kind of page, then its size, each behind a byte that announces it.
         let after = 7 + page[3..].iter().position(|b| *b == 0x15).unwrap();

@@ -120,45 +120,9 @@ fn a_list_is_as_large_as_its_page_says() {
 }
 
 #[test]
-fn heads_of_pages() {
-    // Of 1000 and 10 bytes, with 5 values: a page of the first version, a dictionary, a page of the second version.
-    let first = b"\x15\x00\x15\xd0\x0f\x15\x14\x2c\x15\x0a\x15\x0e\x15\x06\x15\x06\x00\x00";
-    let dictionary = b"\x15\x04\x15\xd0\x0f\x15\x14\x4c\x15\x0a\x15\x00\x00\x00";
-    let second =
-        b"\x15\x06\x15\xd0\x0f\x15\x14\x5c\x15\x0a\x15\x00\x15\x0a\x15\x00\x15\x00\x15\x00\x00\x00";
-    let head = |is_dictionary, is_written_out| Head {
-        is_dictionary,
-        bytes: 1000,
-        values: 5,
-        is_written_out,
-    };
-    for (bytes, head) in [
-        (&first[..], head(false, true)),
-        (dictionary, head(true, false)),
-        (second, head(false, false)),
-    ] {
-        assert_eq!(Head::read(bytes), Some(head));
-        for end in 0..bytes.len() {
-            assert_eq!(Head::read(&bytes[..end]), None);
-        }
-    }
-    // Field 65538, which is field 2 in 16 bits; and what nobody knows.
-    assert_eq!(Head::read(b"\x05\x84\x80\x08\x02\x00"), None);
-    let unknown =
-        b"\x15\x00\x15\xd0\x0f\xf9\x25\x02\x04\x1b\x01\x8c\x01a\x15\x02\x00\x18\x01b\x11\x00";
-    let found = Head::read(unknown).unwrap();
-    assert_eq!((found.bytes, found.values), (1000, 0));
-}
-
-#[test]
 fn a_dictionary_has_no_more_values_than_bytes() {
     let account = Account::default();
-    let dictionary = |values| Head {
-        is_dictionary: true,
-        bytes: 100,
-        values,
-        is_written_out: false,
-    };
+    let dictionary = |values| PageHead::new(true, 100, values, false);
     assert!(account.announce(4, dictionary(25)).is_ok());
     assert!(account.announce(4, dictionary(1 << 31)).is_err());
 }
