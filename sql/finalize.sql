@@ -7,6 +7,8 @@ REVOKE EXECUTE ON FUNCTION rakam_internal.follow_roles() FROM PUBLIC;
 -- Who could put it on a table would write into the project that the trigger names.
 REVOKE EXECUTE ON FUNCTION rakam_internal.track_change() FROM PUBLIC;
 
+-- Called by CREATE EXTENSION: it starts a worker.
+REVOKE EXECUTE ON FUNCTION rakam_internal.installed() FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION rakam_internal.note_project(), rakam_internal.note_definition(), rakam_internal.note_file(),
   rakam_internal.note_deletion(), rakam_internal.note_intent() FROM PUBLIC;
 

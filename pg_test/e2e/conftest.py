@@ -145,6 +145,35 @@ def db(cluster, request):
     database.drop()
 
 
+@pytest.fixture(scope="module")
+def keys(db, request):
+    """The keys of the module's project."""
+    return db.project(request.module.PROJECT)
+
+
+@pytest.fixture(scope="module")
+def writer(db, keys, request):
+    return db.login(request.module.PROJECT, "write")
+
+
+@pytest.fixture(scope="module")
+def admin(db, keys, request):
+    return db.login(request.module.PROJECT, "admin")
+
+
+@pytest.fixture(scope="module")
+def reader(db, keys, request):
+    return db.login(request.module.PROJECT, "read")
+
+
+@pytest.fixture
+def fresh(db, request):
+    """A project of its own for a test."""
+    name = "p_" + request.node.name.split("[")[0].removeprefix("test_")[:30].strip("_")
+    db.project(name)
+    return name
+
+
 @pytest.fixture(scope="session")
 def lake_cluster():
     """A cluster in which files that are not used any more may go at once."""

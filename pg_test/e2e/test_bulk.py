@@ -29,21 +29,6 @@ WIDE = {
 }
 
 
-@pytest.fixture(scope="module")
-def keys(db):
-    return db.project(PROJECT)
-
-
-@pytest.fixture(scope="module")
-def writer(db, keys):
-    return db.login(PROJECT, "write")
-
-
-@pytest.fixture(scope="module")
-def admin(db, keys):
-    return db.login(PROJECT, "admin")
-
-
 def make(db: Database, collection: str, columns: dict[str, str], project: str = PROJECT) -> str:
     """A collection with these fields as columns; answers its table's name."""
     db.admin.execute("SELECT rakam.create_collection(%s, %s)", (project, collection))

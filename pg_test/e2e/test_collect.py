@@ -13,16 +13,6 @@ from harness.database import collect, collect_batch, has_column, one, refused, w
 PROJECT = "acme"
 
 
-@pytest.fixture(scope="module")
-def keys(db):
-    return db.project(PROJECT)
-
-
-@pytest.fixture(scope="module")
-def writer(db, keys):
-    return db.login(PROJECT, "write")
-
-
 @pytest.fixture
 def collection(db, keys, request):
     """A collection of its own for each test, its table already there."""
@@ -134,6 +124,41 @@ def test_batch_result_names_each_rejected_item(db, keys, collection):
         assert [error["sqlstate"] for error in errors] == ["22023", "42939", "22023", "42939"]
         assert all(set(error) == {"index", "sqlstate", "message"} and error["message"] for error in errors)
     assert one(db.admin, f"SELECT count(*) FROM acme.{collection}") == 4
+
+
+def test_a_batch_of_garbage_is_refused_as_a_whole(db, writer, collection):
+    """What is wrong with each of very many items would take much more memory than they do."""
+    good = json.dumps({"collection": collection, "properties": {"n": 1}})
+    for kind in ("text", "jsonb"):
+        call = f"SELECT * FROM rakam.collect_batch('acme', ('[' || repeat('0,', %s) || %s || ']')::{kind}, NULL)"
+        stored, rejected, indexes, errors = writer.execute(call, (100_000, good)).fetchone()
+        assert (stored, rejected, len(indexes), len(errors)) == (1, 100_000, 100_000, 100_000)
+        with refused("54000", hint="smaller batches"):
+            writer.execute(call, (100_001, good))
+    assert one(db.admin, f"SELECT count(*) FROM acme.{collection}") == 2
+
+
+def test_columns_of_all_collections_compared_with_each_other(db, keys):
+    collect(db.admin, PROJECT, "namesake", {"_user": "namesake", "_id": "namesake"})
+    collect(db.admin, PROJECT, "namesake", {"_user": "nobody"})
+    for move in (lambda: None, db.tick, lambda: db.flush(PROJECT)):
+        move()
+        for condition in (
+            "_collection = _user",
+            "_user = _collection",
+            "_collection IN (_user, 'x')",
+            "_collection = _id",
+        ):
+            assert one(db.admin, f"SELECT count(*) FROM acme._all WHERE {condition}") == 1, condition
+
+
+def test_patterns_of_any_length(db, keys):
+    collect(db.admin, PROJECT, "patterned", {"_user": "abc"})
+    db.tick()
+    count = "SELECT count(*) FROM acme.patterned WHERE _user {} '{}%%'"
+    for length in (3, 4_000, 5_000, 100_000):
+        for operator, found in (("LIKE", length == 3), ("NOT LIKE", length > 3)):
+            assert one(db.admin, count.format(operator, "_" * length)) == int(found)
 
 
 def test_batch_of_nothing(db, keys):

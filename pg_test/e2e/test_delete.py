@@ -10,6 +10,7 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -175,6 +176,34 @@ def test_a_collection_not_seen_before(db, stores):
     assert delete(db.admin, "acme", "just_now", "n = 1") == 1
     with refused("42704"):
         delete(db.admin, "acme", "never_seen", "true")
+
+
+def test_a_file_that_is_missing_stops_no_other(db, cluster, stores):
+    """Files are written anew without deleted events, and merged, although one of the collection's cannot be read."""
+    days = range(1, 5)
+    for day in days:
+        events = [("gaps", {"n": n, "_time": f"2026-02-{day:02}T10:00:00Z"}) for n in range(50)]
+        collect_batch(db.admin, "lakeside", events)
+        db.flush("lakeside", "gaps")
+    paths = "SELECT path FROM rakam.data_files WHERE project = 'lakeside' AND collection = 'gaps' ORDER BY min_time"
+    before = [path for (path,) in db.all(paths)]
+    assert len(before) == len(days)
+    assert delete(db.admin, "lakeside", "gaps", "n < 10") == 40
+    gone = Path(before[0].removeprefix("file://"))
+    aside = gone.rename(gone.with_suffix(".aside"))
+    with refused("58P01"):
+        db.flush("lakeside", "gaps")
+    after = [path for (path,) in db.all(paths)]
+    assert len(after) == len(days) and before[0] in after and not set(before[1:]) & set(after)
+    # Nor does it stop what is asked for of all projects: the error comes at the end.
+    collect(db.admin, "acme", "others", {"n": 1})
+    with refused("58P01"):
+        db.flush()
+    assert db.tiers("acme", "others") == {"inbox": 0, "hot": 0, "cold": 1}
+    aside.rename(gone)
+    db.flush("lakeside", "gaps")
+    assert before[0] not in [path for (path,) in db.all(paths)]
+    assert db.one("SELECT count(*) FROM lakeside.gaps") == 160
 
 
 def test_who_may(db, stores):

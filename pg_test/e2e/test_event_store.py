@@ -495,6 +495,28 @@ def test_an_open_transaction_holds_up_no_other_store(db, kafka, server):
     assert len(records(db, kafka, "held", "held.e")) == 4
 
 
+def test_stores_whose_brokers_are_away_leave_room_for_others(db, kafka, server):
+    """However many of them wait: there are only so many places."""
+    db.admin.execute(
+        "CREATE SERVER nobody TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers '127.0.0.1:1')"
+    )
+    away = [f"gone{n:02}" for n in range(24)]
+    for name in away:
+        project(db, name, "nobody")
+        collect(db.admin, name, "e", {"n": 1})
+    kafka.create_topic("reached.e", 1)
+    project(db, "reached")
+    failing = "SELECT count(*) FROM rakam_internal.event_store WHERE last_error IS NOT NULL"
+    wait_until(lambda: db.one(failing) >= len(away), "all have failed", 180)
+    for n in range(1, 4):
+        collect(db.admin, "reached", "e", {"n": n})
+        wait_until(lambda n=n: kafka.ends("reached.e", 0)[1] == n, "the one whose broker is there", 15)
+    db.admin.execute("SET rakam.allow_project_drop = on")
+    for name in away:
+        db.admin.execute("SELECT rakam.drop_project(%s)", (name,))
+    db.admin.execute("RESET rakam.allow_project_drop")
+
+
 def test_a_store_that_is_taken_again_goes_on_in_its_order(db, kafka, server):
     """What was collected before and waits comes first, also when events stayed here in between, or the server was renamed
     or made anew."""

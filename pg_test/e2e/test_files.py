@@ -651,7 +651,7 @@ def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):
     def stored_more() -> bool:
         return events() > seen[-1]
 
-    for how in ("cancel", "terminate", "kill"):
+    for how in ("cancel", "terminate", "caller", "kill"):
         session, thread, outcome = in_background(db, lambda s: load(s, "cut", path))
         wait_until(stored_more, "events of the load", 60)
         progress = shown(watcher)
@@ -664,6 +664,8 @@ def test_a_cancelled_and_a_killed_load_go_on(private_cluster, tmp_path):
             session.cancel()
         elif how == "terminate":
             db.admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        elif how == "caller":
+            db.admin.execute("SELECT pg_terminate_backend(%s)", (session.info.backend_pid,))
         else:
             os.kill(pid, signal.SIGKILL)
         thread.join(60)

@@ -1,36 +1,16 @@
-"""What bounds a project and what takes its definitions back: quotas, schema mode, time bounds, dropping and renaming
-collections and fields, the values of a field, the audit log, the bounds of logs."""
+"""What bounds a project: quotas, schema mode, time bounds, more fields than columns."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import string
 import threading
 import time
 
-import pytest
-from harness.database import Database, collect, collect_batch, has_column, notices_of, one, refused, wait_until
+from harness.database import Database, collect, collect_batch, has_column, one, refused
 
 PROJECT = "acme"
-
-
-@pytest.fixture(scope="module")
-def keys(db):
-    return db.project(PROJECT)
-
-
-@pytest.fixture(scope="module")
-def writer(db, keys):
-    return db.login(PROJECT, "write")
-
-
-@pytest.fixture(scope="module")
-def admin(db, keys):
-    return db.login(PROJECT, "admin")
-
-
-@pytest.fixture(scope="module")
-def reader(db, keys):
-    return db.login(PROJECT, "read")
 
 
 def set_quota(db, project=PROJECT, **limits):
@@ -38,27 +18,8 @@ def set_quota(db, project=PROJECT, **limits):
     db.admin.execute("SELECT rakam.set_quota(%s, %s, %s, %s, %s)", (project, *values))
 
 
-@pytest.fixture
-def limited(db, keys):
-    """Sets quotas of the project, and takes them away after the test."""
-    yield lambda **limits: set_quota(db, **limits)
-    set_quota(db)
-
-
-@pytest.fixture
-def fresh(db, request):
-    """A project of its own for a test."""
-    name = "p_" + request.node.name.split("[")[0].removeprefix("test_")[:30].strip("_")
-    db.project(name)
-    return name
-
-
 def fixed(db, project=PROJECT, mode="fixed"):
     db.admin.execute("SELECT rakam.set_schema_mode(%s, %s)", (project, mode))
-
-
-def values(connection, collection, columns="*", order="1", project=PROJECT):
-    return connection.execute(f'SELECT {columns} FROM {project}."{collection}" ORDER BY {order}').fetchall()
 
 
 # -- quotas: events and bytes --------------------------------------------------------------------------------------------
@@ -191,7 +152,8 @@ def test_without_preload(private_cluster):
     with refused("22023"):
         database.admin.execute("SELECT rakam.set_schema_mode('acme', 'no')")
     assert 'called set_schema_mode for project "acme"' in cluster.log_since(mark)
-    assert log_of(database, "acme") == [("create_project", None, "ok", "postgres")]
+    log = "SELECT call, object, outcome, role FROM rakam.audit_log WHERE project = 'acme' ORDER BY at"
+    assert database.all(log) == [("create_project", None, "ok", "postgres")]
     set_quota(database, events_per_second=5, bytes_per_day=10_000)
     with refused("53400"):
         database.admin.execute("SELECT rakam.collect('acme', 'hit', '{\"n\": 1}') FROM generate_series(1, 500)")
@@ -303,6 +265,29 @@ def test_a_field_that_got_past_the_quota_stays_in_extra(db, fresh):
         found = db.all(f"SELECT {text} FROM {fresh}.one t ORDER BY 1")
         assert found == [("a",), ("b",)]
     assert one(db.admin, "SELECT count(*) FROM rakam.fields WHERE project = %s", fresh) == 1
+
+
+def test_a_refused_event_takes_no_place_in_a_quota(db, fresh):
+    """Of a batch: an event that brings a collection and is refused for its fields leaves the place to the next one."""
+    set_quota(db, fresh, collections=1, fields=1)
+    rejected = collect_batch(db.admin, fresh, [("a", {"x": 1, "y": 2}), ("b", {"x": 1})])[2]
+    assert rejected == [0]
+    db.tick()
+    assert db.all("SELECT collection FROM rakam.collections WHERE project = %s", fresh) == [("b",)]
+
+
+def test_an_event_of_very_many_new_names_is_refused_at_once(db, fresh):
+    db.admin.execute("SELECT rakam.create_collection(%s, 'c')", (fresh,))
+    names = itertools.islice(map("".join, itertools.product(string.ascii_lowercase, repeat=4)), 80_000)
+    event = "{" + ",".join(f'"{name}":1' for name in names) + "}"
+    session = db.login(fresh, "write")
+    session.execute("SET statement_timeout = '10s'")
+    set_quota(db, fresh, fields=100)
+    with refused("53400"):
+        session.execute("SELECT rakam.collect(%s, 'c', %s::jsonb)", (fresh, event))
+    db.admin.execute("SELECT rakam.set_schema_mode(%s, 'fixed')", (fresh,))
+    with refused("42703"):
+        session.execute("SELECT rakam.collect(%s, 'c', %s::jsonb)", (fresh, event))
 
 
 # -- schema mode ---------------------------------------------------------------------------------------------------------
@@ -428,535 +413,3 @@ def test_fields_beyond_the_limit_stay_in_extra(db, fresh):
         db.admin.execute("SELECT rakam.add_field(%s, 'narrow', 'declared', 'text')", (fresh,))
     finally:
         db.configure(max_fields=None)
-
-
-# -- dropping a collection -----------------------------------------------------------------------------------------------
-
-
-def everything_of(db, collection_id):
-    """The internal tables that have rows of a collection, the inbox apart."""
-    tables = [
-        "hot_chunk",
-        "data_file",
-        "collection_stat",
-        "field",
-        "invalid_value",
-        "invalid_count",
-        "inbox_parked",
-        "collection",
-        "dropped_field",
-        "manifest_log",
-    ]
-    count = "SELECT count(*) FROM rakam_internal.{} WHERE collection_id = %s"
-    return {table for table in tables if one(db.admin, count.format(table), collection_id)}
-
-
-def fill(db, project, collection, tag):
-    """Events in every tier; one has a value that does not fit."""
-    collect_batch(db.admin, project, [(collection, {"tag": tag, "n": n}) for n in range(3)])
-    db.flush(project, collection)
-    collect_batch(db.admin, project, [(collection, {"tag": tag, "n": n}) for n in (3, "four")])
-    db.tick()
-    collect(db.admin, project, collection, {"tag": tag, "n": 5})
-
-
-@pytest.mark.parametrize("storage", ["local", "file"])
-def test_dropped_collection_is_gone_from_every_tier(db, cluster, storage):
-    project = f"drop_{storage}"
-    if storage == "file":
-        folder = cluster.make_folder("governance-lake")
-        db.admin.execute(f"CREATE SERVER lake FOREIGN DATA WRAPPER rakam OPTIONS (url 'file://{folder}')")
-        db.project(project, "lake")
-    else:
-        db.project(project)
-    fill(db, project, "doomed", "old")
-    fill(db, project, "other", "other")
-    doomed = one(db.admin, "SELECT collection_id FROM rakam_internal.collection WHERE name = 'doomed' ORDER BY 1 DESC")
-    assert len(everything_of(db, doomed)) >= 7
-    objects = "SELECT count(*) FROM rakam_internal.local_object WHERE project_id = (SELECT project_id FROM rakam_internal.project WHERE name = %s)"
-    before = one(db.admin, objects, project)
-    project_admin = db.login(project, "admin")
-    # The whole project is still being read, under an older snapshot.
-    cursor = db.connect(autocommit=False)
-    cursor.execute(f"DECLARE c CURSOR FOR SELECT properties->>'tag' FROM {project}._all")
-    project_admin.execute("SELECT rakam.drop_collection(%s, 'Doomed')", (project,))
-    assert one(db.admin, "SELECT to_regclass(%s)", f"{project}.doomed") is None
-    assert one(db.admin, f"SELECT count(*) FROM {project}._all") == 6
-    assert everything_of(db, doomed) == set()
-    assert one(db.admin, objects, project) * 2 == before
-    if storage == "file":
-        assert (
-            one(db.admin, "SELECT count(*) FROM rakam_internal.file_deferred WHERE reason = 'collection dropped'") == 1
-        )
-    tags = [tag for (tag,) in cursor.execute("FETCH ALL FROM c").fetchall()]
-    assert sorted(tags) == ["old"] * 6 + ["other"] * 6
-    cursor.close()
-    db.tick()
-    assert one(db.admin, "SELECT count(*) FROM rakam.collections WHERE project = %s", project) == 1
-    # The name may be used again, by another collection.
-    collect(db.admin, project, "doomed", {"tag": 1})
-    db.tick()
-    assert db.all(f"SELECT tag FROM {project}.doomed") == [(1.0,)]
-    with refused("42704", message='"never"', hint="rakam.collections"):
-        project_admin.execute("SELECT rakam.drop_collection(%s, 'never')", (project,))
-
-
-def test_events_on_their_way_go_with_the_collection(db, fresh):
-    """Transactions that have sent an event before the drop and commit after it: by id, and by name."""
-    by_name = db.connect(autocommit=False)
-    collect(by_name, fresh, "doomed", {"tag": "by name, before"})
-    collect(db.admin, fresh, "doomed", {"tag": "committed"})
-    db.tick()
-    by_id = db.connect(autocommit=False)
-    collect(by_id, fresh, "doomed", {"tag": "by id, before"})
-    db.admin.execute("SELECT rakam.drop_collection(%s, 'doomed')", (fresh,))
-    # The same transactions go on: what they send now is for a new collection.
-    collect(by_name, fresh, "doomed", {"tag": "by name, after"})
-    by_name.commit()
-    by_id.commit()
-    read = f"SELECT properties->>'tag' FROM {fresh}._all"
-    for move in (lambda: None, db.tick, lambda: db.flush(fresh)):
-        move()
-        assert db.all(read) == [("by name, after",)]
-    collect(by_id, fresh, "doomed", {"tag": "later"})
-    by_id.commit()
-    db.tick()
-    assert sorted(db.all(f"SELECT tag FROM {fresh}.doomed")) == [("by name, after",), ("later",)]
-    assert one(db.admin, "SELECT count(*) FROM rakam_internal.former_name") == 0
-
-
-def test_a_dropped_collection_does_not_come_back_by_itself(db, fresh):
-    holder = db.connect(autocommit=False)
-    collect(holder, fresh, "doomed", {"n": 1})
-    collect(db.admin, fresh, "doomed", {"n": 2})
-    db.tick()
-    db.admin.execute("SELECT rakam.drop_collection(%s, 'doomed')", (fresh,))
-    holder.commit()
-    db.tick()
-    time.sleep(1)
-    assert db.all("SELECT collection FROM rakam.collections WHERE project = %s", fresh) == []
-    assert one(db.admin, f"SELECT count(*) FROM {fresh}._all") == 0
-
-
-def test_dependent_views_restrict(db, fresh):
-    collect(db.admin, fresh, "seen", {"n": 1, "m": 1})
-    db.tick()
-    db.admin.execute(f"CREATE VIEW {fresh}.of_n AS SELECT n FROM {fresh}.seen")
-    for call, arguments in (("drop_collection", ("seen",)), ("drop_field", ("seen", "n"))):
-        places = ", ".join(["%s"] * (1 + len(arguments)))
-        with refused("2BP01", hint="depend on it"):
-            db.admin.execute(f"SELECT rakam.{call}({places})", (fresh, *arguments))
-    db.admin.execute("SELECT rakam.drop_field(%s, 'seen', 'm')", (fresh,))
-    assert db.all(f"SELECT n FROM {fresh}.of_n") == [(1.0,)]
-    db.admin.execute(f"DROP VIEW {fresh}.of_n")
-    db.admin.execute("SELECT rakam.drop_collection(%s, 'seen')", (fresh,))
-
-
-def test_a_reader_is_waited_for(db, fresh):
-    collect(db.admin, fresh, "busy", {"n": 1})
-    db.tick()
-    holder = db.connect(autocommit=False)
-    holder.execute(f"SELECT * FROM {fresh}.busy")
-    impatient = db.connect()
-    impatient.execute("SET lock_timeout = '300ms'")
-    with refused("55P03", hint="raise lock_timeout"):
-        impatient.execute("SELECT rakam.drop_collection(%s, 'busy')", (fresh,))
-    # The caller itself stands in the way.
-    with refused("55P03", hint="transaction of its own"):
-        holder.execute("SELECT rakam.drop_field(%s, 'busy', 'n')", (fresh,))
-    holder.rollback()
-    # Others read and send meanwhile, and it happens once the reader is gone.
-    holder.execute(f"SELECT * FROM {fresh}.busy")
-    done = threading.Event()
-
-    def drop():
-        with db.cluster.connect(db.name) as session:
-            session.execute("SELECT rakam.drop_collection(%s, 'busy')", (fresh,))
-        done.set()
-
-    thread = threading.Thread(target=drop)
-    thread.start()
-    for _ in range(5):
-        collect(db.admin, fresh, "other", {"n": 1})
-        assert one(db.admin, f"SELECT count(*) FROM {fresh}.busy") == 1
-        time.sleep(0.1)
-    assert not done.is_set()
-    holder.rollback()
-    thread.join(timeout=60)
-    assert done.is_set()
-
-
-# -- renaming a collection -----------------------------------------------------------------------------------------------
-
-
-def test_renamed_collection_keeps_its_events(db, fresh):
-    by_name = db.connect(autocommit=False)
-    collect(by_name, fresh, "old", {"tag": "by name"})
-    fill(db, fresh, "old", "filled")
-    by_id = db.connect(autocommit=False)
-    collect(by_id, fresh, "old", {"tag": "by id"})
-    db.admin.execute(f"CREATE VIEW {fresh}.v AS SELECT tag FROM {fresh}.old")
-    snapshot = db.connect(autocommit=False)
-    snapshot.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-    snapshot.execute(f"SELECT count(*) FROM {fresh}.users")
-    db.admin.execute("SELECT rakam.rename_collection(%s, 'old', 'New')", (fresh,))
-    # An older snapshot reads the same events under the new name.
-    assert one(snapshot, f"SELECT count(*) FROM {fresh}.new") == 6
-    snapshot.rollback()
-    collect(by_name, fresh, "old", {"tag": "another"})
-    by_name.commit()
-    by_id.commit()
-    for move in (lambda: None, db.tick, lambda: db.flush(fresh)):
-        move()
-        assert one(db.admin, f"SELECT count(*) FROM {fresh}.new WHERE tag = 'filled'") == 6
-        assert sorted(db.all(f"SELECT tag FROM {fresh}.new WHERE tag <> 'filled'")) == [("by id",), ("by name",)]
-        assert one(db.admin, f"SELECT count(*) FROM {fresh}.v") == 8
-        whole = "SELECT _collection, count(*) FROM {}._all GROUP BY 1 ORDER BY 1"
-        assert db.all(whole.format(fresh)) == [("new", 8), ("old", 1)]
-    assert db.all(f"SELECT tag FROM {fresh}.old") == [("another",)]
-    with refused("42710", message='"new" already exists'):
-        db.admin.execute("SELECT rakam.rename_collection(%s, 'old', 'new')", (fresh,))
-    with refused("42939"):
-        db.admin.execute("SELECT rakam.rename_collection(%s, 'old', '_new')", (fresh,))
-    with refused("42704"):
-        db.admin.execute("SELECT rakam.rename_collection(%s, 'never', 'x')", (fresh,))
-    # Names can change places.
-    for old, new in (("old", "third"), ("new", "old"), ("third", "new")):
-        db.admin.execute("SELECT rakam.rename_collection(%s, %s, %s)", (fresh, old, new))
-    assert db.all(f"SELECT tag FROM {fresh}.new") == [("another",)]
-    writer = db.login(fresh, "write")
-    writer.execute(f"INSERT INTO {fresh}.old (tag) VALUES ('inserted')")
-    assert one(db.admin, f"SELECT count(*) FROM {fresh}.old") == 9
-
-
-# -- dropping a field ----------------------------------------------------------------------------------------------------
-
-
-def test_dropped_field_is_read_nowhere(db, fresh):
-    db.admin.execute("SELECT rakam.create_collection(%s, 'c')", (fresh,))
-    # In a file's _extra before the field exists, in columns, as misfits, and in the inbox.
-    db.admin.execute(f"INSERT INTO {fresh}.c (_id, _extra) VALUES ('member', '{{\"x\": 7, \"keep\": 1}}')")
-    db.flush(fresh)
-    collect_batch(db.admin, fresh, [("c", {"_id": "file", "x": 1}), ("c", {"_id": "misfit", "x": "no number"})])
-    db.flush(fresh)
-    collect_batch(db.admin, fresh, [("c", {"_id": "chunk", "x": 2}), ("c", {"_id": "misfit 2", "x": {"a": 1}})])
-    db.tick()
-    open_before = db.connect(autocommit=False)
-    collect(open_before, fresh, "c", {"_id": "open", "x": 3})
-    collect(db.admin, fresh, "c", {"_id": "inbox", "x": 4})
-    assert one(db.admin, f"SELECT count(x) FROM {fresh}.c") == 4
-    assert one(db.admin, "SELECT count(*) FROM rakam.invalid_value WHERE project = %s", fresh) == 2
-    db.admin.execute("SELECT rakam.drop_field(%s, 'c', 'X')", (fresh,))
-    collect(open_before, fresh, "c", {"_id": "after the drop", "x": "red"})
-    open_before.commit()
-
-    def found():
-        return dict(
-            db.all(f"SELECT t._id, coalesce(to_jsonb(t)->'x', t._extra->'x') FROM {fresh}.c t WHERE t._id <> '-'")
-        )
-
-    gone = dict.fromkeys(("member", "file", "misfit", "chunk", "misfit 2", "open", "inbox"))
-    everywhere = f"SELECT properties->'x' FROM {fresh}._all WHERE properties ? 'x'"
-    assert not has_column(db.admin, f"{fresh}.c", "x")
-    for move in (lambda: None, db.tick, lambda: db.flush(fresh)):
-        move()
-        assert found() == gone | {"after the drop": "red"}
-        assert db.all(everywhere) == [("red",)]
-        assert one(db.admin, f"SELECT _extra FROM {fresh}.c WHERE _id = 'member'") == {"keep": 1}
-    # It is another field now, of another type, with another id; for older rows it is NULL, also to a filter.
-    assert has_column(db.admin, f"{fresh}.c", "x")
-    field = db.all("SELECT field_id, type FROM rakam.fields WHERE project = %s AND field = 'x'", fresh)
-    assert field == [(17, "text")]
-    assert db.all(f"SELECT _id FROM {fresh}.c WHERE x IS NOT NULL") == [("after the drop",)]
-    assert one(db.admin, f"SELECT count(*) FROM {fresh}.c WHERE x = '7'") == 0
-    assert one(db.admin, "SELECT count(*) FROM rakam.invalid_value WHERE project = %s AND field = 'x'", fresh) == 0
-    # A second drop, and a number again: no value of any earlier field shows.
-    db.admin.execute("SELECT rakam.drop_field(%s, 'c', 'x')", (fresh,))
-    collect(db.admin, fresh, "c", {"_id": "third", "x": 9})
-    db.tick()
-    assert found() == gone | {"after the drop": None, "third": 9}
-    assert db.all("SELECT field_id, type FROM rakam.fields WHERE project = %s AND field = 'x'", fresh) == [
-        (18, "double precision")
-    ]
-    # Whatever time of receipt a new event is given, and where it goes first.
-    db.wait_column(f"{fresh}.c", "x")
-    old = "timestamptz '2001-01-01 00:00:00+00'"
-    db.admin.execute(f"INSERT INTO {fresh}.c (_id, x, _received_at) VALUES ('old', 10, {old})")
-    db.admin.execute(
-        f"INSERT INTO {fresh}.c (_id, x, _received_at) SELECT 'old' || n, n, {old} FROM generate_series(1, 2000) n"
-    )
-    db.tick()
-    assert one(db.admin, f"SELECT x FROM {fresh}.c WHERE _id = 'old'") == 10
-    assert one(db.admin, f"SELECT count(x) FROM {fresh}.c WHERE _id LIKE 'old%%'") == 2001
-
-
-def test_what_cannot_be_dropped(db, keys, writer, reader, admin):
-    collect(db.admin, PROJECT, "undroppable", {"n": 1})
-    db.tick()
-    with refused("42703", hint="rakam.fields"):
-        admin.execute("SELECT rakam.drop_field('acme', 'undroppable', 'm')")
-    with refused("42939", hint="Every collection"):
-        admin.execute("SELECT rakam.drop_field('acme', 'undroppable', '_user')")
-    with refused("22004"):
-        admin.execute("SELECT rakam.drop_field('acme', 'undroppable', NULL)")
-    for session in (writer, reader):
-        for call in ("drop_collection('acme', 'undroppable')", "rename_collection('acme', 'undroppable', 'x')",
-                     "drop_field('acme', 'undroppable', 'n')"):  # fmt: skip
-            with refused("42501", message='project "acme"'):
-                session.execute(f"SELECT rakam.{call}")
-
-
-# -- the values of a field -----------------------------------------------------------------------------------------------
-
-
-def test_field_values(db, keys, reader, writer):
-    events = [("valued", {"page": page, "n": n, "tags": ["a", page], "ok": True})
-              for n, page in enumerate(["/", "/a", "/a", "/b%", "/b%", "/b_", None, "x"])]  # fmt: skip
-    collect_batch(db.admin, PROJECT, events[:3])
-    db.flush(PROJECT, "valued")
-    collect_batch(db.admin, PROJECT, events[3:5])
-    db.tick()
-    collect_batch(db.admin, PROJECT, events[5:])
-    call = "SELECT * FROM rakam.field_values('acme', 'valued', {})"
-
-    def found(arguments):
-        return reader.execute(call.format(arguments)).fetchall()
-
-    assert found("'page'") == [("/a", 2), ("/b%", 2), ("/", 1), ("/b_", 1), ("x", 1)]
-    assert found("'page', max_rows => 2") == [("/a", 2), ("/b%", 2)]
-    assert found("'page', '/b%'") == [("/b%", 2)]
-    assert found("'Page', prefix => '/b'") == [("/b%", 2), ("/b_", 1)]
-    assert found("'page', max_rows => 0") == []
-    assert found("'ok'") == [("true", 8)]
-    assert found("'n', '7'") == [("7", 1)]
-    assert found("'tags', '{a,x'") == [("{a,x}", 1)]
-    assert found("'_user'") == []
-    session = db.connect(autocommit=False)
-    collect(session, PROJECT, "valued", {"page": "mine"})
-    assert session.execute(call.format("'page', 'm'")).fetchall() == [("mine", 1)]
-    session.rollback()
-    with refused("42703", hint="rakam.fields"):
-        found("'nothing'")
-    with refused("22023"):
-        found("'page', max_rows => -1")
-    with refused("22004"):
-        found("'page', max_rows => NULL")
-    with refused("42704"):
-        reader.execute("SELECT * FROM rakam.field_values('acme', 'nowhere', 'page')")
-    with refused("42501", message='project "acme"'):
-        writer.execute(call.format("'page'"))
-
-
-# -- the audit log -------------------------------------------------------------------------------------------------------
-
-
-def log_of(db, project):
-    return db.all("SELECT call, object, outcome, role FROM rakam.audit_log WHERE project = %s ORDER BY at", project)
-
-
-def test_audit_log(db, fresh):
-    project_admin, project_writer = db.login(fresh, "admin"), db.login(fresh, "write")
-    admin_role, writer_role = (session.info.user for session in (project_admin, project_writer))
-    assert log_of(db, fresh) == [("create_project", None, "ok", "postgres")]
-    collect(project_writer, fresh, "hit", {"n": 1})
-    project_admin.execute("SELECT rakam.create_collection(%s, 'hit')", (fresh,))
-    project_admin.execute("SELECT rakam.add_field(%s, 'hit', 'm', 'text')", (fresh,))
-    with refused("42501"):
-        project_writer.execute("SELECT * FROM rakam.create_keys(%s)", (fresh,))
-    with refused("42710"):
-        project_admin.execute("SELECT rakam.add_field(%s, 'hit', 'm', 'bigint')", (fresh,))
-    project_admin.execute("SELECT * FROM rakam.field_values(%s, 'hit', 'm')", (fresh,))
-    session = db.connect(autocommit=False)
-    session.execute("SELECT rakam.set_schema_mode(%s, 'fixed')", (fresh,))
-    session.rollback()
-    session.execute("SAVEPOINT s")
-    session.execute("SELECT rakam.set_time_bounds(%s, '1 day', '1 day')", (fresh,))
-    session.execute("ROLLBACK TO s")
-    session.execute("SELECT rakam.set_schema_mode(%s, 'open')", (fresh,))
-    session.commit()
-    expected = [
-        ("create_project", None, "ok", "postgres"),
-        ("create_collection", "hit", "ok", admin_role),
-        ("add_field", "hit.m", "ok", admin_role),
-        ("create_keys", None, "error 42501", writer_role),
-        ("add_field", "hit.m", "error 42710", admin_role),
-        ("set_schema_mode", "fixed", "rolled back", "postgres"),
-        ("set_time_bounds", None, "rolled back", "postgres"),
-        ("set_schema_mode", "open", "ok", "postgres"),
-    ]
-    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "what was refused is noted, too")
-    assert log_of(db, fresh) == expected
-    # By whom, behind the role that it acted as.
-    key = one(db.admin, "SELECT master_key FROM rakam.create_keys(%s)", fresh)
-    db.make_login("login_pool")
-    pool = db.connect("login_pool", autocommit=False)
-    pool.execute("SELECT rakam.authenticate(%s)", (key,))
-    pool.execute("SELECT rakam.flush(%s)", (fresh,))
-    pool.commit()
-    roles = "SELECT role, session_role FROM rakam_internal.audit_log WHERE project = %s AND call = 'flush'"
-    assert db.all(roles, fresh) == [(f"rakam_{fresh}_admin", "login_pool")]
-    # Members see the log of their projects, others none of it; nobody of them writes it.
-    assert one(project_writer, "SELECT count(*) FROM rakam.audit_log") == len(expected) + 2
-    assert one(db.connect("login_pool"), "SELECT count(*) FROM rakam.audit_log") == 0
-    with refused("42501"):
-        project_admin.execute("DELETE FROM rakam_internal.audit_log")
-
-
-def test_what_takes_effect_at_once_survives_a_rollback_and_the_log_says_so(db, fresh):
-    """Calls that work in a worker commit there: also inside a transaction block, where those that take away say it."""
-    for n in range(4):
-        collect(db.admin, fresh, "hit", {"n": n, "odd": bool(n % 2)})
-    db.tick()
-    session = db.connect(autocommit=False)
-    calls = [
-        (f"create_collection('{fresh}', 'made')", "made", False),
-        (f"add_field('{fresh}', 'made', 'f', 'inet')", "made.f", False),
-        (f"rename_collection('{fresh}', 'made', 'renamed')", "made", False),
-        (f"delete_events('{fresh}', 'hit', 'odd')", "hit", True),
-        (f"set_retention('{fresh}', 'hit', '10 years')", "hit", True),
-        (f"drop_field('{fresh}', 'hit', 'odd')", "hit.odd", True),
-        (f"drop_collection('{fresh}', 'renamed')", "renamed", True),
-    ]
-    for call, _, takes_away in calls:
-        told = notices_of(session, f"SELECT rakam.{call}")
-        session.rollback()
-        assert any("ROLLBACK does not undo" in n.message for n in told) == takes_away, (call, told)
-    assert db.all(f"SELECT n FROM {fresh}.hit ORDER BY n") == [(0,), (2,)]
-    assert db.one("SELECT retention FROM rakam.collections WHERE project = %s", fresh) is not None
-    assert db.all("SELECT collection, field FROM rakam.fields WHERE project = %s", fresh) == [("hit", "n")]
-    expected = [("create_project", None, "ok", "postgres")]
-    expected += [(call.split("(")[0], what, "ok", "postgres") for call, what, _ in calls]
-    # What a worker of the background notes comes behind this, if anything does.
-    with refused("42501"):
-        db.login(fresh, "read").execute("SELECT rakam.drop_collection(%s, 'hit')", (fresh,))
-    wait_until(lambda: log_of(db, fresh)[-1][2] == "error 42501", "what was refused is noted")
-    assert log_of(db, fresh)[:-1] == expected
-    # In a transaction of its own there is nothing to be said.
-    assert not notices_of(db.admin, f"SELECT rakam.delete_events('{fresh}', 'hit', 'true')")
-    assert db.one(f"SELECT count(*) FROM {fresh}.hit") == 0
-
-
-def test_audit_of_everything_and_of_nothing(db, fresh):
-    session = db.connect()
-    session.execute("SET rakam.audit = 'all'")
-    collect(session, fresh, "hit", {"n": 1})
-    session.execute("SELECT rakam.create_collection(%s, 'hit')", (fresh,))
-    session.execute("SELECT * FROM rakam.field_values(%s, 'hit', '_user')", (fresh,))
-    session.execute("BEGIN READ ONLY")
-    session.execute("SELECT * FROM rakam.field_values(%s, 'hit', '_id')", (fresh,))
-    session.execute("COMMIT")
-    session.execute("SET rakam.audit = 'off'")
-    session.execute("SELECT rakam.set_schema_mode(%s, 'open')", (fresh,))
-    with refused("22023"):
-        session.execute("SELECT rakam.set_schema_mode(%s, 'no')", (fresh,))
-    expected = [("create_project", "ok"), ("create_collection", "ok"), ("field_values", "ok"), ("field_values", "ok")]
-    wait_until(lambda: len(log_of(db, fresh)) >= len(expected), "the entries")
-    time.sleep(0.3)
-    assert [(call, outcome) for call, _, outcome, _ in log_of(db, fresh)] == expected
-    tenant = db.login(fresh, "admin")
-    with refused("42501"):
-        tenant.execute("SET rakam.audit = 'off'")
-
-
-def test_a_flood_of_refused_calls_waits_for_nobody(db, fresh):
-    """More than the queue holds: the rest is in the server's log."""
-    mark = db.cluster.log_mark()
-    stranger_name = "login_stranger"
-    db.make_login(stranger_name)
-    stranger = db.connect(stranger_name)
-    calls = 1500
-    stranger.execute(
-        f"""DO $$ BEGIN FOR i IN 1..{calls} LOOP
-              BEGIN PERFORM rakam.create_keys('{fresh}'); EXCEPTION WHEN insufficient_privilege THEN NULL; END;
-            END LOOP; END $$"""
-    )
-    noted = "SELECT count(*) FROM rakam.audit_log WHERE project = %s AND call = 'create_keys'"
-
-    def all_noted():
-        logged = db.cluster.log_since(mark).count("called create_keys for project")
-        return one(db.admin, noted, fresh) + logged == calls
-
-    wait_until(all_noted, "each call in the table or in the server's log")
-    assert one(db.admin, noted, fresh) >= 256
-
-
-# -- logs do not grow without bound --------------------------------------------------------------------------------------
-
-
-def test_a_flood_of_invalid_values_is_counted_and_sampled(db, fresh):
-    collect(db.admin, fresh, "hit", {"n": 1})
-    db.tick()
-    for part in range(4):
-        collect_batch(db.admin, fresh, [("hit", {"n": f"bad {n}", "_id": f"{part} {n}"}) for n in range(500)])
-        db.tick()
-    found = db.all("SELECT count(*), min(count), max(count) FROM rakam.invalid_value WHERE project = %s", fresh)
-    samples = found[0][0]
-    assert 20 <= samples <= 100
-    assert found[0][1:] == (2000, 2000)
-    collections = "SELECT invalid_values FROM rakam.stat_collection WHERE project = %s AND collection = 'hit'"
-    assert one(db.admin, collections, fresh) == 2000
-    assert one(db.admin, f"SELECT count(*) FROM {fresh}.hit WHERE _extra->>'n' LIKE 'bad %%'") == 2000
-
-
-def test_retention_of_logs(db, fresh):
-    collect(db.admin, fresh, "hit", {"n": 1})
-    db.tick()
-    collect(db.admin, fresh, "hit", {"n": "bad"})
-    db.tick()
-    project = one(db.admin, "SELECT project_id FROM rakam_internal.project WHERE name = %s", fresh)
-    db.admin.execute(
-        "INSERT INTO rakam_internal.dead_letter (project_id, payload, error) VALUES (%s, '{}', 'why')", (project,)
-    )
-    for table in ("invalid_value", "dead_letter", "audit_log"):
-        db.admin.execute(
-            f"UPDATE rakam_internal.{table} SET at = now() - interval '2 days' WHERE project_id = %s", (project,)
-        )
-    left = "SELECT " + ", ".join(
-        f"(SELECT count(*) FROM rakam.{view} WHERE project = %s)"
-        for view in ("invalid_value", "dead_letter", "audit_log")
-    )
-    db.tick()
-    assert db.admin.execute(left, (fresh,) * 3).fetchone() == (1, 1, 1)
-    settings = ("invalid_retention", "dead_letter_retention", "audit_retention")
-    db.configure(**dict.fromkeys(settings, "1d"))
-    try:
-        db.tick()
-        assert db.admin.execute(left, (fresh,) * 3).fetchone() == (0, 0, 0)
-        # The exact counts stay.
-        assert one(db.admin, "SELECT invalid_values FROM rakam.stat_collection WHERE project = %s", fresh) == 1
-    finally:
-        db.configure(**dict.fromkeys(settings))
-
-
-def test_upkeep_waits_for_nobody(db, fresh):
-    """For no dead letter that is being replayed, and no project that is being changed, while everybody's digest waits for it."""
-    project = one(db.admin, "SELECT project_id FROM rakam_internal.project WHERE name = %s", fresh)
-    db.admin.execute(
-        "INSERT INTO rakam_internal.dead_letter (project_id, collection, payload, error, at)"
-        " SELECT %s, 'hit', '{\"n\": 1}', 'why', now() - interval '2 days' FROM generate_series(1, 2)",
-        (project,),
-    )
-    replaying, changing = db.connect(autocommit=False), db.connect(autocommit=False)
-    ticking = db.connect()
-    ticking.execute("SET statement_timeout = '20s'")
-    try:
-        ids = replaying.execute(
-            "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s ORDER BY id LIMIT 1 FOR UPDATE", (project,)
-        ).fetchall()
-        changing.execute("SELECT rakam.set_time_bounds(%s, '1 year', '1 day')", (fresh,))
-        db.admin.execute(f"ALTER ROLE rakam_{fresh}_read RENAME TO rakam_{fresh}_renamed_read")
-        db.configure(dead_letter_retention="1d")
-        ticking.execute("SELECT rakam.tick()")
-        # What nobody is at is done.
-        left = "SELECT id FROM rakam_internal.dead_letter WHERE project_id = %s"
-        wait_until(lambda: db.all(left, project) == ids, "the other letter is dropped")
-        changing.rollback()
-        replaying.rollback()
-        name = "SELECT read_role_name FROM rakam_internal.project WHERE name = %s"
-        wait_until(lambda: one(db.admin, name, fresh) == f"rakam_{fresh}_renamed_read", "the new name", 30)
-        wait_until(lambda: db.all(left, project) == [], "the last letter is dropped", 30)
-    finally:
-        replaying.close()
-        changing.close()
-        ticking.close()
-        db.configure(dead_letter_retention=None)

@@ -125,6 +125,9 @@ HOSTILE = [
     ("mallory", "SELECT tableoid, ctid FROM acme.pageview", "42501"),
     ("mallory", "SELECT * FROM acme._all", "42501"),
     ("mallory", "SELECT * FROM acme.users", "42501"),
+    # A foreign key is looked up as the owner of the table it refers to, through casts of whoever made it.
+    ("mallory", "CREATE TABLE evil.refers (u text REFERENCES evil.users (id))", "42501"),
+    ("nobody", "SELECT rakam_internal.installed()", "42501"),
     ("mallory", "SET search_path = acme, public; SELECT * FROM pageview", "42P01"),
     ("mallory", "COPY acme.pageview TO STDOUT", "42501"),
     ("mallory", "COPY (SELECT * FROM acme.pageview) TO STDOUT", "42501"),

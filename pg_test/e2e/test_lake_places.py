@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from harness.database import Database, in_background, refused, wait_until
+from harness.database import Database, in_background, one, refused, wait_until
 from harness.lake import check, files, files_of, fill, health, make_storage, objects, rewritten, stat
 
 
@@ -107,7 +107,9 @@ def test_of_two_sessions_one_takes_a_place(lake):
         db, lambda session: session.execute("SELECT rakam.create_project('two', 'second')")
     )
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%''two''%%'"
-    wait_until(lambda: outcome or db.one(waiting) == 1, "the other session waits")
+    # In its own transaction a session sees the activity of when it looked first.
+    observer = db.connect()
+    wait_until(lambda: outcome or one(observer, waiting) == 1, "the other session waits")
     db.admin.execute("COMMIT")
     thread.join()
     assert outcome[0].sqlstate == "22023"

@@ -8,7 +8,7 @@ import time
 
 import psycopg
 import pytest
-from harness.database import Database, collect, in_background, notices_of, refused, wait_until
+from harness.database import Database, collect, in_background, notices_of, one, refused, wait_until
 
 
 def test_worker_starts_after_create_extension(db):
@@ -73,6 +73,30 @@ def test_an_extension_created_again_at_once_has_a_worker_of_its_own(cluster):
     finally:
         db.configure(flush_max_age=None, flush_interval=None)
         db.drop()
+
+
+def test_an_extension_created_in_a_long_transaction_has_a_worker(cluster):
+    """Whoever waits for its commit gives up, or belongs to the one before: the commit says that a worker is wanted."""
+    db = Database(cluster, "created_late")
+    db.drop()
+    db.create()
+    try:
+        wait_until(db.worker_pid, "the resident worker")
+        observer = db.connect()
+        # At once: the one before is still there, and nobody waits for the new one.
+        db.admin.execute("DROP EXTENSION rakam CASCADE")
+        db.admin.execute("BEGIN; CREATE EXTENSION rakam")
+        wait_until(lambda: not residents(observer), "the worker of the one before has ended")
+        time.sleep(1)
+        db.admin.execute("COMMIT")
+        wait_until(db.worker_pid, "the resident worker", 25)
+    finally:
+        db.drop()
+
+
+def residents(session: psycopg.Connection) -> int:
+    resident = "datname = current_database() AND backend_type = 'rakam resident'"
+    return one(session, f"SELECT count(*) FROM pg_stat_activity WHERE {resident}")
 
 
 def drop_leftovers(db: Database) -> None:
@@ -283,7 +307,7 @@ def test_an_open_drop_of_a_project_that_is_being_flushed_holds_up_nobody_else(pr
     db.project("flushing", "flushing_lake")
     db.project("waiting")
     written = "SELECT count(*) FROM rakam.data_files WHERE project = %s"
-    db.configure(failpoint="flush.after_upload=sleep(60000)")
+    db.configure(failpoint="flush.after_upload=sleep(20000)")
     collect(db.admin, "flushing", "c", {"n": 1})
     wait_until(lambda: db.one("SELECT count(*) FROM rakam_internal.file_intent") > 0, "the flush")
     session = db.connect(autocommit=False)

@@ -16,16 +16,6 @@ PROJECT = "acme"
 
 
 @pytest.fixture(scope="module")
-def keys(db):
-    return db.project(PROJECT)
-
-
-@pytest.fixture(scope="module")
-def writer(db, keys):
-    return db.login(PROJECT, "write")
-
-
-@pytest.fixture(scope="module")
 def owner(db, keys):
     """An admin of the project who is nothing else: may make functions in the project's schema."""
     return db.login(PROJECT, "admin")

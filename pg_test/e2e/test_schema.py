@@ -286,6 +286,32 @@ def test_a_reader_in_a_transaction_delays_the_column_not_the_value(db, project):
     assert db.all("SELECT _id, fresh, _extra FROM acme.held ORDER BY 1") == [("a", None, None), ("b", [1.0, 2.0], None)]
 
 
+def test_tables_in_use_hold_up_nobody_else(db, project):
+    """Somebody reads all his tables, in a transaction that stays open, while each is to get a column."""
+    db.project("busy")
+    names = [f"c{n:02}" for n in range(80)]
+    db.admin.execute("SELECT rakam.create_collection('busy', name) FROM unnest(%s::text[]) name", (names,))
+    db.tick()
+    reader = db.connect(autocommit=False)
+    for name in names:
+        reader.execute(f"SELECT FROM busy.{name} LIMIT 1")
+    collect_batch(db.admin, "busy", [(name, {"n": 1}) for name in names])
+    wait_until(lambda: db.tiers("busy", names[-1])["inbox"] == 0, "they are digested")
+    for n in range(5):
+        began = time.monotonic()
+        collect(db.admin, project, f"beside{n}", {"n": n})
+        wait_until(lambda n=n: has_column(db.admin, f"{project}.beside{n}", "n"), "another project's table")
+        assert time.monotonic() - began < 4
+    began = time.monotonic()
+    db.admin.execute("SELECT rakam.tick()")
+    assert time.monotonic() - began < 15
+    assert not has_column(db.admin, "busy.c00", "n")
+    reader.rollback()
+    for name in names:
+        wait_until(lambda name=name: has_column(db.admin, f"busy.{name}", "n"), "the column")
+    db.admin.execute("SET rakam.allow_project_drop = on; SELECT rakam.drop_project('busy')")
+
+
 def test_fields_of_one_batch_come_in_one_step(db, project):
     collect(db.admin, PROJECT, "wide", {"_id": "w", **{f"f{i}": i for i in range(120)}})
     db.wait_column("acme.wide", "f119")

@@ -24,11 +24,6 @@ LARGE = "8000000"
 
 
 @pytest.fixture(scope="module")
-def keys(db):
-    return db.project(PROJECT)
-
-
-@pytest.fixture(scope="module")
 def server(db, keys, kafka):
     kafka.create_server(db.admin, "k")
     return "k"

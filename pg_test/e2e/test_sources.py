@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import psycopg
 import pytest
@@ -282,6 +283,64 @@ def test_dead_letters_of_csv_are_tried_again(db, cluster, folder):
     assert db.one(replay, PROJECT) == 1
     assert count(db, "rows") == 5
     db.admin.execute("SELECT rakam.drop_source(%s, 'rows')", (PROJECT,))
+    db.configure(source_refresh=None)
+
+
+def test_dead_letters_of_another_kind_of_source_stay(db, cluster, folder):
+    """A source made anew under the name of another: what it cannot read again stays, with the reason, and ends nothing."""
+    db.configure(source_refresh="200ms")
+    cluster.make_folder("drop/kind")
+    (folder / "kind/.a.part").write_text("n,name\n1,one\n2\n")
+    (folder / "kind/.a.part").chmod(0o644)
+    (folder / "kind/.a.part").rename(folder / "kind/a.csv")
+    create(db, "kind", "dropped", collection="kind", prefix="kind")
+    wait_until(lambda: count(db, "kind") == 1, "the good row")
+    db.admin.execute("SELECT rakam.drop_source(%s, 'kind')", (PROJECT,))
+    db.admin.execute(
+        "CREATE SERVER away TYPE 'kafka' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers '127.0.0.1:1')"
+    )
+    create(db, "kind", "away", topics=["kind"])
+    assert db.one("SELECT rakam.replay_dead_letters(%s, 'kind')", PROJECT) == 0
+    [(error,)] = db.all("SELECT error FROM rakam.dead_letter WHERE source = 'kind'")
+    assert error == "the source names no collection for the rows of files (SQLSTATE 22P04)"
+    db.admin.execute("SELECT rakam.drop_source(%s, 'kind')", (PROJECT,))
+    db.admin.execute("DROP SERVER away")
+    db.configure(source_refresh=None)
+
+
+def test_names_of_columns_with_nul_characters(db, cluster, folder):
+    """No text of Postgres has them: the rows are dead letters, and the source goes on."""
+    db.configure(source_refresh="200ms")
+    cluster.make_folder("drop/nul")
+    (folder / "nul/.a.part").write_bytes(b"a,b\0c\n1,2\n1,2,3\n")
+    (folder / "nul/.a.part").chmod(0o644)
+    (folder / "nul/.a.part").rename(folder / "nul/a.csv")
+    create(db, "nul", "dropped", collection="nul", prefix="nul")
+    letters = (
+        "SELECT count(*) FROM rakam.dead_letter WHERE source = 'nul' AND (error LIKE '%NUL%' OR error LIKE '%columns%')"
+    )
+    wait_until(lambda: db.one(letters) == 2, "the rows are told")
+    put(cluster, folder, "nul/b.ndjson", [{"n": 1}])
+    wait_until(lambda: count(db, "nul") == 1, "the next object")
+    db.wait_column("acme.nul", "n")
+    with refused("22P05"):
+        db.admin.execute(f"SELECT rakam.copy_from('acme', 'nul2', 'file://{folder}/nul/a.csv')")
+    db.admin.execute("SELECT rakam.drop_source(%s, 'nul')", (PROJECT,))
+    db.configure(source_refresh=None)
+
+
+def test_an_object_that_comes_while_the_source_is_being_changed(db, cluster, folder):
+    db.configure(source_refresh="200ms")
+    put(cluster, folder, "held/a.ndjson", [{"n": 1}])
+    create(db, "held", "dropped", collection="held", prefix="held")
+    wait_until(lambda: count(db, "held") == 1, "the first object")
+    session = db.connect(autocommit=False)
+    session.execute("SELECT rakam.resume_source(%s, 'held')", (PROJECT,))
+    put(cluster, folder, "held/b.ndjson", [{"n": 2}])
+    time.sleep(2)
+    session.rollback()
+    wait_until(lambda: count(db, "held") == 2, "the second object", 20)
+    db.admin.execute("SELECT rakam.drop_source(%s, 'held')", (PROJECT,))
     db.configure(source_refresh=None)
 
 

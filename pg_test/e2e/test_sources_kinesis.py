@@ -253,6 +253,33 @@ def test_resharding_loses_nothing_and_keeps_the_order_of_keys(db, service):
 # -- a service that struggles ---------------------------------------------------------------------------------------
 
 
+def test_a_seek_holds_for_the_shards_that_follow(db, project, kinesis):
+    """A stream that was resharded: those that came of others begin where the seek says, too, not where the source once began."""
+    stream = "sought"
+    kinesis.create_stream(stream, 1)
+    kinesis.send(stream, keyed(range(10)))
+    kinesis.split(stream, kinesis.open_shards(stream)[0])
+    kinesis.send(stream, keyed(range(10, 20)))
+    time.sleep(1.1)
+    between = int(time.time() * 1000)
+    time.sleep(0.1)
+    kinesis.send(stream, keyed(range(20, 30)))
+    name = "seeker"
+    create(db, kinesis, name, stream=stream, start=between)
+    wait_for(db, name, list(range(20, 30)))
+    wait_until(lambda: len(states(db, name)) == 3, "all shards are noted")
+    db.admin.execute("SELECT rakam.seek_source(%s, %s, 'earliest', force => true)", (PROJECT, name))
+    wait_for(db, name, sorted([*range(30), *range(20, 30)]))
+    # And the other way round: nothing from before the moment is read of any shard.
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(between / 1000))
+    db.admin.execute("SELECT rakam.seek_source(%s, %s, %s, force => true)", (PROJECT, name, moment))
+    time.sleep(3)
+    kinesis.send(stream, keyed([30]))
+    expected = sorted([*range(30), *range(20, 30), *range(20, 31)])
+    wait_for(db, name, expected)
+    drop(db, name)
+
+
 def test_expired_iterators_and_throttling(db, project, kinesis_fast, seed):
     with FaultProxy(kinesis_fast.endpoint, seed) as proxy:
         server = server_of(db, kinesis_fast, proxy)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 
+import psycopg
 import pytest
-from harness.database import Database, notices_of, one, refused
+from harness.database import Database, notices_of, one, refused, wait_until
 
 PROJECT = "acme"
 
@@ -190,6 +191,39 @@ def test_a_quota_that_is_used_up_stops_no_writer(db, owner, clerk, table):
     db.admin.execute("SELECT rakam.set_quota('metered', NULL, NULL, NULL, NULL)")
     assert db.one("SELECT rakam.replay_dead_letters('metered', NULL)") == 1
     assert db.one(f"SELECT count(DISTINCT properties->>'id') FROM metered._all WHERE _collection = '{table}'") == 1000
+
+
+def test_refused_changes_use_up_no_bytes(db, owner, clerk, table):
+    db.project("weighed")
+    db.admin.execute("SELECT rakam.set_quota('weighed', 5, 200000, NULL, NULL)")
+    create(owner, table)
+    db.admin.execute("SELECT rakam.track_table('weighed', %s, %s)", (table, f"shop.{table}"))
+    for first in range(0, 10_000, 1_000):
+        clerk.execute(f"INSERT INTO shop.{table} SELECT n FROM generate_series({first}, {first + 999}) n")
+    assert db.one("SELECT count(*) FROM rakam.dead_letter WHERE project = 'weighed'") == 10
+    wait_until(lambda: collected(db, "weighed"), "the rate of a second is over")
+
+
+def collected(db, project: str) -> bool:
+    try:
+        db.admin.execute("SELECT rakam.collect(%s, 'c', jsonb_build_object('x', repeat('y', 150000)))", (project,))
+    except psycopg.errors.ConfigurationLimitExceeded as error:
+        assert "events per second" in str(error)
+        return False
+    return True
+
+
+def test_a_refused_change_of_several_lines_is_replayed(db, owner, clerk, table):
+    """Values of type json keep their line breaks."""
+    db.project("lines")
+    db.admin.execute("SELECT rakam.set_quota('lines', NULL, NULL, NULL, 0)")
+    owner.execute(f"CREATE TABLE shop.{table} (id int PRIMARY KEY, doc json)")
+    owner.execute(f"GRANT ALL ON shop.{table} TO PUBLIC")
+    db.admin.execute("SELECT rakam.track_table('lines', %s, %s)", (table, f"shop.{table}"))
+    clerk.execute(f"INSERT INTO shop.{table} VALUES (1, E'{{\n \"a\": 1\n}}')")
+    db.admin.execute("SELECT rakam.set_quota('lines', NULL, NULL, NULL, NULL)")
+    assert db.one("SELECT rakam.replay_dead_letters('lines', NULL)") == 1
+    assert db.one("SELECT properties->'doc'->>'a' FROM lines._all") == "1"
 
 
 def test_mappers_see_the_changes_and_their_errors_stop_nobody(db, owner, clerk, table):

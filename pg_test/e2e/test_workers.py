@@ -7,7 +7,7 @@ import time
 
 import psycopg
 import pytest
-from harness.database import Database, collect, one, wait_until
+from harness.database import Database, collect, in_background, one, refused, wait_until
 
 CALLS = 60
 
@@ -36,6 +36,33 @@ def test_calls_given_up_early_leave_the_server_alone(db, seed):
     assert outcomes.get("57014", 0) > CALLS // 4, outcomes
     db.tick()
     assert one(session, "SELECT count(*) FROM acme.page") == CALLS
+
+
+def test_workers_of_others_count_for_everybody(db):
+    """Who sees no workers of others in pg_stat_activity has no more of them than `rakam.max_workers` allows."""
+    db.project("crowd")
+    db.admin.execute("SELECT rakam.create_collection('crowd', 'c')")
+    collect(db.admin, "crowd", "c", {"n": 1})
+    db.tick()
+    db.flush("crowd")
+    db.configure(max_workers=1)
+    other = db.login("crowd", "admin")
+    other.execute(
+        "CREATE FUNCTION crowd.nap() RETURNS bool LANGUAGE plpgsql STABLE AS $$BEGIN PERFORM pg_sleep(60); RETURN false; END$$"
+    )
+    sleeper, thread, _ = in_background(
+        db, lambda session: session.execute("SELECT rakam.delete_events('crowd', 'c', 'crowd.nap()')")
+    )
+    running = "SELECT count(*) FROM rakam.stat_worker WHERE kind = 'task'"
+    try:
+        wait_until(lambda: one(other, running) == 1, "the task is seen by a member, too")
+        for call in ("rakam.flush('crowd')", "rakam.tick()"):
+            with refused("53000", hint="rakam.max_workers"):
+                other.execute(f"SELECT {call}")
+    finally:
+        sleeper.cancel()
+        thread.join()
+        db.configure(max_workers=None)
 
 
 def test_settings_made_for_everybody_do_not_stop_the_workers(cluster):

@@ -7,19 +7,19 @@ use super::registry::Collection;
 use crate::pg::Result;
 use crate::pg::spi::{self, arg};
 
-/// Removes every row of a collection. Objects outside of this database are queued for deletion; events that are
-/// under way under its name go with it.
+/// Files of the default storage that are deleted in one transaction.
+const OBJECTS_AT_ONCE: i64 = 16;
+
+/// Removes every row of a collection. Its files are queued for deletion ([`delete_objects`]); events that are under way under its
+/// name go with it.
 pub fn delete(collection: &Collection) -> Result<()> {
     let id = [arg(collection.id)];
     for statement in [
         // Whoever stores chunks of it without its table being locked is awaited, and comes after it no more.
         "SELECT FROM rakam_internal.collection WHERE collection_id = $1 FOR UPDATE",
         "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
-         SELECT f.storage_id, f.path, f.project_id, 'collection dropped'
-         FROM rakam_internal.data_file f JOIN rakam_internal.storage s USING (storage_id)
-         WHERE f.collection_id = $1 AND s.kind <> 'local' ON CONFLICT DO NOTHING",
-        "DELETE FROM rakam_internal.local_object o USING rakam_internal.data_file f, rakam_internal.storage s
-         WHERE f.collection_id = $1 AND s.storage_id = f.storage_id AND s.kind = 'local' AND o.path = f.path",
+         SELECT f.storage_id, f.path, f.project_id, 'collection dropped' FROM rakam_internal.data_file f
+         WHERE f.collection_id = $1 ON CONFLICT DO NOTHING",
         "DELETE FROM rakam_internal.data_file WHERE collection_id = $1",
         "DELETE FROM rakam_internal.hot_chunk WHERE collection_id = $1",
         "DELETE FROM rakam_internal.manifest_log WHERE collection_id = $1",
@@ -37,6 +37,19 @@ pub fn delete(collection: &Collection) -> Result<()> {
         spi::execute(statement, &id)?;
     }
     former::retire(collection.project_id, &collection.name, None)
+}
+
+/// Deletes files of the default storage that dropped collections of a project have left, a few at a time: a large one takes its
+/// time, for which nobody is to be locked out. 0: there are none any more. Older snapshots see them nevertheless.
+pub fn delete_objects(project_id: i32) -> Result<u64> {
+    spi::execute(
+        "WITH due AS MATERIALIZED (
+           SELECT d.storage_id, d.path FROM rakam_internal.file_deferred d JOIN rakam_internal.storage s USING (storage_id)
+           WHERE d.project_id = $1 AND d.reason = 'collection dropped' AND s.kind = 'local' LIMIT $2 FOR UPDATE OF d SKIP LOCKED),
+         gone AS (DELETE FROM rakam_internal.local_object o USING due WHERE o.path = due.path)
+         DELETE FROM rakam_internal.file_deferred d USING due WHERE d.storage_id = due.storage_id AND d.path = due.path",
+        &[arg(project_id), arg(OBJECTS_AT_ONCE)],
+    )
 }
 
 /// Gives a collection another name. What is under way under the old one follows.

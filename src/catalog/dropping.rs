@@ -10,6 +10,11 @@ use crate::pg::{PgError, Result, wait};
 /// Between two attempts to get a lock that somebody has for a moment.
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// Whether some transaction is dropping the project.
+pub fn is_going(project_id: i32) -> bool {
+    !locks::is_free(LockOn::Project(project_id))
+}
+
 /// Whether some transaction is dropping the project of a collection. Workers only.
 pub fn concerns(collection_id: i32) -> Result<bool> {
     let project_id = spi::first(
@@ -18,25 +23,29 @@ pub fn concerns(collection_id: i32) -> Result<bool> {
         &[arg(collection_id)],
         |row| row.must(1),
     )?;
-    Ok(project_id.is_some_and(|id| !locks::is_free(LockOn::Project(id))))
+    Ok(project_id.is_some_and(is_going))
 }
 
 /// Errors (55P03) if some transaction is dropping the project: before work that would wait for its end with locks in hand.
 pub fn ensure_stays(project_id: i32) -> Result<()> {
-    if locks::is_free(LockOn::Project(project_id)) {
-        return Ok(());
+    if is_going(project_id) {
+        return Err(going());
     }
-    Err(
-        PgError::new("55P03", "the project is being dropped by a transaction")
-            .hint("Try again when that transaction has ended."),
-    )
+    Ok(())
+}
+
+fn going() -> PgError {
+    PgError::new("55P03", "the project is being dropped by a transaction")
+        .hint("Try again when that transaction has ended.")
 }
 
 /// Takes the lock under which a collection's files and chunks change, to the end of the transaction: nothing is stored for it
 /// behind a drop of its project, and nobody who is in the middle of something waits for the end of one. Error: 55P03.
-pub fn lock_manifest(project_id: i32, collection_id: i32) -> Result<()> {
+pub fn lock_manifest(collection_id: i32) -> Result<()> {
     while !locks::try_transaction(LockOn::Manifest(collection_id)) {
-        ensure_stays(project_id)?;
+        if concerns(collection_id)? {
+            return Err(going());
+        }
         wait::wait(None, PAUSE);
     }
     Ok(())

@@ -96,7 +96,7 @@ pub fn set(store: &NewStore<'_>) -> Result<i32> {
                 )?;
             }
             if former.is_present && former.has_server {
-                rename_server(former.id, store.server)?;
+                follow_renamed_servers()?;
             } else {
                 untie(store.project_id)?;
                 tie(former.id, store)?;
@@ -160,14 +160,6 @@ fn tie(store_id: i32, store: &NewStore<'_>) -> Result<()> {
          SET anchor = ('rakam_internal.' || pg_catalog.quote_ident($2))::regclass, server = $3
          WHERE store_id = $1",
         &[arg(store_id), arg(anchor.as_str()), arg(store.server)],
-    )?;
-    Ok(())
-}
-
-fn rename_server(store_id: i32, server: &str) -> Result<()> {
-    spi::execute(
-        "UPDATE rakam_internal.event_store SET server = $2 WHERE store_id = $1 AND server <> $2",
-        &[arg(store_id), arg(server)],
     )?;
     Ok(())
 }
@@ -519,6 +511,19 @@ pub fn seen(source_id: i32, splits: &[String]) -> Result<Vec<(Uuid, Seen)>> {
         },
     )?;
     Ok(joined)
+}
+
+/// Forgets what a split has brought of an origin.
+pub fn forget_seen(source_id: i32, split: &str, origin: Uuid) -> Result<()> {
+    spi::execute(
+        "DELETE FROM rakam_internal.origin_seen WHERE source_id = $1 AND split = $2 AND origin = $3",
+        &[
+            arg(source_id),
+            arg(split),
+            arg(pgrx::Uuid::from_bytes(*origin.as_bytes())),
+        ],
+    )
+    .map(drop)
 }
 
 /// Stores what a split has brought of an origin, in the transaction that stores the events.

@@ -291,13 +291,25 @@ pub struct Crowd {
     pub level: i16,
 }
 
-/// Where there are at least so many runs of one class.
-pub fn crowds(at_least: usize) -> Result<Vec<Crowd>> {
+/// The number of the newest run; 0: there is none.
+pub fn newest() -> Result<i64> {
+    let newest = spi::first(
+        View::Current,
+        "SELECT max(run_id) FROM rakam_internal.id_run",
+        &[],
+        |row| Ok(row.get(1)),
+    )?;
+    Ok(newest.flatten().unwrap_or(0))
+}
+
+/// Where there are at least so many runs of one class, in projects that have a run with a higher number than `since`.
+pub fn crowds(at_least: usize, since: i64) -> Result<Vec<Crowd>> {
     spi::query(
         View::Current,
         "SELECT project_id, bucket_from, bucket_to, depth, hash_from, level FROM rakam_internal.id_run
+         WHERE project_id IN (SELECT n.project_id FROM rakam_internal.id_run n WHERE n.run_id > $2)
          GROUP BY 1, 2, 3, 4, 5, 6 HAVING count(*) >= $1 ORDER BY 4, 1, 2 LIMIT 1000",
-        &[arg(at_least as i64)],
+        &[arg(at_least as i64), arg(since)],
         |row| {
             Ok(Crowd {
                 project_id: row.must(1)?,

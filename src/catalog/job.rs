@@ -54,6 +54,7 @@ pub fn last_error() -> Result<Option<String>> {
 pub type Task = (i32, Option<String>, Option<TimestampWithTimeZone>);
 
 pub fn tasks() -> Result<Vec<Task>> {
+    let _owner = ActAs::owner();
     spi::query(
         View::Current,
         "SELECT pid, datname::text, backend_start FROM pg_catalog.pg_stat_activity

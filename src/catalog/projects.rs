@@ -497,8 +497,8 @@ thread_local! {
     static NAMED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Notes the present names of roles that were renamed, and which are gone: a dump has the names. Costs nothing where no role has changed. A project
-/// that somebody else is changing is left for the next time.
+/// Notes the present names of roles that were renamed, and which are gone: a dump has the names. Costs nothing where no role has
+/// changed. A project that somebody else is changing is left for the next time.
 pub fn follow_renamed_roles() -> Result<()> {
     invalidation::watch(relation::oid("rakam_internal", "project"));
     let now = invalidation::generation();

@@ -269,19 +269,9 @@ impl Fields {
 
 /// The fields of a collection.
 pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
-    let mut fields = Fields::default();
-    spi::run(
-        view,
-        "SELECT field_id, name, type, added_version, column_ready, NULL::xid8, NULL::timestamptz, NULL::timestamptz
-         FROM rakam_internal.field WHERE collection_id = $1
-         UNION ALL SELECT field_id, name, NULL, 0, false, dropped_xid, dropped_at,
-                          (SELECT coalesce((SELECT max(at) FROM rakam_internal.restore), own_since)
-                           FROM rakam_internal.installation)
-         FROM rakam_internal.dropped_field WHERE collection_id = $1",
-        &[arg(collection.id)],
-        |row| fields.add(row),
-    )?;
-    Ok(fields.schema(collection.schema_version))
+    schemas(view, &[collection])?
+        .remove(&collection.id)
+        .ok_or_else(|| PgError::internal("the fields of a collection were not read"))
 }
 
 /// The fields of many collections, by collection.

@@ -239,11 +239,13 @@ pub fn note_trouble(source_id: i32, error: Option<&str>) -> Result<bool> {
     Ok(noted > 0)
 }
 
-/// Tells who listens on `rakam_alert` that a split has stopped.
+/// Tells who listens on `rakam_alert` that a split has stopped. A notification has less than 8000 bytes, and a character takes
+/// up to six of them as JSON: long texts are cut.
 pub fn alarm(source: &Source, split: &str, reason: &str) -> Result<()> {
     spi::execute(
         "SELECT pg_catalog.pg_notify('rakam_alert', pg_catalog.json_build_object(
-           'project', $1::text, 'source', $2::text, 'split', $3::text, 'error', $4::text)::text)",
+           'project', $1::text, 'source', $2::text, 'split', pg_catalog.left($3::text, 500),
+           'error', pg_catalog.left($4::text, 600))::text)",
         &[
             arg(source.project.as_str()),
             arg(source.name.as_str()),
@@ -412,6 +414,16 @@ pub fn not_repeatable(
         &[arg(source_id), arg(splits), arg(offsets), arg(window_s)],
         |row| row.must(1),
     )
+}
+
+/// Splits that are noted from now on begin there, as `start` of the options says.
+pub fn set_start(source_id: i32, start: &str) -> Result<()> {
+    spi::execute(
+        "UPDATE rakam_internal.source SET options = options || pg_catalog.jsonb_build_object('start', $2::text)
+         WHERE source_id = $1",
+        &[arg(source_id), arg(start)],
+    )?;
+    Ok(())
 }
 
 /// Puts splits to other places and lets them be read from there, whoever reads them now; the others are forgotten with

@@ -145,7 +145,9 @@ impl fmt::Display for Local {
             Self::Subquery => "it has a subquery",
             Self::OtherTable => "it uses another table",
             Self::MadeLast => "the column is put together after filtering",
-            Self::Pattern => "the pattern is not a constant, or ends in its escape character",
+            Self::Pattern => {
+                "the pattern is not a constant, is very long, or ends in its escape character"
+            }
             Self::Value => "the constant is beyond what the column's type can hold exactly",
             Self::Nested => "it is nested too deeply",
             Self::Expression => "the engine has no such expression",

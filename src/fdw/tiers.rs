@@ -439,7 +439,12 @@ pub fn name_may_match(filter: Option<&Expr>, name: &str) -> bool {
     if let Some(filter) = filter {
         conjuncts(filter, &mut conditions);
     }
-    let is_name = |expr: &Expr| matches!(expr, Expr::Literal(Scalar::Text(text)) if text == name);
+    // Another column may have that name in some row.
+    let is_name = |expr: &Expr| match expr {
+        Expr::Literal(Scalar::Text(text)) => text == name,
+        Expr::Literal(_) | Expr::Null(_) => false,
+        _ => true,
+    };
     conditions.into_iter().all(|condition| match condition {
         Expr::Cmp {
             op: CmpOp::Eq,

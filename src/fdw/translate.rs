@@ -275,11 +275,15 @@ impl Translator {
                 Some(Value::One(Some(Scalar::Text(pattern)))) => pattern,
                 _ => return Err(Local::Pattern),
             };
-            Ok(Expr::Like {
+            let like = Expr::Like {
                 expr: Box::new(Expr::Column(attnum)),
                 pattern: plain_escapes(&pattern).ok_or(Local::Pattern)?,
                 negated,
-            })
+            };
+            match like.fits() {
+                true => Ok(like),
+                false => Err(Local::Pattern),
+            }
         }
     }
 

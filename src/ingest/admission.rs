@@ -52,8 +52,14 @@ impl<'a> Admission<'a> {
         {
             return Ok(Some(refusal));
         }
-        if self.project.is_fixed || quota.fields.is_some() {
-            return self.new_fields(id, collection, properties);
+        if (self.project.is_fixed || quota.fields.is_some())
+            && let Some(refusal) = self.new_fields(id, collection, properties)?
+        {
+            return Ok(Some(refusal));
+        }
+        // Only an event that enters brings one.
+        if id == 0 && quota.collections.is_some() && !self.collections.contains(collection) {
+            self.collections.insert(collection.to_owned());
         }
         Ok(None)
     }
@@ -72,7 +78,6 @@ impl<'a> Admission<'a> {
         if known + self.collections.len() as i64 >= i64::from(most) {
             return Ok(Some(EventError::TooManyCollections(most)));
         }
-        self.collections.insert(collection.to_owned());
         Ok(None)
     }
 

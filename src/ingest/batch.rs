@@ -18,10 +18,12 @@ use crate::pg::jsonb::{JsonbEvents, JsonbText};
 use crate::pg::record::Record;
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{ErrorReport, PgError, Result, not_null, xact};
+use crate::pg::{ErrorReport, PgError, Result, not_null, wait, xact};
 
 /// Bytes of events after which a collection gets another inbox row.
 const ROW_BYTES: usize = 1 << 20;
+/// A cancel is seen after so many events.
+const CANCEL_ITEMS: usize = 256;
 
 /// Stores an array of events given as text.
 /// SQL: `rakam.collect_batch(project text, events text, api jsonb DEFAULT NULL)`.
@@ -106,9 +108,10 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
                     .hint("Pass the events as text: the checksum is the MD5 of exactly that text."),
             );
         }
-        Events::Jsonb(JsonbEvents::Array(events)) => {
-            (events.text.as_str(), entry::split_events(events, &limits()))
-        }
+        Events::Jsonb(JsonbEvents::Array(events)) => (
+            events.text.as_str(),
+            entry::split_events(events, &limits())?,
+        ),
         Events::Jsonb(JsonbEvents::Other(text)) => {
             (text.as_str(), entry::split_batch(text, &limits())?)
         }
@@ -125,15 +128,18 @@ fn store(project: &Project, events: Events<'_>, api: Option<JsonbText>) -> Resul
     let mut rejected = Rejected::default();
     let mut stored = 0i64;
     for (index, item) in items.into_iter().enumerate() {
+        if index % CANCEL_ITEMS == 0 {
+            wait::check_interrupts();
+        }
         match item {
             Ok(item) => {
                 let name = rows.collection(item.collection).as_str();
                 match admission.refusal(name, &item.properties)? {
-                    Some(refusal) => rejected.add(index, &refusal),
+                    Some(refusal) => rejected.add(index, &refusal)?,
                     None => stored += rows.add(&item)?,
                 }
             }
-            Err(error) => rejected.add(index, &error),
+            Err(error) => rejected.add(index, &error)?,
         }
     }
     stored += rows.finish()?;
@@ -317,7 +323,10 @@ struct Rejected {
 }
 
 impl Rejected {
-    fn add(&mut self, index: usize, error: &EventError) {
+    fn add(&mut self, index: usize, error: &EventError) -> Result<()> {
+        if self.indexes.len() >= entry::REJECTED_MAX {
+            return Err(EventError::TooManyRejected.into());
+        }
         if !self.errors.is_empty() {
             self.errors.push(',');
         }
@@ -329,5 +338,6 @@ impl Rejected {
         self.errors.push('}');
         // An array of more elements than an int can count does not fit a text of Postgres.
         self.indexes.push(i32::try_from(index).unwrap_or(i32::MAX));
+        Ok(())
     }
 }

@@ -27,10 +27,11 @@ use super::quota;
 use super::waiting::{FIRST_SLICE_BYTES, Waiting, fitting};
 use crate::catalog::backlog::{self, Backlog, Lag, Whose};
 use crate::catalog::dead_letter;
+use crate::catalog::dropping;
 use crate::catalog::inbox::{self, TailRow, Tick};
 use crate::catalog::registry::ProjectRow;
 use crate::catalog::restored;
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
@@ -103,7 +104,7 @@ struct Going(HashMap<i32, bool>);
 
 impl Going {
     fn has(&mut self, project_id: i32) -> bool {
-        *(self.0.entry(project_id)).or_insert_with(|| !locks::is_free(LockOn::Project(project_id)))
+        *(self.0.entry(project_id)).or_insert_with(|| dropping::is_going(project_id))
     }
 }
 
@@ -488,7 +489,7 @@ pub fn retry_parked() -> std::result::Result<u64, Failure> {
     let due = xact::worker(|| inbox::parked::due(View::Current, 100))?;
     let mut left = 0;
     for parked in due {
-        if !locks::is_free(LockOn::Project(parked.row.project_id)) {
+        if dropping::is_going(parked.row.project_id) {
             continue;
         }
         let outcome = xact::in_passing(|| retry(&parked))?;

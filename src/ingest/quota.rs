@@ -82,8 +82,6 @@ fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<
         return Ok(());
     }
     let meter = meter::of(project.id);
-    // First what gives back by itself when the second refuses.
-    take_bytes(project, bytes, arrival)?;
     if let Some(per_second) = quota.events_per_second
         && !meter.take_events(events, per_second)
     {
@@ -93,7 +91,8 @@ fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<
             ),
         );
     }
-    Ok(())
+    // Last: they are given back with the transaction only, and who is refused may go on in his.
+    take_bytes(project, bytes, arrival)
 }
 
 /// Takes bytes of a day in, if the project's are bounded.

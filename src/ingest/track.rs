@@ -246,8 +246,9 @@ impl Events<'_> {
         let event = match refused.map_or(checked, Err) {
             Ok(event) => event,
             Err(error) => {
+                // Events of a dead letter are one a line.
                 return mapper::set_aside(
-                    &self.entry(event.as_bytes(), 1),
+                    &self.entry(entry::one_line(event).as_bytes(), 1),
                     Shape::Event,
                     &error.into(),
                 );

@@ -16,11 +16,11 @@ use super::lane::{Lane, PAUSE, Published, Work};
 use super::parcel::{self, Packed, Topics};
 use super::rotate;
 use crate::catalog::dead_letter;
+use crate::catalog::dropping;
 use crate::catalog::event_store::{self, Assigned, EventStore};
 use crate::catalog::inbox::TailRow;
 use crate::catalog::outbox;
 use crate::ingest::learn::{Learner, register};
-use crate::pg::locks::{self, LockOn};
 use crate::pg::runtime::{self, Port, Sender, Task};
 use crate::pg::snapshot::Snapshot;
 use crate::pg::spi::View;
@@ -35,6 +35,8 @@ const BATCH_BYTES: i64 = 4 << 20;
 /// Stores that are worked on at a time, and whose batches are in memory at most.
 const STORES_AT_A_TIME: usize = 8;
 const STORES_IN_MEMORY: usize = 4 * STORES_AT_A_TIME;
+/// Of them those that have failed before.
+const FAILED_STORES_AT_A_TIME: usize = STORES_AT_A_TIME / 2;
 /// How long an attempt may struggle before it gives way, and how long a store that failed waits: longer each time.
 const STRUGGLE: Duration = Duration::from_secs(20);
 const PAUSE_MOST: Duration = Duration::from_secs(8);
@@ -160,7 +162,10 @@ impl Relay {
     /// Begins with the stores that have work, those first that were served longest ago.
     fn begin(&mut self) -> std::result::Result<Turn, Failure> {
         while xact::worker(outbox::readmit)? > 0 {}
-        let stores = xact::worker(|| event_store::with_work(View::Under(Snapshot::active())))?;
+        let mut stores = xact::worker(|| event_store::with_work(View::Under(Snapshot::active())))?;
+        // Those that failed come last: others, whose broker is there, do not wait for them.
+        let has_failed = |lane: &Lane| lane.failures > 0;
+        stores.sort_by_key(|(id, _)| self.lanes.get(id).is_some_and(has_failed));
         let mut turn = Turn::Idle;
         let now = Instant::now();
         // A store that failed and has no work any more is forgotten with its failure, and with what was published if it is gone.
@@ -185,14 +190,18 @@ impl Relay {
             let (is_under_way, has_work) = (lane.is_under_way(), lane.work.is_some());
             let count = |is: fn(&Lane) -> bool| self.lanes.values().filter(|lane| is(lane)).count();
             // Those that wait to be noted wait for somebody's transaction.
-            let is_full = count(Lane::is_under_way) >= STORES_AT_A_TIME
+            let tries_again = |lane: &Lane| lane.is_under_way() && lane.failures > 0;
+            let is_crowded = self.lanes.get(&id).is_some_and(has_failed)
+                && count(tries_again) >= FAILED_STORES_AT_A_TIME;
+            let is_full = is_crowded
+                || count(Lane::is_under_way) >= STORES_AT_A_TIME
                 || count(|lane| lane.work.is_some()) >= STORES_IN_MEMORY;
             let outcome = match store {
                 _ if !is_due || is_under_way => continue,
                 _ if has_work => self.note_published(id),
                 _ if is_full => continue,
                 // Its rows are locked until a transaction ends that is dropping the project: no other store waits for that.
-                Ok(store) if !locks::is_free(LockOn::Project(store.project_id)) => continue,
+                Ok(store) if dropping::is_going(store.project_id) => continue,
                 Ok(store) => self.begin_store(&store),
                 Err(error) => Err(Failure::Error(error)),
             };

@@ -13,6 +13,7 @@ thread_local! {
     static SOURCES_CHANGED: Cell<bool> = const { Cell::new(false) };
     static COLLECTED: Cell<u64> = const { Cell::new(0) };
     static OUTGOING: Cell<bool> = const { Cell::new(false) };
+    static INSTALLED: Cell<bool> = const { Cell::new(false) };
     static REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -35,6 +36,13 @@ pub fn sources_at_commit() {
 pub fn relay_at_commit() {
     if register() {
         OUTGOING.set(true);
+    }
+}
+
+/// This transaction creates the extension: however long it takes, its database has a resident afterwards.
+pub fn resident_at_commit() {
+    if register() {
+        INSTALLED.set(true);
     }
 }
 
@@ -78,11 +86,15 @@ unsafe extern "C-unwind" fn xact_callback(
             if OUTGOING.take() {
                 notify_relay();
             }
+            if INSTALLED.take() {
+                want_resident();
+            }
         }
         XACT_EVENT_ABORT | XACT_EVENT_PREPARE => {
             COLLECTED.set(0);
             SOURCES_CHANGED.set(false);
             OUTGOING.set(false);
+            INSTALLED.set(false);
         }
         _ => {}
     }
@@ -96,6 +108,16 @@ fn notify(events: u64) {
         && slot.waiting.fetch_add(events, Ordering::AcqRel) == 0
     {
         slot.wake();
+    }
+}
+
+/// Has the launcher start a resident at its next look, should the one that waited for the commit have ended.
+fn want_resident() {
+    // SAFETY: reads a backend variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
+        slot.not_before_ms.store(0, Ordering::Release);
+        slot.absent.store(false, Ordering::Release);
     }
 }
 

@@ -160,10 +160,10 @@ fn rights(schema: &str, [r, w, a]: [&str; 3]) -> Vec<String> {
         format!("GRANT CREATE ON SCHEMA {schema} TO {a}"),
         format!("GRANT SELECT ON {schema}.users TO {r}"),
         format!("GRANT INSERT ON {schema}.users TO {w}"),
-        // All but TRIGGER: functions of ours write this table as its owner, and would run the trigger so.
-        format!(
-            "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES ON {schema}.users TO {a}"
-        ),
+        // Not TRIGGER: functions of ours write this table as its owner, and would run the trigger so. Nor REFERENCES: foreign keys
+        // are looked up as its owner, through casts of whoever has them. `repair` takes it from those who were given it.
+        format!("GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON {schema}.users TO {a}"),
+        format!("REVOKE REFERENCES, TRIGGER ON {schema}.users FROM {a}"),
         format!("GRANT SELECT ON {schema}._all TO {r}, {a}"),
         format!("GRANT INSERT ON {schema}._all TO {w}, {a}"),
     ]

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use rakam_sources::options::seek_target;
+use rakam_sources::options::{Kind, seek_target};
 use rakam_sources::plan::{Plan, plan};
 use rakam_sources::position::Position;
 use rakam_sources::source::{Split, Start};
@@ -39,7 +39,7 @@ pub fn perform(request: &Request) -> std::result::Result<(), Failure> {
         Ok((source, reach))
     })?;
     let start = seek_target(source.kind, &request.target).map_err(error)?;
-    let (splits, reread, only_named) = match start {
+    let (splits, later, only_named) = match start {
         Start::Splits(named) => {
             let noted = xact::worker(|| sources::noted(source.id))?;
             for (split, _) in &named {
@@ -61,8 +61,8 @@ pub fn perform(request: &Request) -> std::result::Result<(), Failure> {
             (named.collect::<Vec<_>>(), Vec::new(), true)
         }
         start => {
-            let (splits, reread) = located(&source, &reach, start)?;
-            (splits, reread, false)
+            let (splits, later) = located(&source, &reach, start)?;
+            (splits, later, false)
         }
     };
     xact::worker(|| {
@@ -73,9 +73,13 @@ pub fn perform(request: &Request) -> std::result::Result<(), Failure> {
                 "the source was dropped and made anew",
             ));
         }
+        // Splits that are noted later, because they come behind others, begin there, too. Files have no other start.
+        if !only_named && source.kind != Kind::Files {
+            sources::set_start(source.id, &request.target)?;
+        }
         let standing = sources::lock_splits(source.id)?;
         if !request.force {
-            ensure_once(&source, &standing, &splits, &reread)?;
+            ensure_once(&source, &standing, splits.iter().chain(&later))?;
         }
         sources::reposition(source.id, &splits, only_named)?;
         wake::sources_at_commit();
@@ -92,12 +96,12 @@ fn error(error: rakam_sources::SourceError) -> Failure {
     Failure::Error(error.into())
 }
 
-/// All splits as a source that begins now would read them, and those that are read whole later, behind others.
+/// All splits as a source that begins now would read them, and those that are read later, behind others.
 fn located(
     source: &Source,
     reach: &Reach,
     start: Start,
-) -> std::result::Result<(Vec<NewSplit>, Vec<String>), Failure> {
+) -> std::result::Result<(Vec<NewSplit>, Vec<NewSplit>), Failure> {
     let reach = reach.clone();
     runtime::wait_for(async move {
         let mut service = reach.splits().await?;
@@ -108,10 +112,19 @@ fn located(
             splits => service.locate(splits, &start).await?,
         };
         let splits = new_splits(plan, positions);
-        let later = |id: &String| !splits.iter().any(|split| split.split == *id);
-        let reread = listed.into_iter().map(|split| split.id).filter(later);
-        let reread = reread.collect();
-        Ok((splits, reread))
+        let is_later = |id: &String| !splits.iter().any(|split| split.split == *id);
+        let position = match start {
+            Start::Time(ms) => Position::Time(ms),
+            _ => Position::Beginning,
+        };
+        let later = listed.into_iter().map(|split| split.id).filter(is_later);
+        let later = later.map(|split| NewSplit {
+            split,
+            position: position.clone(),
+            is_ended: false,
+        });
+        let later = later.collect();
+        Ok((splits, later))
     })
     .map_err(Failure::Error)?
     .map_err(|e: rakam_sources::SourceError| {
@@ -137,18 +150,17 @@ pub fn new_splits(plan: Plan, positions: Vec<Position>) -> Vec<NewSplit> {
 }
 
 /// Refuses what would read records again whose events could count twice.
-fn ensure_once(
+fn ensure_once<'a>(
     source: &Source,
     standing: &[Standing],
-    splits: &[NewSplit],
-    reread: &[String],
+    splits: impl Iterator<Item = &'a NewSplit>,
 ) -> Result<()> {
     let standing: HashMap<&str, &Standing> = standing
         .iter()
         .map(|standing| (standing.split.as_str(), standing))
         .collect();
     let (mut names, mut offsets) = (Vec::new(), Vec::new());
-    for split in splits.iter().filter(|split| !split.is_ended) {
+    for split in splits.filter(|split| !split.is_ended) {
         let is_behind = standing.get(split.split.as_str()).is_some_and(|standing| {
             matches!(split.position, Position::Time(ms)
                 if standing.record_at_us.is_some_and(|at| ms.saturating_mul(1000) > at))
@@ -158,8 +170,6 @@ fn ensure_once(
             offsets.push(behind(&split.position));
         }
     }
-    offsets.resize(offsets.len() + reread.len(), None);
-    names.extend_from_slice(reread);
     let window_s = guc::dedupe_window_us().unwrap_or(0) as f64 / 1e6;
     let repeated = sources::not_repeatable(source.id, names, offsets, window_s)?;
     let Some(first) = repeated.first() else {

@@ -34,7 +34,8 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, scratch, wait};
-use crate::tiers::object::{Home, Output, Remote};
+use crate::tiers::object::{self, Home, Output, Remote};
+use crate::tiers::reach;
 
 /// Bytes that are fetched at once.
 const FETCH_BYTES: u64 = 8 << 20;
@@ -75,7 +76,8 @@ pub fn collection(collection_id: i32) -> Outcome<Compacted> {
     merge_all(collection_id, Extent::All, (before_us, 0.0))
 }
 
-/// Merges what the bound of small files over a day needs, unless another compaction has the collection.
+/// Merges what the bound of small files over a day needs, unless another compaction has the collection. What is to be read and
+/// written waits while the storage is away.
 pub fn try_collection(collection_id: i32) -> Outcome<Compacted> {
     if xact::worker(|| dropping::concerns(collection_id))? {
         return Ok(Compacted::default());
@@ -88,6 +90,9 @@ pub fn try_collection(collection_id: i32) -> Outcome<Compacted> {
     }
     let before_us = xact::worker(|| retention::removable_before(View::Current, collection_id))?;
     expire(collection_id, before_us)?;
+    if !reach::is_open(collection_id)? {
+        return Ok(Compacted::default());
+    }
     merge_all(collection_id, Extent::Bound, (before_us, EXPIRED_SHARE))
 }
 
@@ -97,11 +102,8 @@ pub fn remove_before(collection_id: i32, before_us: i64) -> Outcome<()> {
     xact::worker(|| rebuild::ensure_over_of(collection_id))?;
     expire(collection_id, Some(before_us))?;
     let files = xact::worker(|| candidates::files(View::Current, collection_id))?;
-    let by_id = by_id(&files);
-    for merge in partly_expired(&files, Some(before_us), 0.0) {
-        merge_once(collection_id, &merge, &by_id, Some(before_us))?;
-    }
-    Ok(())
+    let merges = partly_expired(&files, Some(before_us), 0.0);
+    each(collection_id, &merges, &files, Some(before_us), |_| Ok(())).map(drop)
 }
 
 /// The collections for which the background may have something to do: those with many small files, of those that got files
@@ -147,7 +149,7 @@ fn expire(collection_id: i32, before_us: Option<i64>) -> Outcome<()> {
         let Some(collection) = registry::collection_by_id(view, collection_id)? else {
             return Ok(());
         };
-        dropping::lock_manifest(collection.project_id, collection_id)?;
+        dropping::lock_manifest(collection_id)?;
         let (mut events, mut bytes, mut files) = (0, 0, 0);
         for file in candidates::files_before(view, collection_id, before_us)? {
             wait::check_interrupts();
@@ -238,17 +240,37 @@ fn pass(
     before_us: Option<i64>,
     shown: &mut Progress,
 ) -> Outcome<Compacted> {
-    let mut total = Compacted::default();
     let mut read = 0;
+    each(collection_id, merges, files, before_us, |bytes| {
+        read += bytes;
+        shown.set(read)
+    })
+}
+
+/// Does some merges, telling after each how much it has read. One whose inputs are missing or damaged stops no other; its error
+/// comes at the end.
+fn each(
+    collection_id: i32,
+    merges: &[Merge],
+    files: &[Candidate],
+    before_us: Option<i64>,
+    mut tell: impl FnMut(u64) -> Outcome<()>,
+) -> Outcome<Compacted> {
+    let (mut total, mut first) = (Compacted::default(), None);
     let by_id = by_id(files);
     for merge in merges {
         wait::check_interrupts();
-        total += merge_once(collection_id, merge, &by_id, before_us)?;
+        match merge_once(collection_id, merge, &by_id, before_us) {
+            Ok(compacted) => total += compacted,
+            Err(failure) if object::is_of_one(&failure) => {
+                first.get_or_insert(failure);
+            }
+            Err(failure) => return Err(failure),
+        }
         let inputs = merge.inputs.iter().filter_map(|id| by_id.get(id));
-        read += inputs.map(|file| file.span.bytes).sum::<u64>();
-        shown.set(read)?;
+        tell(inputs.map(|file| file.span.bytes).sum())?;
     }
-    Ok(total)
+    first.map_or(Ok(total), Err)
 }
 
 type ById<'a> = HashMap<i64, &'a Candidate>;
@@ -524,7 +546,7 @@ fn keep(step: &mut Step<'_>, finished: Vec<Finished<Vec<u8>>>, level: i16) -> Ou
 /// Last transaction: the outputs for the inputs, if those are what was read.
 fn commit(step: &mut Step<'_>) -> Result<Compacted> {
     let (view, id) = (View::Current, step.home.collection.id);
-    dropping::lock_manifest(step.home.project.id, id)?;
+    dropping::lock_manifest(id)?;
     if registry::collection_by_id(view, id)?.is_none() {
         return Err(changed());
     }

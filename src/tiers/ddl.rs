@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rakam_event::error::EventError;
 
+use crate::catalog::dropping;
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::pg::locks::LockOn;
 use crate::pg::spi::{self, View, arg, quote_ident, quote_literal};
@@ -17,6 +18,10 @@ use crate::pg::{Oid, PgError, Result, locks, relation};
 
 /// A table that is in use is given up soon.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
+/// After one that was in use, the next ones of a round are given up at once.
+const NO_PATIENCE: &str = "SET LOCAL lock_timeout = '1ms'";
+/// A round takes about so long: who makes the tables has other things to do, too.
+const ROUND: Duration = Duration::from_millis(200);
 /// dependent_objects_still_exist.
 const DEPENDENTS: &str = "2BP01";
 
@@ -24,71 +29,121 @@ const DEPENDENTS: &str = "2BP01";
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Synced {
     pub done: u64,
-    /// Tables whose lock was not to be had: try again.
+    /// Tables whose lock was not to be had, or that nobody came to: try again.
     pub busy: u64,
     /// Tables that could not be made or changed: somebody's relation of that name, a schema that is gone, a trigger that refuses.
     pub failed: u64,
 }
 
-/// How long a process leaves a table that it could not make or change, at first and at most.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How long a process leaves a table, at first and at most: one that is in use, and one that it could not make or change.
+const BUSY_PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(1)];
+const FAILED_PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
-thread_local! {
-    /// Tables that failed: when to try again, and the pause before.
-    static FAILED: RefCell<HashMap<i32, (Instant, Duration)>> = RefCell::default();
+/// What has not been tried for so long is not pending any more.
+const FORGOTTEN: Duration = Duration::from_secs(600);
+
+/// A table that is tried again later.
+struct Later {
+    at: Instant,
+    pause: Duration,
+    is_busy: bool,
 }
 
-/// Makes all pending tables and columns, each table in a transaction of its own.
+thread_local! {
+    static LATER: RefCell<HashMap<i32, Later>> = RefCell::default();
+}
+
+/// Makes pending tables and columns for a moment, each table in a transaction of its own.
 pub fn run() -> std::result::Result<Synced, Failure> {
     let mut synced = Synced::default();
-    // Left out of the list: so many of one project must not fill it.
-    let now = Instant::now();
-    let put_off: Vec<i32> = FAILED.with_borrow(|failed| {
-        let later = failed.iter().filter(|(_, (at, _))| *at > now);
-        later.map(|(id, _)| *id).collect()
+    let began = Instant::now();
+    let (mut put_off, mut tried) = (Vec::new(), Vec::new());
+    LATER.with_borrow_mut(|later| {
+        // Collections that are gone.
+        later.retain(|_, later| began.saturating_duration_since(later.at) < FORGOTTEN);
+        for (id, later) in later {
+            match later.at > began {
+                false => tried.push(*id),
+                true => {
+                    put_off.push(*id);
+                    synced.busy += u64::from(later.is_busy);
+                    synced.failed += u64::from(!later.is_busy);
+                }
+            }
+        }
     });
-    synced.failed = put_off.len() as u64;
-    for id in xact::worker(|| pending(&put_off))? {
-        match xact::worker(|| sync(id)) {
+    let mut patience = LOCK_TIMEOUT;
+    for id in xact::worker(|| pending(&put_off, &tried))? {
+        if began.elapsed() > ROUND {
+            synced.busy += 1;
+            break;
+        }
+        match xact::worker(|| within(patience, id)) {
             Ok(()) => synced.done += 1,
-            Err(Failure::Error(error)) if error.sqlstate == "55P03" => synced.busy += 1,
+            Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
+                synced.busy += 1;
+                patience = NO_PATIENCE;
+                leave_for_later(id, true);
+                continue;
+            }
             // Others go on.
             Err(Failure::Error(error)) => {
                 synced.failed += 1;
-                leave_for_later(id);
+                leave_for_later(id, false);
                 error.log();
                 continue;
             }
             Err(gone) => return Err(gone),
         }
-        FAILED.with_borrow_mut(|failed| failed.remove(&id));
+        LATER.with_borrow_mut(|later| later.remove(&id));
     }
     Ok(synced)
 }
 
-fn leave_for_later(collection_id: i32) {
-    FAILED.with_borrow_mut(|failed| {
-        let pause = match failed.get(&collection_id) {
-            Some((_, before)) => (*before * 2).min(LONGEST_PAUSE),
-            None => FIRST_PAUSE,
-        };
-        failed.insert(collection_id, (Instant::now() + pause, pause));
+fn leave_for_later(collection_id: i32, is_busy: bool) {
+    let [first, longest] = match is_busy {
+        true => BUSY_PAUSES,
+        false => FAILED_PAUSES,
+    };
+    LATER.with_borrow_mut(|later| {
+        let before = later.get(&collection_id).map(|later| later.pause * 2);
+        let pause = before.unwrap_or(first).clamp(first, longest);
+        later.insert(
+            collection_id,
+            Later {
+                at: Instant::now() + pause,
+                pause,
+                is_busy,
+            },
+        );
     });
 }
 
-/// Collections without a table or with fields that are no columns yet, but for `put_off`.
-fn pending(put_off: &[i32]) -> Result<Vec<i32>> {
+/// Collections without a table or with fields that are no columns yet, but for `put_off`: many of one project must not be in
+/// the way of others, nor those that were `tried` before.
+fn pending(put_off: &[i32], tried: &[i32]) -> Result<Vec<i32>> {
     spi::query(
         View::Current,
         // One that came in under the name of an attached table, while that was attached, waits until it is detached.
-        "SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND collection_id <> ALL ($1) AND NOT EXISTS
-           (SELECT FROM rakam_internal.attached_table a WHERE a.project_id = c.project_id AND a.name = c.name)
-         UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready AND collection_id <> ALL ($1)
-         ORDER BY 1 LIMIT 1000",
-        &[arg(put_off.to_vec())],
+        "SELECT collection_id FROM (
+           SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND collection_id <> ALL ($1) AND NOT EXISTS
+             (SELECT FROM rakam_internal.attached_table a WHERE a.project_id = c.project_id AND a.name = c.name)
+           UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready AND collection_id <> ALL ($1)) pending
+         ORDER BY collection_id = ANY ($2), collection_id LIMIT 1000",
+        &[arg(put_off.to_vec()), arg(tried.to_vec())],
         |row| row.must(1),
     )
+}
+
+/// [`sync`] where nobody waits for it: other DDL of ours, and a project that is being dropped, are left for later, too.
+fn within(patience: &str, collection_id: i32) -> Result<()> {
+    spi::execute_text(patience)?;
+    locks::transaction(LockOn::Ddl);
+    if let Some(collection) = registry::collection_by_id(View::Current, collection_id)? {
+        dropping::ensure_stays(collection.project_id)?;
+        bring_up(collection)?;
+    }
+    Ok(())
 }
 
 /// Excludes other DDL of ours to the end of the transaction, in which locks are waited for as in [`sync`] from now on.
@@ -108,9 +163,13 @@ pub fn lock_table(collection: &Collection) {
 pub fn sync(collection_id: i32) -> Result<()> {
     // Before anything is read: a called function may be at the same table as the resident worker.
     lock()?;
-    let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
-        return Ok(());
-    };
+    match registry::collection_by_id(View::Current, collection_id)? {
+        Some(collection) => bring_up(collection),
+        None => Ok(()),
+    }
+}
+
+fn bring_up(collection: Collection) -> Result<()> {
     let Some(project) = registry::project_by_id(View::Current, collection.project_id)? else {
         return Ok(());
     };

@@ -50,7 +50,7 @@ pub struct Hit {
 /// Hides rows of chunks and files, in one transaction. The caller holds the collection's job lock since it looked for
 /// them, so that the objects are those it saw. Returns how many rows it hid that were not hidden before.
 pub fn hide(collection: &Collection, hits: &[Hit]) -> Result<u64> {
-    dropping::lock_manifest(collection.project_id, collection.id)?;
+    dropping::lock_manifest(collection.id)?;
     let objects = hits.iter().map(|hit| (hit.object, hit.n)).collect();
     let known = deletion::deleted(View::Current, collection.id, &objects)?;
     let (mut hidden, mut cold, mut bytes, mut files) = (0, 0, 0, 0);

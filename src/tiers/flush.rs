@@ -365,7 +365,7 @@ fn split(
     chunk_ids: &[i64],
     batches: &[RecordBatch],
 ) -> Result<bool> {
-    dropping::lock_manifest(collection.project_id, collection.id)?;
+    dropping::lock_manifest(collection.id)?;
     if registry::collection_by_id(View::Current, collection.id)?.is_none() {
         return Ok(false);
     }
@@ -428,7 +428,7 @@ fn write_files(
 fn commit(step: &Step) -> Result<Flushed> {
     let collection = &step.home.collection;
     let mut flushed = Flushed::default();
-    dropping::lock_manifest(step.home.project.id, collection.id)?;
+    dropping::lock_manifest(collection.id)?;
     if registry::collection_by_id(View::Current, collection.id)?.is_none() {
         // Dropped meanwhile; the objects go by their intents.
         return Ok(flushed);

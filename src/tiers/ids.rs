@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use rakam_lake::id_run::{Ids, Node, PART_IDS};
 
+use crate::catalog::dropping;
 use crate::catalog::ids::{self, Bucket, Crowd, RunRow};
 use crate::ingest::dedupe::{self, IdEntry};
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc, wait};
@@ -28,20 +29,62 @@ const FORGET_RUNS: i64 = 64;
 /// A prepared transaction may have run for the window, or this long, before it was prepared.
 const PREPARE_WITHIN_US: i64 = 3_600_000_000;
 
-/// Merges and drops what is due, for about this long (None: to the end). True: more is to be done.
-pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
-    let deadline = budget.map(|budget| Instant::now() + budget);
-    let is_over = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+/// The background looks through all runs this often; in between at those of projects that got some.
+const WHOLE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How far the background is.
+#[derive(Debug, Default)]
+pub struct Upkeep {
+    /// Of the projects with newer runs it has not been seen whether there is something to merge.
+    seen: i64,
+    whole: Option<Instant>,
+}
+
+impl Upkeep {
+    /// Merges and drops what is due, for about this long. True: more is to be done.
+    pub fn step(&mut self, budget: Duration) -> std::result::Result<bool, Failure> {
+        let newest = xact::worker(ids::newest)?;
+        let is_whole = self.whole.is_none_or(|at| at.elapsed() >= WHOLE_INTERVAL);
+        if !is_whole && newest == self.seen {
+            return Ok(false);
+        }
+        let deadline = Instant::now() + budget;
+        let is_over = || Instant::now() >= deadline;
+        let more = match is_whole {
+            true => all(&is_over)?,
+            false => merge_crowds(self.seen, &is_over)?,
+        };
+        if !more {
+            self.seen = newest;
+            if is_whole {
+                self.whole = Some(Instant::now());
+            }
+        }
+        Ok(more)
+    }
+}
+
+/// Merges and drops all that is due.
+pub fn run() -> std::result::Result<(), Failure> {
+    all(&|| false).map(drop)
+}
+
+fn all(is_over: &impl Fn() -> bool) -> std::result::Result<bool, Failure> {
     while xact::in_passing(forget)?.is_some_and(|dropped| dropped > 0) {
         wait::check_interrupts();
         if is_over() {
             return Ok(true);
         }
     }
+    Ok(merge_crowds(0, is_over)? || settle(is_over)?)
+}
+
+/// Merges the runs of projects that have one newer than `since`. True: more is to be done.
+fn merge_crowds(since: i64, is_over: &impl Fn() -> bool) -> std::result::Result<bool, Failure> {
     // A project whose runs cannot be merged stops no other one; its error is told at the end.
     let mut failed: HashMap<i32, PgError> = HashMap::new();
     loop {
-        let crowds = xact::worker(|| ids::crowds(FAN_IN))?;
+        let crowds = xact::worker(|| ids::crowds(FAN_IN, since))?;
         let mut merged = 0;
         for crowd in &crowds {
             if is_over() {
@@ -63,10 +106,10 @@ pub fn run(budget: Option<Duration>) -> std::result::Result<bool, Failure> {
             break;
         }
     }
-    if let Some((_, error)) = failed.into_iter().next() {
-        return Err(Failure::Error(error));
+    match failed.into_iter().next() {
+        Some((_, error)) => Err(Failure::Error(error)),
+        None => Ok(false),
     }
-    settle(&is_over)
 }
 
 /// Runs a step in a transaction, unless another worker merges the project's runs or somebody is dropping the project.
@@ -75,7 +118,7 @@ fn locked(
     step: impl FnOnce() -> Result<bool>,
 ) -> std::result::Result<bool, Failure> {
     wait::check_interrupts();
-    if !locks::is_free(LockOn::Project(project_id)) {
+    if dropping::is_going(project_id) {
         return Ok(false);
     }
     let Some(_job) = SessionLock::try_take(LockOn::IdMerge(project_id)) else {

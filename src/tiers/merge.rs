@@ -61,10 +61,7 @@ struct Choice<'a> {
 }
 
 fn one(collection_id: i32) -> Result<bool> {
-    let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
-        return Ok(false);
-    };
-    dropping::lock_manifest(collection.project_id, collection_id)?;
+    dropping::lock_manifest(collection_id)?;
     let Some(collection) = registry::collection_by_id(View::Current, collection_id)? else {
         return Ok(false);
     };

@@ -28,6 +28,11 @@ const LIST_PAGE: usize = 1000;
 /// Requests on their way at a time, where many are to be made.
 const AT_A_TIME: usize = 16;
 
+/// Whether a failure is that of one object, which is missing or damaged: work on others may go on.
+pub fn is_of_one(failure: &Failure) -> bool {
+    matches!(failure, Failure::Error(error) if matches!(&*error.sqlstate, "58P01" | "XX001"))
+}
+
 /// Where the files of one operation go.
 pub struct Home {
     pub project: ProjectRow,

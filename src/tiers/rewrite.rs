@@ -23,7 +23,7 @@ use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
-use crate::tiers::object::{Home, Output, Remote};
+use crate::tiers::object::{self, Home, Output, Remote};
 use crate::tiers::{delete, reach};
 
 const BATCH_ROWS: usize = 8192;
@@ -87,21 +87,24 @@ fn all(collection_id: i32, worth: Worth, _job: &SessionLock) -> std::result::Res
     if xact::worker(|| rebuild::is_rebuilding_of(collection_id))? {
         return Ok(0);
     }
-    let (mut after, mut files) = (0, 0);
-    while let Some(last) = one(collection_id, worth, after)? {
-        after = last;
-        files += 1;
+    let (mut after, mut files, mut first) = (0, 0, None);
+    while let Some(found) = xact::worker(|| find(collection_id, worth, after))? {
+        after = found.old.file_id;
+        match one(found) {
+            Ok(()) => files += 1,
+            Err(failure) if object::is_of_one(&failure) => {
+                first.get_or_insert(failure);
+            }
+            Err(failure) => return Err(failure),
+        }
     }
-    Ok(files)
+    first.map_or(Ok(files), Err)
 }
 
 /// Writes one chunk anew, under the collection's job lock; false: there is none to be written.
 fn one_chunk(collection_id: i32, worth: Worth) -> Result<bool> {
     let view = View::Current;
-    let Some(collection) = registry::collection_by_id(view, collection_id)? else {
-        return Ok(false);
-    };
-    dropping::lock_manifest(collection.project_id, collection_id)?;
+    dropping::lock_manifest(collection_id)?;
     let due = deletion::next_reduced_chunk(view, collection_id, worth.share, worth.age_s)?;
     let Some(chunk_id) = due else {
         return Ok(false);
@@ -143,11 +146,7 @@ struct Step {
     new: Output,
 }
 
-/// Rewrites the next file, and gives its old id.
-fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Option<i64>, Failure> {
-    let Some(found) = xact::worker(|| find(collection_id, worth, after))? else {
-        return Ok(None);
-    };
+fn one(found: Found) -> std::result::Result<(), Failure> {
     let bytes = match Remote::open(found.home.storage_id)? {
         Some(remote) => {
             let read = remote.get(&found.old.path);
@@ -159,11 +158,10 @@ fn one(collection_id: i32, worth: Worth, after: i64) -> std::result::Result<Opti
     failpoint::hit("rewrite.after_intent");
     step.home.put(std::slice::from_ref(&step.new))?;
     failpoint::hit("rewrite.after_upload");
-    xact::worker(|| commit(&step))?;
-    Ok(Some(step.old.file_id))
+    xact::worker(|| commit(&step))
 }
 
-/// Under the collection's job lock, so that what is found stays as it is.
+/// The next file. Under the collection's job lock, so that what is found stays as it is.
 fn find(collection_id: i32, worth: Worth, after: i64) -> Result<Option<Found>> {
     let view = View::Current;
     let Some(old) = deletion::next_reduced(view, collection_id, after, worth.share, worth.age_s)?
@@ -227,7 +225,7 @@ fn prepare(found: Found, bytes: Option<Bytes>) -> Result<Step> {
 /// Last transaction: the new file for the old one.
 fn commit(step: &Step) -> Result<()> {
     let (old, home) = (&step.old, &step.home);
-    dropping::lock_manifest(home.project.id, home.collection.id)?;
+    dropping::lock_manifest(home.collection.id)?;
     if registry::collection_by_id(View::Current, home.collection.id)?.is_none() {
         // Dropped meanwhile; the object goes by its intent.
         return Ok(());

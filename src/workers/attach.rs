@@ -183,7 +183,7 @@ pub fn perform(request: &Request) -> std::result::Result<Vec<String>, Failure> {
         .columns
         .into_iter()
         .map(|(name, ty)| (name, ty.to_string()))
-        .partition(|(name, _)| names::can_be_column(name) && !name.contains('\0'));
+        .partition(|(name, _)| names::can_be_column(name));
     if columns.is_empty() {
         return Err(error(FilesError::NoColumns));
     }

@@ -89,6 +89,8 @@ pub struct Cycle<'a> {
     helper: Option<Helper>,
     back_off: HashMap<(Step, i32), BackOff>,
     ddl_pending: bool,
+    /// The last round made tables, and there may be more.
+    ddl_goes_on: bool,
     /// Events that were waiting after the last look and were not due yet.
     thin: bool,
     /// The last digest gave way before it was done.
@@ -98,6 +100,7 @@ pub struct Cycle<'a> {
     last_look: Instant,
     last_tiers: Instant,
     last_ids: Instant,
+    ids: ids::Upkeep,
     /// More ids are to be merged than the last step had time for.
     ids_pending: bool,
     last_upkeep: Instant,
@@ -133,12 +136,14 @@ impl<'a> Cycle<'a> {
             helper: None,
             back_off: HashMap::new(),
             ddl_pending: true,
+            ddl_goes_on: false,
             thin: true,
             behind: false,
             digested: true,
             last_look: past,
             last_tiers: past,
             last_ids: past,
+            ids: ids::Upkeep::default(),
             ids_pending: false,
             last_upkeep: past,
             rewrites: Vec::new(),
@@ -203,6 +208,7 @@ impl<'a> Cycle<'a> {
         if self.ddl_pending && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
             self.ddl_pending = done.is_none_or(|d| d.busy + d.failed > 0);
+            self.ddl_goes_on = done.is_some_and(|d| d.busy > 0 && d.done > 0);
         }
         let pause = if self.digested || self.helper.is_some() {
             TIERS_INTERVAL
@@ -214,7 +220,9 @@ impl<'a> Cycle<'a> {
             self.tiers()?;
         }
         if self.last_ids.elapsed() >= IDS_INTERVAL && self.may(Step::Merge, 0) {
-            let more = self.attempt(Step::Merge, 0, || ids::run(Some(IDS_BUDGET)))?;
+            let mut upkeep = std::mem::take(&mut self.ids);
+            let more = self.attempt(Step::Merge, 0, || upkeep.step(IDS_BUDGET))?;
+            self.ids = upkeep;
             self.ids_pending = more == Some(true);
             if !self.ids_pending {
                 self.last_ids = Instant::now();
@@ -236,7 +244,7 @@ impl<'a> Cycle<'a> {
         self.slot.state.store(0, Ordering::Relaxed);
         Ok(if self.behind && self.may(Step::Digest, 0) {
             Duration::ZERO
-        } else if self.ids_pending {
+        } else if self.ids_pending || self.ddl_pending && self.ddl_goes_on {
             Duration::from_millis(10)
         } else if self.erasing || evicting {
             ERASE_PAUSE
@@ -418,8 +426,12 @@ impl<'a> Cycle<'a> {
         if self.compactor.is_some() {
             return Ok(());
         }
+        if self.compactions.is_empty() {
+            return Ok(());
+        }
+        let held_up = xact::worker(storages::collections_held_up)?;
         let due: Vec<i32> = (self.compactions.iter().copied())
-            .filter(|id| self.may(Step::Compact, *id))
+            .filter(|id| self.may(Step::Compact, *id) && !held_up.contains(id))
             .take(helper::MOST)
             .collect();
         if due.is_empty() {

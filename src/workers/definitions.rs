@@ -1,6 +1,6 @@
 //! Taking definitions back: `drop_collection`, `rename_collection`, `drop_field`, in a task worker.
 //!
-//! Each is one transaction that excludes the collection's flush and merge, the digest, other DDL of ours, and at last
+//! Each is one short transaction that excludes the collection's flush and merge, the digest, other DDL of ours, and at last
 //! whoever reads the table. Readers are waited for as DDL of the background waits: 100 ms at a time, with nothing held in between, so that
 //! neither new readers nor the digest stand behind a query that takes hours. They take effect whatever becomes of the caller's
 //! transaction, and say so inside a transaction block.
@@ -152,9 +152,27 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
                 }
                 wait::wait(None, PAUSE);
             }
-            outcome => return outcome,
+            outcome => {
+                outcome?;
+                break;
+            }
         }
     }
+    if matches!(change.what, What::Drop) {
+        // It is gone, whatever becomes of this; what is left is garbage, and collected as such.
+        let cleared = loop {
+            wait::check_interrupts();
+            match xact::worker(|| collections::delete_objects(change.project_id)) {
+                Ok(0) => break Ok(()),
+                Ok(_) => {}
+                Err(failure) => break Err(failure),
+            }
+        };
+        if let Err(Failure::Error(error)) = cleared {
+            error.log();
+        }
+    }
+    Ok(())
 }
 
 fn find(change: &Change) -> Result<Collection> {

@@ -15,10 +15,10 @@ use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::Collection;
 use crate::catalog::restore::{self, Waits};
 use crate::catalog::retention::{self, Keep};
-use crate::catalog::{audit, inbox, registry};
+use crate::catalog::{audit, dropping, inbox, registry};
 use crate::files::load;
 use crate::ingest::digest;
-use crate::pg::locks::{self, LockOn, SessionLock};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, not_null, security, shared, wait};
@@ -147,7 +147,12 @@ fn by_collection(
     task: impl FnOnce(Scope) -> Task,
 ) -> Result<Vec<(String, i64, i64, i64)>> {
     let rows = audit::at_once(call, project, collection, |note| {
-        task::run_noted(task(scope(project, collection)?), note)
+        let scope = scope(project, collection)?;
+        if scope.projects.as_ref().is_some_and(Vec::is_empty) && scope.collection.is_none() {
+            // Nothing is theirs: no worker is started for that.
+            return Ok(json!([]));
+        }
+        task::run_noted(task(scope), note)
     })?;
     serde_json::from_value(rows)
         .map_err(|e| PgError::internal(format!("malformed reply of {call}: {e}")))
@@ -266,7 +271,7 @@ fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
             },
         )?;
     }
-    ids::run(None)?;
+    errors.keep(None, ids::run())?;
     for id in rewrite::due()? {
         errors.keep(Some(id), rewrite::try_collection(id).map(drop))?;
     }
@@ -318,20 +323,42 @@ impl Errors<'_> {
 fn perform_flush(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
     digest::catch_up(scope.projects.as_deref())?;
     sync_for(Duration::from_millis(500))?;
+    of_each(scope, |id| {
+        let flushed = flush::collection(id)?;
+        Ok([flushed.events, flushed.files, flushed.bytes])
+    })
+}
+
+/// Work on each collection of a scope, then on those of its files that hold deleted events. What fails of one keeps no other
+/// from its turn, but for those of a storage that is away; the first error comes at the end.
+fn of_each(
+    scope: &Scope,
+    work: impl Fn(i32) -> std::result::Result<[u64; 3], Failure>,
+) -> std::result::Result<serde_json::Value, Failure> {
+    let mut errors = Errors {
+        projects: scope.projects.as_deref(),
+        first: None,
+    };
     let mut rows = Vec::new();
     for collection in targets(scope)? {
-        let flushed = flush::collection(collection.id)?;
-        rewrite::collection(collection.id)?;
-        rows.push((
-            collection.name,
-            flushed.events as i64,
-            flushed.files as i64,
-            flushed.bytes as i64,
-        ));
+        let id = collection.id;
+        let done = || {
+            if errors.first.is_some() && !reach::is_open(id)? {
+                return Ok(());
+            }
+            let [events, files, bytes] = work(id)?;
+            rewrite::collection(id)?;
+            rows.push((collection.name, events as i64, files as i64, bytes as i64));
+            Ok(())
+        };
+        let outcome = done();
+        errors.keep(Some(id), outcome)?;
     }
     rotate_inbox()?;
     describe::all()?;
-    Ok(json!(rows))
+    errors
+        .first
+        .map_or_else(|| Ok(json!(rows)), |error| Err(Failure::Error(error)))
 }
 
 /// The collections of a scope; of all projects but those that some transaction is dropping.
@@ -340,7 +367,7 @@ fn targets(scope: &Scope) -> std::result::Result<Vec<Collection>, Failure> {
         registry::in_scope(scope.projects.as_deref(), scope.collection.as_deref())
     })?;
     if scope.projects.is_none() {
-        targets.retain(|collection| locks::is_free(LockOn::Project(collection.project_id)));
+        targets.retain(|collection| !dropping::is_going(collection.project_id));
     }
     match &scope.collection {
         Some(name) if targets.is_empty() => Err(Failure::Error(
@@ -353,20 +380,10 @@ fn targets(scope: &Scope) -> std::result::Result<Vec<Collection>, Failure> {
 
 fn perform_compact(scope: &Scope) -> std::result::Result<serde_json::Value, Failure> {
     digest::catch_up(scope.projects.as_deref())?;
-    let mut rows = Vec::new();
-    for collection in targets(scope)? {
-        let compacted = compact::collection(collection.id)?;
-        rewrite::collection(collection.id)?;
-        rows.push((
-            collection.name,
-            compacted.events as i64,
-            compacted.files as i64,
-            compacted.bytes as i64,
-        ));
-    }
-    rotate_inbox()?;
-    describe::all()?;
-    Ok(json!(rows))
+    of_each(scope, |id| {
+        let compacted = compact::collection(id)?;
+        Ok([compacted.events, compacted.files, compacted.bytes])
+    })
 }
 
 /// What is hidden now must not be seen again later, whenever the background would have removed it: so a longer time is
@@ -421,11 +438,16 @@ fn rotate_inbox() -> std::result::Result<(), Failure> {
     rotate::run().map(drop)
 }
 
-/// Makes pending tables and columns for a while: a table that is being read may come free.
+/// Makes pending tables and columns; waits a while for those that are in use.
 fn sync_for(patience: Duration) -> std::result::Result<(), Failure> {
     let deadline = Instant::now() + patience;
-    while ddl::run()?.busy > 0 && Instant::now() < deadline {
-        wait::wait(None, Duration::from_millis(100));
+    loop {
+        let synced = ddl::run()?;
+        if synced.busy == 0 || synced.done == 0 && Instant::now() >= deadline {
+            return Ok(());
+        }
+        if synced.done == 0 {
+            wait::wait(None, Duration::from_millis(100));
+        }
     }
-    Ok(())
 }

@@ -9,7 +9,7 @@ use super::cycle::Cycle;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::shared::{self, Slot};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{bgworker, exit, notes, security, wait};
+use crate::pg::{bgworker, exit, notes, security, wait, wake};
 
 /// How long a resident waits for a CREATE EXTENSION that is not committed yet.
 const WAIT_FOR_EXTENSION: Duration = Duration::from_secs(30);
@@ -23,7 +23,7 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
         return;
     };
     if !extension_comes(slot) {
-        slot.absent.store(true, Ordering::Release);
+        leave_alone(slot, || xact::worker(|| Ok(())).is_ok());
         return;
     }
     let Some(lock) = SessionLock::try_take(LockOn::Resident) else {
@@ -61,12 +61,25 @@ fn follow(database: pg_sys::Oid, slot: &Slot) {
     let created_again = xact::catch(|| xact::plain(security::extension_oid));
     match created_again {
         Ok(Some(_)) => super::launcher::start(database, slot),
-        Ok(None) => slot.absent.store(true, Ordering::Release),
+        Ok(None) => leave_alone(slot, || {
+            matches!(
+                xact::catch(|| xact::plain(security::extension_oid)),
+                Ok(Some(_))
+            )
+        }),
         Err(error) => {
             // The launcher starts another one, which finds out.
             xact::abort();
             error.warn();
         }
+    }
+}
+
+/// No resident is wanted, until a CREATE EXTENSION commits and says otherwise. One may just have done so: so it is looked again.
+fn leave_alone(slot: &Slot, has_extension: impl Fn() -> bool) {
+    slot.absent.store(true, Ordering::Release);
+    if has_extension() {
+        slot.absent.store(false, Ordering::Release);
     }
 }
 
@@ -103,6 +116,7 @@ fn extension_comes(slot: &Slot) -> bool {
 
 /// Called by CREATE EXTENSION: a resident starts now and waits for the commit. Nothing happens without preload.
 pub fn start_with_extension() {
+    wake::resident_at_commit();
     let database = bgworker::my_database();
     if let Some(slot) = shared::get().and_then(|s| s.find_or_take(database)) {
         slot.absent.store(false, Ordering::Release);

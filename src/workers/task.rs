@@ -4,6 +4,8 @@
 //! snapshot), and an upload would hold locks. So the call starts a worker, hands it the task in a block of shared
 //! memory, and waits; cancelling the call ends the worker.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use pgrx::{pg_guard, pg_sys};
@@ -16,9 +18,10 @@ use crate::catalog::retention::Keep;
 use crate::files::load;
 use crate::pg::bgworker::{self, Handle, Status, Worker};
 use crate::pg::dsm::Block;
+use crate::pg::security::ActAs;
 use crate::pg::spi::{self, View, arg};
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, failpoint, wait};
+use crate::pg::{PgError, Result, exit, failpoint, wait};
 use crate::sources::seek;
 
 /// What a task worker can be asked to do.
@@ -136,10 +139,7 @@ pub fn run_noted(task: Task, note: Note) -> Result<serde_json::Value> {
     let mut extra = [0; 8];
     extra[..4].copy_from_slice(&block.number().to_ne_bytes());
     extra[4..].copy_from_slice(&bgworker::my_pid().to_ne_bytes());
-    let mut running = Running {
-        handle: start(&extra)?,
-        ended: false,
-    };
+    let mut running = Running::of(start(&extra)?);
     let mut last_look = Instant::now();
     loop {
         match running.handle.status() {
@@ -180,14 +180,36 @@ pub fn run_noted(task: Task, note: Note) -> Result<serde_json::Value> {
     }
 }
 
-/// The worker, ended when the call is (also by an error or a cancel).
+/// The worker, ended when the call is (also by an error or a cancel, or because this process ends).
 struct Running {
-    handle: Handle,
+    handle: Rc<Handle>,
     ended: bool,
+}
+
+thread_local! {
+    /// The worker that this process waits for. A process that is terminated unwinds nothing.
+    static RUNNING: RefCell<Option<Rc<Handle>>> = const { RefCell::new(None) };
+}
+
+impl Running {
+    fn of(handle: Handle) -> Self {
+        let handle = Rc::new(handle);
+        RUNNING.replace(Some(Rc::clone(&handle)));
+        exit::on_exit(|| {
+            if let Some(handle) = RUNNING.take() {
+                handle.terminate();
+            }
+        });
+        Self {
+            handle,
+            ended: false,
+        }
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
+        RUNNING.take();
         if !self.ended {
             self.handle.terminate();
         }
@@ -195,6 +217,8 @@ impl Drop for Running {
 }
 
 fn start(extra: &[u8]) -> Result<Handle> {
+    // Others do not see what workers are.
+    let owner = ActAs::owner();
     let tasks: i64 = spi::first(
         View::Current,
         "SELECT count(*) FROM pg_catalog.pg_stat_activity
@@ -204,6 +228,7 @@ fn start(extra: &[u8]) -> Result<Handle> {
         |row| row.must(1),
     )?
     .unwrap_or(0);
+    drop(owner);
     if tasks as usize >= bgworker::max_tasks() {
         return Err(
             PgError::new("53000", "too many background tasks of rakam are running")

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use datafusion::error::DataFusionError;
+use datafusion_common::DataFusionError;
 use rakam_lake::LakeError;
 use rakam_lake::storage::reason::{Explained, Meaning, explain};
 

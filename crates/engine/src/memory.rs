@@ -9,8 +9,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use datafusion::common::DataFusionError;
-use datafusion::execution::memory_pool::{
+use datafusion_common::DataFusionError;
+use datafusion_execution::memory_pool::{
     MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation,
 };
 
@@ -116,7 +116,7 @@ impl MemoryPool for BudgetPool {
         &self,
         _reservation: &MemoryReservation,
         additional: usize,
-    ) -> datafusion::common::Result<()> {
+    ) -> datafusion_common::Result<()> {
         let refused = || DataFusionError::from(EngineError::OutOfMemory);
         let mut held = self.held();
         let used = held.used.checked_add(additional).ok_or_else(refused)?;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use datafusion::physical_plan::metrics::{MetricValue, MetricsSet};
+use datafusion_physical_plan::metrics::{MetricValue, MetricsSet};
 
 /// Counters of one scan. Files skipped before the scan are the caller's to tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -9,13 +9,13 @@ use std::cmp::Ordering;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Schema, SchemaRef};
-use datafusion::common::{Result as DfResult, ScalarValue};
-use datafusion::logical_expr::Operator;
-use datafusion::physical_expr::expressions::{
+use datafusion_common::{Result as DfResult, ScalarValue};
+use datafusion_expr::Operator;
+use datafusion_physical_expr::expressions::{
     BinaryExpr, CastExpr, Column, InListExpr, IsNotNullExpr, IsNullExpr, LikeExpr, Literal, NotExpr,
 };
-use datafusion::physical_expr::simplifier::PhysicalExprSimplifier;
-use datafusion::physical_expr::{PhysicalExpr, split_conjunction};
+use datafusion_physical_expr::simplifier::PhysicalExprSimplifier;
+use datafusion_physical_expr::{PhysicalExpr, split_conjunction};
 use rakam_event::schema::{Field, arrow_field};
 use rakam_event::types::FieldType;
 use rakam_lake::scalar::Scalar;

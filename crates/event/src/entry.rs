@@ -5,6 +5,7 @@
 //! what is wrong.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::coerce;
@@ -41,6 +42,9 @@ impl Default for Limits {
         }
     }
 }
+
+/// Items of a batch that are rejected one by one; of more the whole batch is refused.
+pub const REJECTED_MAX: usize = 100_000;
 
 /// What a batch holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -85,7 +89,8 @@ pub fn check_row<'a>(row: &'a str, limits: &Limits) -> Result<Cow<'a, str>, Even
     Ok(one_line(row))
 }
 
-/// Reads an array of events. What is wrong with one item is that item's error alone.
+/// Reads an array of events. What is wrong with one item is that item's error alone, as long as no more than [`REJECTED_MAX`]
+/// are wrong.
 pub fn split_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, EventError> {
     match scan_batch(text, limits) {
         Ok(batch) => Ok(batch),
@@ -94,7 +99,7 @@ pub fn split_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<'a>, Even
 }
 
 /// As [`split_batch`] of the text, of which more is known.
-pub fn split_events<'a>(events: &'a Events, limits: &Limits) -> Batch<'a> {
+pub fn split_events<'a>(events: &'a Events, limits: &Limits) -> Result<Batch<'a>, EventError> {
     let mut batch = Builder::default();
     batch.items.reserve(events.items.len());
     let text = |range: &Range<usize>| events.text.get(range.clone()).unwrap_or_default();
@@ -124,19 +129,21 @@ pub struct NewNames {
 /// The names of a checked event that are neither system fields nor `known`.
 pub fn new_names(properties: &str, known: impl Fn(&str) -> bool) -> Result<NewNames, EventError> {
     let mut new = NewNames::default();
+    let mut seen = HashSet::new();
     json::object_entries(properties, |key, raw| {
         let name = names::field_name(key);
         let is_system = schema::SYSTEM_FIELDS.iter().any(|(_, n, _)| *n == name);
         if is_system || known(&name) {
             return;
         }
+        let name = name.into_owned();
         if names::can_be_column(&name)
             && matches!(infer(raw), Inferred::Type(_))
-            && !new.fields.iter().any(|field| *field == name)
+            && seen.insert(name.clone())
         {
-            new.fields.push(name.clone().into_owned());
+            new.fields.push(name.clone());
         }
-        new.unknown.push(name.into_owned());
+        new.unknown.push(name);
     })?;
     Ok(new)
 }
@@ -186,7 +193,7 @@ pub(crate) fn scan_batch<'a>(text: &'a str, limits: &Limits) -> Scanned<Batch<'a
         more = scanner.more(b']')?;
     }
     scanner.end()?;
-    Ok(batch.done())
+    batch.done().map_err(|_| Unsure)
 }
 
 /// Takes an item and adds its event; on an error nothing was added.
@@ -232,6 +239,7 @@ struct Builder<'a> {
     collections: CollectionNames,
     /// By the raw string that names it, of the item before: most often the next is equal.
     last: Option<(&'a str, usize)>,
+    rejected: usize,
 }
 
 impl<'a> Builder<'a> {
@@ -266,20 +274,27 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Adds an item the careful way.
+    /// Adds an item the careful way. A reason takes much more than an item may: of too many none is kept.
     fn explain(&mut self, item: &'a str, limits: &Limits) {
+        if self.rejected > REJECTED_MAX {
+            return;
+        }
         let item = explain_item(item, limits).map(|(name, properties)| BatchItem {
             collection: self.collections.index_of(name),
             properties,
         });
+        self.rejected += usize::from(item.is_err());
         self.items.push(item);
     }
 
-    fn done(self) -> Batch<'a> {
-        Batch {
+    fn done(self) -> Result<Batch<'a>, EventError> {
+        if self.rejected > REJECTED_MAX {
+            return Err(EventError::TooManyRejected);
+        }
+        Ok(Batch {
             collections: self.collections.into_names(),
             items: self.items,
-        }
+        })
     }
 }
 
@@ -295,7 +310,7 @@ pub(crate) fn explain_batch<'a>(text: &'a str, limits: &Limits) -> Result<Batch<
     let mut batch = Builder::default();
     // The parser skips values without recursion, so the depth of an item is its own matter.
     json::array_elements(text, |item| batch.explain(item, limits))?;
-    Ok(batch.done())
+    batch.done()
 }
 
 fn explain_item<'a>(
@@ -392,8 +407,8 @@ pub(crate) fn check_id(raw: &str) -> Result<(), EventError> {
     Ok(())
 }
 
-/// Line breaks in valid JSON are between tokens only.
-fn one_line(json: &str) -> Cow<'_, str> {
+/// The text on one line: line breaks in valid JSON are between tokens only.
+pub fn one_line(json: &str) -> Cow<'_, str> {
     let json = json::trim(json);
     if json.bytes().any(|b| matches!(b, b'\n' | b'\r')) {
         Cow::Owned(json.replace(['\n', '\r'], " "))

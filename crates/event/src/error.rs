@@ -22,6 +22,8 @@ pub enum EventError {
     NotAnObject(Kind),
     #[error("events must be a JSON array, not {0}")]
     NotAnArray(Kind),
+    #[error("more than {max} events of the batch are refused", max = crate::entry::REJECTED_MAX)]
+    TooManyRejected,
     #[error("malformed event: {0}")]
     MalformedItem(String),
     #[error("field \"{0}\" is reserved for the server")]
@@ -63,6 +65,7 @@ impl EventError {
             Self::TooDeep { .. }
             | Self::TooLarge { .. }
             | Self::BatchFull
+            | Self::TooManyRejected
             | Self::IdTooLong { .. } => "54000",
             Self::NotAnObject(_) | Self::NotAnArray(_) | Self::MalformedItem(_) => "22023",
             Self::ReservedField(_)
@@ -95,6 +98,9 @@ impl EventError {
             Self::TooLarge { .. } => "Send less in one event, or raise \"rakam.max_event_bytes\".",
             Self::NotAnArray(_) => {
                 "Send [{\"collection\": \"pageview\", \"properties\": {\"url\": \"/\"}}, ...]."
+            }
+            Self::TooManyRejected => {
+                "Nothing of the batch was stored. Send smaller batches: each tells what is wrong with its events."
             }
             Self::MalformedItem(_) => {
                 "Each event is {\"collection\": text, \"properties\": object}."

@@ -183,7 +183,10 @@ pub fn field_name(raw: &str) -> Cow<'_, str> {
 
 /// Whether a normalised field name can be a column of a table.
 pub fn can_be_column(name: &str) -> bool {
-    !name.is_empty() && name.len() <= MAX_NAME_BYTES && !SYSTEM_COLUMNS.contains(&name)
+    !name.is_empty()
+        && name.len() <= MAX_NAME_BYTES
+        && !SYSTEM_COLUMNS.contains(&name)
+        && !name.contains('\0')
 }
 
 /// The server's field that a client's name would set, if it would.

@@ -542,6 +542,7 @@ impl Source for AvroSource {
         Ok(Some(Piece {
             rows: Rows::Events(events),
             bad: Vec::new(),
+            bytes: bytes as u64,
             after: Position {
                 row: self.row,
                 ..Position::default()

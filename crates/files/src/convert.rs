@@ -237,6 +237,9 @@ impl Converter {
         let mut targets: Vec<Target> = Vec::with_capacity(batch.num_columns());
         for field in batch.schema().fields() {
             let raw = field.name();
+            if raw.contains('\0') {
+                return Err(FilesError::NulInColumn);
+            }
             let target = match names::server_field(raw) {
                 Some(RECEIVED_AT) if self.may_set_received_at => Target::ReceivedAt,
                 Some(RECEIVED_AT) => return Err(FilesError::ReceivedAt),

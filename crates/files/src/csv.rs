@@ -527,6 +527,7 @@ impl Source for CsvSource {
                 untyped: true,
             },
             bad,
+            bytes: bytes as u64,
             after: self.position,
         }))
     }

@@ -33,6 +33,8 @@ pub enum FilesError {
     Unsupported { message: String, hint: String },
     #[error("column \"{0}\" of the file is reserved for the server")]
     ReservedColumn(String),
+    #[error("the name of a column of the file has a NUL character")]
+    NulInColumn,
     #[error("permission denied for column \"_received_at\" of the file")]
     ReceivedAt,
     #[error("no file matches \"{0}\"")]
@@ -162,6 +164,7 @@ impl FilesError {
             Self::Option { .. } | Self::Path { .. } => "22023",
             Self::Unsupported { .. } => "0A000",
             Self::ReservedColumn(_) => "42939",
+            Self::NulInColumn => "22P05",
             Self::ReceivedAt => "42501",
             Self::NoFile(_) => "58P01",
             Self::Arrow(_) => "XX000",
@@ -196,6 +199,10 @@ impl FilesError {
             }
             Self::ReservedColumn(_) => {
                 "Rename the column: _project, _collection and $server_time cannot be loaded."
+                    .to_owned()
+            }
+            Self::NulInColumn => {
+                "Remove the character: text in Postgres cannot hold it. A file in UTF-16 is to be converted to UTF-8."
                     .to_owned()
             }
             Self::ReceivedAt => {

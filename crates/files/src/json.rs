@@ -272,6 +272,7 @@ impl Source for JsonSource {
         Ok(Some(Piece {
             rows: Rows::Events(events),
             bad,
+            bytes: bytes as u64,
             after: self.position,
         }))
     }

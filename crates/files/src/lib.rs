@@ -18,6 +18,7 @@ mod json;
 pub mod locate;
 pub mod log;
 pub mod object;
+mod parquet_delta;
 mod parquet_file;
 mod parquet_object;
 mod parquet_pages;

@@ -284,6 +284,7 @@ impl Source for ParquetSource {
         let part = self.row as f64 / self.rows.max(1) as f64;
         self.meter.set((self.bytes as f64 * part.min(1.0)) as u64);
         Ok(Some(Piece {
+            bytes: self.batches.bytes_of(&batch),
             rows: Rows::Columns {
                 lines: (first..=self.row).collect(),
                 batch,

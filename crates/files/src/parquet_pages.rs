@@ -17,6 +17,7 @@ use parquet::file::reader::{ChunkReader, Length};
 use rakam_lake::cache::Memory;
 use rakam_lake::untrusted::{Checked, PageHead};
 
+use crate::parquet_delta::{self, Column};
 use crate::parquet_file::{Bytewise, BytewiseRead};
 use crate::parquet_rows;
 
@@ -27,6 +28,9 @@ const FREE_BYTES: u64 = 64 << 20;
 const WRITTEN_PAGE_BYTES: u64 = 2 << 20;
 /// About an entry of a dictionary in memory, beside its text.
 const ENTRY_BYTES: u64 = 16;
+/// Of a text whose length is apart: its length, and that of what it shares with the one before.
+const LENGTHS_BYTES: u64 = 8;
+
 /// A file whose pages are looked at. Clones share what is known of them.
 #[derive(Clone)]
 pub struct Pages {
@@ -72,8 +76,14 @@ impl ChunkReader for Pages {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
-        self.account.take_page(start)?;
-        self.file.get_bytes(start, length)
+        let taken = self.account.take_page(start)?;
+        let bytes = self.file.get_bytes(start, length)?;
+        if let Some((head, column)) = taken
+            && head.has_lengths()
+        {
+            parquet_delta::check(&bytes, &head, column)?;
+        }
+        Ok(bytes)
     }
 }
 
@@ -95,7 +105,7 @@ impl Read for PageRead {
     }
 }
 
-fn malformed(reason: &str) -> ParquetError {
+pub fn malformed(reason: &str) -> ParquetError {
     ParquetError::General(reason.to_owned())
 }
 
@@ -109,8 +119,8 @@ struct Held {
     taken: usize,
     /// The memory was not to be had.
     is_refused: bool,
-    /// Where the wanted columns begin, in this order, each with the number of its leaf.
-    starts: Vec<(u64, usize)>,
+    /// Where the wanted columns begin, in this order.
+    starts: Vec<Start>,
     leaves: Vec<Leaf>,
     /// How many columns a page may be one of: more than one where they overlap.
     times: u64,
@@ -120,6 +130,14 @@ struct Held {
     total: u64,
     /// The part of the latter.
     past: u64,
+}
+
+/// A column of one row group.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    at: u64,
+    leaf: usize,
+    column: Column,
 }
 
 /// A column of all row groups.
@@ -171,14 +189,23 @@ impl Account {
                 if let Ok(start) = start
                     && length > 0
                 {
-                    places.push((start, start.saturating_add(length), number));
+                    let place = Start {
+                        at: start,
+                        leaf: number,
+                        column: Column {
+                            codec: column.compression(),
+                            max_repetition: column.column_descr().max_rep_level(),
+                            max_definition: column.column_descr().max_def_level(),
+                        },
+                    };
+                    places.push((place, start.saturating_add(length)));
                 }
             }
         }
-        places.sort_unstable();
-        let overlap = places.windows(2).any(|pair| pair[1].0 < pair[0].1);
+        places.sort_unstable_by_key(|(place, end)| (place.at, *end, place.leaf));
+        let overlap = places.windows(2).any(|pair| pair[1].0.at < pair[0].1);
         held.times = if overlap { held.leaves.len() as u64 } else { 1 };
-        held.starts = places.iter().map(|place| (place.0, place.2)).collect();
+        held.starts = places.into_iter().map(|(place, _)| place).collect();
         held.rows = rows as u64;
         held.memory = memory;
     }
@@ -192,22 +219,28 @@ impl Account {
         if head.is_dictionary && head.values > head.bytes {
             return Err(malformed("a dictionary has more values than bytes"));
         }
-        if let Some(leaf) = self.held().leaf(at) {
-            leaf.head = Some(head);
+        let mut held = self.held();
+        if let Some(start) = held.start(at) {
+            held.leaves[start.leaf].head = Some(head);
         }
         Ok(())
     }
 
-    /// Takes the memory of the page that was announced last in the column that lies here: now it is read.
-    fn take_page(&self, at: u64) -> Result<()> {
+    /// Takes the memory of the page that was announced last in the column that lies here: now it is read. Answers what its head
+    /// said, and its column.
+    fn take_page(&self, at: u64) -> Result<Option<(PageHead, Column)>> {
         let mut held = self.held();
         let (rows, times) = (held.rows, held.times);
-        let Some(leaf) = held.leaf(at) else {
-            return Ok(());
+        let Some(Start { leaf, column, .. }) = held.start(at) else {
+            return Ok(None);
         };
+        let leaf = &mut held.leaves[leaf];
         let Some(head) = leaf.head.take() else {
-            return Ok(());
+            return Ok(None);
         };
+        if head.has_lengths() && times > 1 {
+            return Err(malformed("columns lie within each other"));
+        }
         let bytes = leaf.bytes_of(head, rows).saturating_mul(times);
         let last = match head.is_dictionary {
             true => &mut leaf.dictionary,
@@ -216,7 +249,8 @@ impl Account {
         let before = std::mem::replace(last, bytes);
         held.past = held.past.saturating_add(before);
         held.total = held.total.saturating_add(bytes);
-        held.settle()
+        held.settle()?;
+        Ok(Some((head, column)))
     }
 
     /// A batch begins: of what the one before it has read only the last pages are needed any more.
@@ -236,10 +270,9 @@ impl Account {
 
 impl Held {
     /// The column that lies here.
-    fn leaf(&mut self, at: u64) -> Option<&mut Leaf> {
-        let after = self.starts.partition_point(|(start, _)| *start <= at);
-        let (_, number) = *self.starts.get(after.checked_sub(1)?)?;
-        self.leaves.get_mut(number)
+    fn start(&self, at: u64) -> Option<Start> {
+        let after = self.starts.partition_point(|start| start.at <= at);
+        self.starts.get(after.checked_sub(1)?).copied()
     }
 
     /// Takes what is missing of the memory, or gives back what is too much.
@@ -277,13 +310,20 @@ impl Leaf {
         };
         let values = head.values.saturating_mul(value_bytes);
         let is_bounded = self.is_written_out && head.bytes <= WRITTEN_PAGE_BYTES;
-        let written = match head.is_written_out && self.is_text && !is_bounded {
+        let written = match head.is_written_out() && self.is_text && !is_bounded {
             true if self.value_bytes > 0 => head.values,
             true => head.values.min(rows),
             false => 0,
         };
         let written = head.bytes.saturating_mul(written);
-        (head.bytes.saturating_add(values)).saturating_add(written)
+        // Decompressed for its lengths, and for itself.
+        let lengths = match head.has_lengths() {
+            true => (head.values.saturating_mul(LENGTHS_BYTES)).saturating_add(head.bytes),
+            false => 0,
+        };
+        [values, written, lengths]
+            .into_iter()
+            .fold(head.bytes, u64::saturating_add)
     }
 }
 

@@ -24,6 +24,9 @@ const WRITTEN_ROWS_MIN: usize = 4;
 /// What the reader takes for the texts of such a column each time, however short they are.
 const WRITTEN_BYTES: u64 = 4096;
 
+/// Texts of a row are no longer, written out.
+const ROW_BYTES_MAX: u64 = 256 << 20;
+
 /// Rows that are handed on at a time, and their bytes as plain columns. One row may have more.
 #[derive(Debug, Clone, Copy)]
 pub struct Bound {
@@ -193,6 +196,12 @@ impl Batches {
         self.row_bytes
     }
 
+    /// About what rows of the file take, written out.
+    pub fn bytes_of(&self, batch: &RecordBatch) -> u64 {
+        let fixed = self.row_bytes.saturating_mul(batch.num_rows() as u64);
+        fixed.saturating_add(lengths_of(batch).iter().sum())
+    }
+
     /// About the memory that the next call of [`Self::next`] needs, as the footer has it.
     pub fn next_bytes(&self) -> u64 {
         self.row_bytes
@@ -209,7 +218,7 @@ impl Batches {
         };
         let next = rest.next(self.bound.bytes);
         self.rest = (rest.at < rest.batch.num_rows()).then_some(rest);
-        Some(Ok(next))
+        Some(next)
     }
 
     /// Decodes the next rows, part by part, until there are as many as a batch may have, or their texts are.
@@ -255,8 +264,14 @@ fn lengths_of(batch: &RecordBatch) -> Vec<u64> {
 }
 
 impl Rest {
-    /// The rows from the first on whose texts are of so many bytes, at least one.
-    fn next(&mut self, bytes: u64) -> RecordBatch {
+    /// The rows from the first on whose texts are of so many bytes, at least one. An error if that one is too long to be written out:
+    /// a list may show a text that the file has once any number of times.
+    fn next(&mut self, bytes: u64) -> Result<RecordBatch, ArrowError> {
+        if self.lengths[self.at] > ROW_BYTES_MAX {
+            return Err(ArrowError::ParseError(format!(
+                "the texts of a row are longer than {ROW_BYTES_MAX} bytes"
+            )));
+        }
         let mut sum: u64 = 0;
         let fitting = self.lengths[self.at..]
             .iter()
@@ -268,7 +283,7 @@ impl Rest {
         let rows = fitting.max(1).min(self.batch.num_rows() - self.at);
         let next = self.batch.slice(self.at, rows);
         self.at += rows;
-        next
+        Ok(next)
     }
 }
 

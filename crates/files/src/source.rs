@@ -92,6 +92,8 @@ impl Rows {
 pub struct Piece {
     pub rows: Rows,
     pub bad: Vec<BadRow>,
+    /// About the bytes of all of them, written out.
+    pub bytes: u64,
     /// Where the next one begins.
     pub after: Position,
 }

@@ -39,6 +39,6 @@ mod seal;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
 mod thrift;
-mod varint;
+pub mod varint;
 
 pub use error::LakeError;

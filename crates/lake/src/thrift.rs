@@ -66,8 +66,8 @@ impl Type {
     }
 }
 
-/// Walks a structure at the front of `bytes`, calling `number` with the id and value of each of its integers, and of those of the
-/// structures in it with the id of that one before. Answers how many bytes it takes.
+/// Walks a structure at the front of `bytes`, calling `number` with the id and value of each of its integers and truth values, and
+/// of those of the structures in it with the id of that one before. Answers how many bytes it takes.
 pub(crate) fn walk(
     bytes: &[u8],
     structure: Struct,
@@ -152,7 +152,7 @@ impl Walker<'_> {
             }
             match wire {
                 // The value of a field, unlike that of an element, is in its head.
-                TRUE | FALSE => {}
+                TRUE | FALSE => number(outer, id, i64::from(wire == TRUE)),
                 I16 | I32 | I64 => number(outer, id, self.zigzag()?),
                 STRUCT if depth == 0 => self.structure(fields_of(ty), Some(id), 1, number)?,
                 _ => self.value(wire, ty, depth)?,
@@ -239,7 +239,7 @@ mod tests {
         let bytes = b"\x15\x05\x19\x2c\x16\x80\x01\x00\x00\x18\x02ab\x11\x0b\x28\x01\x87\x01x\0\0\0\0\0\0\xf0\x3f\x00!";
         let (end, numbers) = walked(bytes);
         assert_eq!(end, Ok(bytes.len() - 1));
-        assert_eq!(numbers, [(1, -3)]);
+        assert_eq!(numbers, [(1, -3), (4, 1)]);
         for end in 0..bytes.len() - 1 {
             assert_eq!(walked(&bytes[..end]).0, Err(Fault::Truncated), "{end}");
         }

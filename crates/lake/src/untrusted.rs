@@ -96,44 +96,117 @@ pub struct PageHead {
     /// Before compression.
     pub bytes: u64,
     pub values: u64,
-    /// Its texts are made one by one, of the one before and a few bytes: DELTA_BYTE_ARRAY.
-    pub is_written_out: bool,
+    encoding: i64,
+    /// Of the levels how they are encoded, of pages of the second version how many bytes they take.
+    repetition: i64,
+    definition: i64,
+    is_plain: bool,
+    /// The head for pages of its kind, which is one of the fields.
+    kind: Option<i64>,
+    /// The fields that were there, those of `kind` 16 bits further on.
+    seen: u32,
     is_impossible: bool,
 }
 
-/// As in parquet.thrift: a type of pages, and an encoding.
+/// Where a page has its levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Levels {
+    /// Before the values, compressed with them; how they are encoded.
+    Within { repetition: i64, definition: i64 },
+    /// Before what is compressed.
+    Before { bytes: u64, is_compressed: bool },
+}
+
+/// As in parquet.thrift: a type of pages, the heads for pages of a kind, and encodings.
 const DICTIONARY_PAGE: i64 = 2;
+const FIRST_VERSION: i64 = 5;
+const DICTIONARY: i64 = 7;
+const SECOND_VERSION: i64 = 8;
+const DELTA_LENGTH_BYTE_ARRAY: i64 = 6;
 const DELTA_BYTE_ARRAY: i64 = 7;
 
 impl PageHead {
-    pub fn new(is_dictionary: bool, bytes: u64, values: u64, is_written_out: bool) -> Self {
-        Self {
-            is_dictionary,
-            bytes,
-            values,
-            is_written_out,
-            is_impossible: false,
+    /// Its texts are made one by one, of the one before and a few bytes.
+    pub fn is_written_out(&self) -> bool {
+        self.encoding == DELTA_BYTE_ARRAY
+    }
+
+    /// The lengths of its texts are apart from them.
+    pub fn has_lengths(&self) -> bool {
+        self.is_written_out() || self.encoding == DELTA_LENGTH_BYTE_ARRAY
+    }
+
+    pub fn levels(&self) -> Levels {
+        let (repetition, definition) = (self.repetition, self.definition);
+        match self.kind {
+            Some(SECOND_VERSION) => Levels::Before {
+                bytes: repetition.unsigned_abs() + definition.unsigned_abs(),
+                is_compressed: !self.is_plain,
+            },
+            _ => Levels::Within {
+                repetition,
+                definition,
+            },
         }
     }
 
-    /// Of what is said twice the larger counts.
     fn note(&mut self, outer: Option<i64>, id: i64, value: i64) {
+        self.is_impossible |= !self.is_new(outer, id);
         let size = u64::try_from(value).unwrap_or(0);
         match (outer, id) {
-            (None, 1) => self.is_dictionary |= value == DICTIONARY_PAGE,
+            (None, 1) => self.is_dictionary = value == DICTIONARY_PAGE,
             (None, 2 | 3) => {
                 self.is_impossible |= !(0..=MAX_PAGE_BYTES).contains(&value);
                 if id == 2 {
-                    self.bytes = self.bytes.max(size);
+                    self.bytes = size;
                 }
             }
-            (Some(5 | 7 | 8), 1) => {
+            (Some(FIRST_VERSION | DICTIONARY | SECOND_VERSION), 1) => {
                 self.is_impossible |= !(0..=i64::from(i32::MAX)).contains(&value);
-                self.values = self.values.max(size);
+                self.values = size;
             }
-            (Some(5), 2) | (Some(8), 4) => self.is_written_out |= value == DELTA_BYTE_ARRAY,
+            (Some(FIRST_VERSION), 2) | (Some(SECOND_VERSION), 4) => self.encoding = value,
+            (Some(FIRST_VERSION), 3) => self.definition = value,
+            (Some(FIRST_VERSION), 4) => self.repetition = value,
+            (Some(SECOND_VERSION), 5 | 6) => {
+                self.is_impossible |= !(0..=MAX_PAGE_BYTES).contains(&value);
+                match id {
+                    5 => self.definition = value,
+                    _ => self.repetition = value,
+                }
+            }
+            (Some(SECOND_VERSION), 7) => self.is_plain = value == 0,
             _ => {}
         }
+    }
+
+    /// Whether nothing was said of this before: a writer says everything once, and has one head for pages of a kind.
+    fn is_new(&mut self, outer: Option<i64>, id: i64) -> bool {
+        let (inner, kind) = match outer {
+            None => (0, self.kind),
+            Some(FIRST_VERSION | DICTIONARY | SECOND_VERSION) => (16, outer),
+            Some(_) => return true,
+        };
+        if !(0..16).contains(&id) {
+            return true;
+        }
+        let bit = 1 << (inner + id);
+        let is_new = self.seen & bit == 0 && self.kind.is_none_or(|known| kind == Some(known));
+        self.kind = kind;
+        self.seen |= bit;
+        is_new
+    }
+}
+
+#[cfg(test)]
+impl PageHead {
+    /// Of the numbers that a head has.
+    fn of(fields: &[(Option<i64>, i64, i64)]) -> Self {
+        let mut head = Self::default();
+        for (outer, id, value) in fields {
+            head.note(*outer, *id, *value);
+        }
+        head
     }
 }
 
@@ -415,7 +488,7 @@ mod tests {
         // Of 1000 and 10 bytes, with 5 values: a page of the first version, a dictionary, a page of the second version.
         let first = b"\x15\x00\x15\xd0\x0f\x15\x14\x2c\x15\x0a\x15\x0e\x15\x06\x15\x06\x00\x00";
         let dictionary = b"\x15\x04\x15\xd0\x0f\x15\x14\x4c\x15\x0a\x15\x00\x00\x00";
-        let second = b"\x15\x06\x15\xd0\x0f\x15\x14\x5c\x15\x0a\x15\x00\x15\x0a\x15\x00\x15\x00\x15\x00\x00\x00";
+        let second = b"\x15\x06\x15\xd0\x0f\x15\x14\x5c\x15\x0a\x15\x00\x15\x0a\x15\x00\x15\x0e\x15\x04\x12\x00\x00";
         let read = |bytes: &[u8]| {
             let mut head = PageHead::default();
             walk(bytes, PAGE_HEADER, |outer, id, value| {
@@ -423,13 +496,29 @@ mod tests {
             })
             .map(|_| head)
         };
-        for (bytes, is_dictionary, is_written_out) in [
-            (&first[..], false, true),
-            (dictionary, true, false),
-            (second, false, false),
+        let within = Levels::Within {
+            repetition: 3,
+            definition: 3,
+        };
+        let nowhere = Levels::Within {
+            repetition: 0,
+            definition: 0,
+        };
+        let before = Levels::Before {
+            bytes: 9,
+            is_compressed: false,
+        };
+        for (bytes, is_dictionary, is_written_out, levels) in [
+            (&first[..], false, true, within),
+            (dictionary, true, false, nowhere),
+            (second, false, false, before),
         ] {
-            let head = PageHead::new(is_dictionary, 1000, 5, is_written_out);
-            assert_eq!(read(bytes), Ok(head));
+            let head = read(bytes).unwrap();
+            assert!(!head.is_impossible);
+            assert_eq!((head.bytes, head.values, head.levels()), (1000, 5, levels));
+            assert_eq!(head.is_dictionary, is_dictionary);
+            assert_eq!(head.is_written_out(), is_written_out);
+            assert_eq!(head.has_lengths(), is_written_out);
             for end in 0..bytes.len() {
                 assert_eq!(read(&bytes[..end]), Err(Fault::Truncated));
             }
@@ -441,7 +530,34 @@ mod tests {
         );
         let unknown =
             b"\x15\x00\x15\xd0\x0f\xf9\x25\x02\x04\x1b\x01\x8c\x01a\x15\x02\x00\x18\x01b\x11\x00";
-        assert_eq!(read(unknown), Ok(PageHead::new(false, 1000, 0, false)));
+        let head = read(unknown).unwrap();
+        assert_eq!(
+            (head.bytes, head.values, head.is_impossible),
+            (1000, 0, false)
+        );
+    }
+
+    #[test]
+    fn a_head_says_everything_once() {
+        let honest = [
+            (None, 1, 0),
+            (None, 2, 10),
+            (None, 3, 10),
+            (Some(5), 1, 4),
+            (Some(5), 2, 6),
+        ];
+        assert!(!PageHead::of(&honest).is_impossible);
+        assert!(PageHead::of(&honest).has_lengths());
+        for more in [
+            (None, 2, 10),
+            (Some(5), 2, 0),
+            (Some(8), 4, 0),
+            (Some(7), 2, 0),
+        ] {
+            let mut twice = honest.to_vec();
+            twice.push(more);
+            assert!(PageHead::of(&twice).is_impossible, "{more:?}");
+        }
     }
 
     #[test]

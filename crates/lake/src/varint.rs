@@ -8,7 +8,8 @@ pub(crate) fn put_number(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-pub(crate) fn get_number(rest: &mut &[u8]) -> Option<u64> {
+/// Takes a number off the front; None: it has no end, or more than 64 bits.
+pub fn get_number(rest: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for shift in (0..64).step_by(7) {
         let byte = *rest.split_off_first()?;

@@ -395,14 +395,7 @@ impl Fetch for FileFetch {
 /// Whether pieces are as many rows or bytes as a batch is to have.
 fn is_enough(batch: &Batch, limits: &Limits) -> bool {
     let rows: u64 = batch.moves.iter().map(|moved| moved.records).sum();
-    let read = |position: &Position| match position {
-        Position::Row { byte, .. } => *byte,
-        _ => 0,
-    };
-    let moves = batch.moves.iter();
-    let bytes: u64 = moves
-        .map(|moved| read(&moved.to).saturating_sub(read(&moved.from)))
-        .sum();
+    let bytes: u64 = batch.pieces.iter().map(|file| file.piece.bytes).sum();
     rows >= limits.records as u64 || bytes >= limits.bytes as u64
 }
 

@@ -7,7 +7,7 @@
 //! Kafka has the mark of a record in headers. Kinesis has none: there it follows the framed record, where readers that go by the
 //! schema do not look ([`append_mark`], [`split_mark`]).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 
@@ -145,26 +145,89 @@ impl Seen {
     }
 }
 
-/// By origin; there are few.
-type Origins = Vec<(Uuid, Seen)>;
+/// What is remembered of a split at most: origins, and bytes of their places. The origin that came up longest ago is forgotten
+/// first, which costs that its copies are told no more. Whoever may write to a topic can make any number of them up.
+const ORIGINS_MAX: usize = 10_000;
+const PLACES_BYTES_MAX: usize = 8 << 20;
 
-/// What the splits of a consumer have brought, as it is stored, and what the batch of the moment adds to that.
+/// What a split has brought, by origin.
 #[derive(Debug, Default)]
-pub struct Copies {
-    stored: HashMap<String, Origins>,
-    changed: HashMap<String, Origins>,
+struct Brought {
+    origins: HashMap<Uuid, Known>,
+    /// The origins by when they came up.
+    order: BTreeMap<u64, Uuid>,
+    turns: u64,
+    bytes: usize,
+    /// As the origins of the batch of the moment were before it.
+    before: HashMap<Uuid, Option<Known>>,
 }
+
+#[derive(Debug, Clone, Default)]
+struct Known {
+    seen: Seen,
+    turn: u64,
+}
+
+impl Brought {
+    /// Takes a record in; false: it has been seen.
+    fn take(&mut self, mark: &Mark) -> bool {
+        let known = self.remove(mark.origin);
+        (self.before.entry(mark.origin)).or_insert_with(|| known.clone());
+        let mut seen = known.unwrap_or_default().seen;
+        let is_new = seen.take(mark);
+        self.turns += 1;
+        let turn = self.turns;
+        self.insert(mark.origin, Known { seen, turn });
+        while (self.origins.len() > ORIGINS_MAX || self.bytes > PLACES_BYTES_MAX)
+            && let Some((_, oldest)) = self.order.pop_first()
+        {
+            let known = self.remove(oldest);
+            self.before.entry(oldest).or_insert(known);
+        }
+        is_new
+    }
+
+    fn insert(&mut self, origin: Uuid, known: Known) {
+        self.bytes += known.seen.places.len();
+        self.order.insert(known.turn, origin);
+        self.origins.insert(origin, known);
+    }
+
+    fn remove(&mut self, origin: Uuid) -> Option<Known> {
+        let known = self.origins.remove(&origin)?;
+        self.bytes -= known.seen.places.len();
+        self.order.remove(&known.turn);
+        Some(known)
+    }
+
+    fn undo(&mut self) {
+        for (origin, before) in std::mem::take(&mut self.before) {
+            self.remove(origin);
+            if let Some(known) = before {
+                self.insert(origin, known);
+            }
+        }
+    }
+}
+
+/// What the splits of a consumer have brought, with the batch of the moment.
+#[derive(Debug, Default)]
+pub struct Copies(HashMap<String, Brought>);
 
 impl Copies {
     /// Begins with a split, as it is stored.
-    pub fn open(&mut self, split: &str, seen: Origins) {
-        self.changed.remove(split);
-        self.stored.insert(split.to_owned(), seen);
+    pub fn open(&mut self, split: &str, seen: Vec<(Uuid, Seen)>) {
+        let mut brought = Brought::default();
+        for (origin, seen) in seen {
+            brought.turns += 1;
+            let turn = brought.turns;
+            brought.insert(origin, Known { seen, turn });
+        }
+        self.0.insert(split.to_owned(), brought);
     }
 
     pub fn close(&mut self, split: &str) {
-        self.changed.remove(split);
-        self.stored.remove(split);
+        self.0.remove(split);
     }
 
     /// Whether a batch has records of event stores at all.
@@ -179,48 +242,37 @@ impl Copies {
             let Some(mark) = mark else {
                 return true;
             };
-            if !self.changed.contains_key(split) {
-                let stored = self.stored.get(split).cloned().unwrap_or_default();
-                self.changed.insert(split.to_owned(), stored);
-            }
-            let is_new = self.changed.get_mut(split).is_none_or(|origins| {
-                if let Some((_, seen)) = origins.iter_mut().find(|(o, _)| *o == mark.origin) {
-                    return seen.take(mark);
-                }
-                let mut seen = Seen::default();
-                seen.take(mark);
-                origins.push((mark.origin, seen));
-                true
-            });
+            let is_new = match self.0.get_mut(split) {
+                Some(brought) => brought.take(mark),
+                None => self.0.entry(split.to_owned()).or_default().take(mark),
+            };
             removed += u64::from(!is_new);
             is_new
         });
         removed
     }
 
-    /// What is to be stored with the batch: split, origin, what was seen.
-    pub fn changes(&self) -> impl Iterator<Item = (&str, Uuid, &Seen)> {
-        self.changed.iter().flat_map(|(split, origins)| {
-            let stored = self.stored.get(split);
-            origins.iter().filter_map(move |(origin, seen)| {
-                let is_stored = stored.is_some_and(|stored| {
-                    stored
-                        .iter()
-                        .any(|(o, before)| o == origin && before == seen)
-                });
-                (!is_stored).then_some((split.as_str(), *origin, seen))
+    /// What is to be stored with the batch: split, origin, what was seen; None: nothing is to be known of it any more.
+    pub fn changes(&self) -> impl Iterator<Item = (&str, Uuid, Option<&Seen>)> {
+        self.0.iter().flat_map(|(split, brought)| {
+            brought.before.iter().filter_map(move |(origin, before)| {
+                let now = brought.origins.get(origin).map(|known| &known.seen);
+                let before = before.as_ref().map(|known| &known.seen);
+                (now != before).then_some((split.as_str(), *origin, now))
             })
         })
     }
 
     /// The batch is stored.
     pub fn stored(&mut self) {
-        self.stored.extend(self.changed.drain());
+        for brought in self.0.values_mut() {
+            brought.before.clear();
+        }
     }
 
     /// The batch is not stored, and will be read again.
     pub fn undo(&mut self) {
-        self.changed.clear();
+        self.0.values_mut().for_each(Brought::undo);
     }
 }
 
@@ -320,7 +372,7 @@ mod tests {
         let mut read = batch("t/0", &again);
         assert_eq!(copies.remove_from(&mut read), 4);
         let changes: Vec<_> = copies.changes().collect();
-        assert_eq!(changes, [("t/0", ORIGIN, &Seen::new(2, vec![1]))]);
+        assert_eq!(changes, [("t/0", ORIGIN, Some(&Seen::new(2, vec![1])))]);
         copies.stored();
         // Another split, and another origin, are their own.
         let mut other = batch("t/1", &first);
@@ -340,13 +392,58 @@ mod tests {
         first.remove_from(&mut batch("s", &[Some(mark(4, 9)), Some(mark(4, 0))]));
         let stored: Vec<_> = first
             .changes()
-            .map(|(_, o, s)| (o, Seen::new(s.publish_seq, s.places().to_vec())))
+            .filter_map(|(_, origin, seen)| Some((origin, seen?.clone())))
             .collect();
         let mut next = Copies::default();
         next.open("s", stored);
         let mut read = batch("s", &[Some(mark(4, 9)), Some(mark(4, 1)), Some(mark(3, 1))]);
         assert_eq!(next.remove_from(&mut read), 2);
         assert_eq!(left(&read), ["1"]);
+    }
+
+    #[test]
+    fn origins_that_are_made_up_take_no_more_than_there_is_room_for() {
+        let mut copies = Copies::default();
+        copies.open("t/0", vec![(ORIGIN, Seen::new(1, vec![1]))]);
+        let made_up = |n: u128| Mark {
+            origin: Uuid::from_u128(1000 + n),
+            ..mark(1, BATCH_RECORDS_MAX - 1)
+        };
+        let marks: Vec<_> = (0..1000).map(|n| Some(made_up(n))).collect();
+        assert_eq!(copies.remove_from(&mut batch("t/0", &marks)), 0);
+        let bytes = |copies: &Copies| {
+            let seen = |(_, _, seen): (_, _, Option<&Seen>)| seen.map_or(0, |s| s.places().len());
+            copies.changes().map(seen).sum::<usize>()
+        };
+        assert!(bytes(&copies) <= PLACES_BYTES_MAX);
+        // What was stored of the one that came up longest ago goes.
+        assert!(
+            copies
+                .changes()
+                .any(|change| change == ("t/0", ORIGIN, None))
+        );
+        copies.undo();
+        assert_eq!(copies.changes().count(), 0);
+        assert_eq!(
+            copies.remove_from(&mut batch("t/0", &[Some(mark(1, 0))])),
+            1
+        );
+        // In use, it stays.
+        for n in 0..1000 {
+            let both = [Some(made_up(n)), Some(mark(1, 0))];
+            assert_eq!(copies.remove_from(&mut batch("t/0", &both)), 1);
+            copies.stored();
+        }
+        let many: Vec<_> = (0..ORIGINS_MAX as u128 + 10)
+            .map(|n| {
+                Some(Mark {
+                    origin: Uuid::from_u128(n + 1_000_000),
+                    ..mark(1, 0)
+                })
+            })
+            .collect();
+        copies.remove_from(&mut batch("t/1", &many));
+        assert_eq!(copies.changes().count(), ORIGINS_MAX);
     }
 
     #[test]

@@ -77,12 +77,16 @@ impl Stream {
         columns: &str,
     ) -> Result<std::result::Result<Again, DecodeError>> {
         let bad = |error: String| Ok(Err(DecodeError::File(error)));
+        // The source of that name may have been made anew since, as one that reads no such files.
         let Route::To(name) = &self.route else {
-            return Err(PgError::internal("a row of a file belongs nowhere"));
+            return bad("the source names no collection for the rows of files".to_owned());
         };
         let names: Vec<String> = serde_json::from_str(columns)
             .map_err(|e| PgError::internal(format!("malformed columns of a dead letter: {e}")))?;
-        let options = self.csv.csv(letter.split.as_deref().unwrap_or_default())?;
+        let options = match self.csv.csv(letter.split.as_deref().unwrap_or_default()) {
+            Ok(options) => options,
+            Err(error) => return bad(error.to_string()),
+        };
         let limits = limits();
         let rows = match csv_record(&letter.payload, &names, &options) {
             Ok(rows) => rows,

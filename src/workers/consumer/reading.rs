@@ -14,12 +14,12 @@ use rakam_sources::source::{Lag, Split};
 
 use super::share::{Among, share};
 use super::tasks::{Lister, Reader, Told, What};
+use crate::catalog::dropping;
 use crate::catalog::event_store;
 use crate::catalog::projects::Quota;
 use crate::catalog::sources::leases::{self, Claim};
 use crate::catalog::sources::{self, Source};
 use crate::ingest::stream::{Prepared, Stream};
-use crate::pg::locks::{self, LockOn};
 use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, guc};
@@ -343,7 +343,7 @@ impl Reading {
             return Ok(false);
         };
         // Its transaction would wait for the one that drops the project, and with it all that this process reads.
-        if !locks::is_free(LockOn::Project(self.source.project_id)) {
+        if dropping::is_going(self.source.project_id) {
             self.retry_at = Some(Instant::now() + BEING_DROPPED);
             self.prepared = prepared;
             self.trouble.storing = Some("the project is being dropped by a transaction".to_owned());
@@ -374,7 +374,10 @@ impl Reading {
                     }
                 }
                 for (split, origin, seen) in copies.changes() {
-                    event_store::note_seen(id, project_id, split, origin, seen)?;
+                    match seen {
+                        Some(seen) => event_store::note_seen(id, project_id, split, origin, seen)?,
+                        None => event_store::forget_seen(id, split, origin)?,
+                    }
                 }
                 alarm(&self.source, &batch.stops)
             });

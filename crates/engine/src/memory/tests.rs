@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use datafusion::execution::memory_pool::MemoryConsumer;
+use datafusion_execution::memory_pool::MemoryConsumer;
 
 use super::*;
 

@@ -347,7 +347,7 @@ mod tests {
             usual += events.items.iter().filter(|i| i.parts.is_some()).count();
             assert_eq!(
                 split_events(&events, &limits),
-                split_batch(&plain, &limits).unwrap(),
+                split_batch(&plain, &limits),
                 "seed {seed}"
             );
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::{ArrayRef, Float64Builder, ListBuilder, RecordBatch, StringArray};
 use parquet::arrow::ArrowWriter;
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use crate::error::FilesError;
@@ -120,9 +120,36 @@ fn a_list_is_as_large_as_its_page_says() {
 }
 
 #[test]
+fn lengths_that_are_apart_are_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    let rows = 10_000_000;
+    let texts: ArrayRef = Arc::new(StringArray::from_iter_values(std::iter::repeat_n("", rows)));
+    let batch = RecordBatch::try_from_iter([("c", texts)]).unwrap();
+    let properties = WriterProperties::builder()
+        .set_encoding(Encoding::DELTA_LENGTH_BYTE_ARRAY)
+        .set_dictionary_enabled(false)
+        .set_data_page_row_count_limit(usize::MAX)
+        .set_max_row_group_row_count(None)
+        .build();
+    let file = File::create(&path).unwrap();
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+    let least = 8 * rows - FREE_BYTES as usize;
+    assert!(taken(&path, PLENTY).unwrap() >= least);
+    let refused = taken(&path, least - 1).map_err(|e| e.sqlstate());
+    assert_eq!(refused, Err("53200"));
+}
+
+#[test]
 fn a_dictionary_has_no_more_values_than_bytes() {
     let account = Account::default();
-    let dictionary = |values| PageHead::new(true, 100, values, false);
+    let dictionary = |values| {
+        let mut head = PageHead::default();
+        (head.is_dictionary, head.bytes, head.values) = (true, 100, values);
+        head
+    };
     assert!(account.announce(4, dictionary(25)).is_ok());
     assert!(account.announce(4, dictionary(1 << 31)).is_err());
 }

@@ -89,6 +89,24 @@ fn a_value_that_the_file_has_once_is_not_written_out_for_every_row() {
 }
 
 #[test]
+fn a_row_that_shows_a_text_very_often_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    let long = "x".repeat(1 << 20);
+    let mut lists = ListBuilder::new(StringBuilder::new());
+    lists.append_value([Some("a")]);
+    lists.append_value((0..257).map(|_| Some(&long)));
+    write(&path, vec![("c", Arc::new(lists.finish()))]);
+    let (file, mut batches) = open(&path);
+    assert_eq!(file.next(&mut batches).unwrap().unwrap().num_rows(), 1);
+    let refused = file.next(&mut batches).unwrap_err();
+    assert!(
+        refused.to_string().contains("a row are longer"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn a_row_is_as_large_as_its_values() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.parquet");

@@ -8,11 +8,12 @@ use arrow::array::types::{
     Time32SecondType, Time64MicrosecondType, Time64NanosecondType,
 };
 use arrow::array::{
-    Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray, StringBuilder,
-    TimestampMicrosecondArray, new_null_array,
+    Array, ArrayRef, AsArray, Float64Array, GenericListArray, Int64Array, OffsetSizeTrait,
+    StringArray, StringBuilder, TimestampMicrosecondArray, new_null_array,
 };
+use arrow::buffer::OffsetBuffer;
 use arrow::compute::cast as arrow_cast;
-use arrow::datatypes::{DataType, TimeUnit};
+use arrow::datatypes::{DataType, FieldRef, TimeUnit};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use rakam_event::coerce::{Value, coerce};
 use rakam_event::json::{self, Cutter, Kind};
@@ -200,7 +201,7 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
             if !same {
                 return Ok(None);
             }
-            let lists = arrow_cast(array, &ty.arrow()).map_err(|e| Unfit::new(0, e))?;
+            let lists = arrow_cast(&cut(array), &ty.arrow()).map_err(|e| Unfit::new(0, e))?;
             if let Some(texts) = lists.as_list::<i32>().values().as_string_opt::<i32>()
                 && without_nul(texts).is_err()
             {
@@ -211,6 +212,29 @@ fn exact(array: &ArrayRef, ty: FieldType, untyped: bool) -> Result<Option<ArrayR
         }
         _ => None,
     })
+}
+
+/// Lists with the items of their own rows alone: a part of a column shares those of all of it, which a cast would write out.
+fn cut(array: &ArrayRef) -> ArrayRef {
+    fn of<O: OffsetSizeTrait>(list: &GenericListArray<O>, item: &FieldRef) -> ArrayRef {
+        let offsets = list.offsets();
+        let [first, last] =
+            [offsets.first(), offsets.last()].map(|at| at.map_or(0, |at| at.as_usize()));
+        let items = list.values().slice(first, last - first);
+        let offsets = OffsetBuffer::<O>::from_lengths(offsets.lengths());
+        let nulls = list.nulls().cloned();
+        Arc::new(GenericListArray::new(
+            Arc::clone(item),
+            offsets,
+            items,
+            nulls,
+        ))
+    }
+    match array.data_type() {
+        DataType::List(item) => of(array.as_list::<i32>(), item),
+        DataType::LargeList(item) => of(array.as_list::<i64>(), item),
+        _ => Arc::clone(array),
+    }
 }
 
 /// For Postgres all NaN are equal, and greater than any number; the engine compares bits, of which it knows one NaN only.
@@ -452,7 +476,10 @@ pub fn of_json(raw: &str, form: Form) -> Result<Option<Value<'_>>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{Date32Array, ListArray, TimestampNanosecondArray, UInt64Array};
+    use arrow::array::{
+        Date32Array, ListArray, ListBuilder, StringViewBuilder, TimestampNanosecondArray,
+        UInt64Array,
+    };
 
     fn shown(array: ArrayRef, form: Form) -> Result<Vec<String>, Unfit> {
         let array = convert(&array, form, false)?;
@@ -461,6 +488,26 @@ mod tests {
         Ok((0..array.len())
             .map(|row| formatter.value(row).to_string())
             .collect())
+    }
+
+    #[test]
+    fn a_part_of_lists_has_their_items_alone() {
+        let long = "x".repeat(100_000);
+        let mut lists = ListBuilder::new(StringViewBuilder::new().with_deduplicate_strings());
+        for row in 0..30_000 {
+            lists.append_option((row % 5 > 0).then_some([Some(&long), None]));
+        }
+        let lists: ArrayRef = Arc::new(lists.finish());
+        let form = Form::Field(FieldType::TextArray);
+        let part = convert(&lists.slice(1_001, 5), form, false).unwrap();
+        let part = part.as_list::<i32>();
+        // Without the one that is NULL.
+        assert_eq!(
+            (part.len(), part.null_count(), part.values().len()),
+            (5, 1, 8)
+        );
+        assert_eq!(part.value(0).as_string::<i32>().value(0), long);
+        assert!(part.value(0).is_null(1));
     }
 
     #[test]

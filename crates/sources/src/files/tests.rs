@@ -4,6 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use arrow::array::{ArrayRef, DictionaryArray, Int32Array, RecordBatch, StringArray};
+use parquet::arrow::ArrowWriter;
 use rakam_files::format::{Format, Options};
 use rakam_files::object::Fetching;
 use rakam_lake::cache::{Fetcher, Memory};
@@ -170,6 +172,40 @@ async fn polled(fetch: &mut FileFetch) -> Batch {
     let batch = batch.unwrap_or_else(|e| panic!("{e}"));
     fetch.ack(&batch);
     batch
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_is_bounded_by_what_its_rows_are_written_out() {
+    let folder = Folder::new(false);
+    folder.write("in/a.parquet", "");
+    // One long text, which the file has once.
+    let texts = StringArray::from(vec!["x".repeat(60_000)]);
+    let keys = Int32Array::from(vec![0; 30_000]);
+    let column: ArrayRef =
+        Arc::new(DictionaryArray::try_new(keys, Arc::new(texts)).unwrap_or_else(|e| panic!("{e}")));
+    let rows = RecordBatch::try_from_iter([("text", column)]).unwrap_or_else(|e| panic!("{e}"));
+    let file = fs::File::create(folder.root.path().join("in/a.parquet"));
+    let file = file.unwrap_or_else(|e| panic!("{e}"));
+    let writer = ArrowWriter::try_new(file, rows.schema(), None);
+    let mut writer = writer.unwrap_or_else(|e| panic!("{e}"));
+    writer.write(&rows).unwrap_or_else(|e| panic!("{e}"));
+    writer.close().unwrap_or_else(|e| panic!("{e}"));
+
+    let mut fetch = folder.fetch();
+    open(&mut fetch, "in/a.parquet", Position::Beginning).await;
+    let batch = polled(&mut fetch).await;
+    let records: u64 = batch.moves.iter().map(|moved| moved.records).sum();
+    assert!((1..1_000).contains(&records), "{records}");
+    let mut all = records;
+    while all < 30_000 {
+        all += polled(&mut fetch)
+            .await
+            .moves
+            .iter()
+            .map(|moved| moved.records)
+            .sum::<u64>();
+    }
+    assert_eq!(all, 30_000);
 }
 
 async fn open(fetch: &mut FileFetch, path: &str, from: Position) {

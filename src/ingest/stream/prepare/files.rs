@@ -81,7 +81,11 @@ impl Preparing<'_> {
         };
         converter.set_schema(&schema);
         let (rows, bad) = match converter.convert(rows.clone(), name, &self.stamp) {
-            Err(error @ (FilesError::ReceivedAt | FilesError::ReservedColumn(_))) => {
+            Err(
+                error @ (FilesError::ReceivedAt
+                | FilesError::ReservedColumn(_)
+                | FilesError::NulInColumn),
+            ) => {
                 let bad = Converter::refuse_all(rows, &error).map_err(failed)?;
                 (RecordBatch::new_empty(schema.arrow()), bad)
             }
@@ -203,7 +207,10 @@ fn columns_of(rows: &Rows) -> Option<Rc<str>> {
         return None;
     };
     let schema = batch.schema();
-    let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+    // jsonb has no NUL characters.
+    let names: Vec<String> = (schema.fields().iter())
+        .map(|field| field.name().replace('\0', "\u{fffd}"))
+        .collect();
     serde_json::to_string(&names).ok().map(Rc::from)
 }
 

@@ -71,16 +71,19 @@ impl Reading {
             return Ok(());
         }
         let id = self.source.id;
-        let start = self.source.options.start.clone();
         let planned = xact::worker(|| {
+            // As it is now: a seek moves the start.
             let Some(source) = sources::by_id(View::Current, id)? else {
                 return Ok(None);
             };
-            let noted = sources::noted(id)?;
-            Ok(Some(plan(&listed, &noted, &start, !source.has_begun)))
+            let (noted, start) = (sources::noted(id)?, source.options.start);
+            Ok(Some((
+                plan(&listed, &noted, &start, !source.has_begun),
+                start,
+            )))
         })?;
         self.listed = listed;
-        let Some(plan) = planned else {
+        let Some((plan, start)) = planned else {
             // It was dropped a moment ago.
             self.list_again(true);
             return Ok(());
@@ -90,9 +93,9 @@ impl Reading {
         }
         if let Some(lister) = &self.lister {
             // What is written from the call on, not from now on.
-            let start = match &self.source.options.start {
+            let start = match start {
                 Start::Latest => Start::Time(self.source.created_at_us.div_euclid(1000)),
-                start => start.clone(),
+                start => start,
             };
             lister.locate(plan.at_start.clone(), start);
             self.planned = Some(plan);
@@ -149,6 +152,8 @@ impl Reading {
                 Ok(true)
             })?;
             if !added {
+                // Somebody is changing the source: the same list is worked on once more.
+                self.listed.clear();
                 self.list_again(false);
                 return Ok(());
             }
