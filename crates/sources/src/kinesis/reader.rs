@@ -61,7 +61,7 @@ impl Default for Pace {
 #[derive(Debug)]
 pub(crate) struct Known {
     hashes: RangeInclusive<u128>,
-    /// They may be those of an earlier stream of the name.
+    /// They are not known, or may be those of an earlier stream of the name.
     may_have_other_hashes: bool,
     iterator: Option<String>,
     /// The record that has to come first.
@@ -124,14 +124,19 @@ impl<S: Stream> Reader<S> {
         }
     }
 
-    /// The range of a shard's hash keys, which tells the aggregates that are its own.
-    async fn hashes(&mut self, shard: &str) -> Result<RangeInclusive<u128>, SourceError> {
+    /// The range of a shard's hash keys, which tells the aggregates that are its own; None: the service does not say it now.
+    async fn hashes(&mut self, shard: &str) -> Result<Option<RangeInclusive<u128>>, SourceError> {
         if !self.ranges.contains_key(shard) {
-            let shards = self.stream.shards().await;
-            let shards = shards.map_err(|f| f.into_error("list the shards of a stream"))?;
+            let shards = match self.stream.shards().await {
+                Ok(shards) => shards,
+                // It is asked again with the shard's first request. An error would begin all shards anew, which asks it more.
+                Err(Failure::Throttled(_) | Failure::Transient(_)) => return Ok(None),
+                Err(failure) => return Err(failure.into_error("list the shards of a stream")),
+            };
             self.ranges = shards.into_iter().map(|s| (s.split.id, s.hashes)).collect();
         }
-        Ok(self.ranges.get(shard).cloned().unwrap_or(0..=u128::MAX))
+        let known = self.ranges.get(shard).cloned();
+        Ok(Some(known.unwrap_or(0..=u128::MAX)))
     }
 
     /// Everything that is not acknowledged comes again.
@@ -306,9 +311,10 @@ impl<S: Stream> Fetch for Reader<S> {
                 "A sequence number of Kinesis is a text of digits.",
             ));
         }
+        let hashes = self.hashes(shard).await?;
         let known = Known {
-            hashes: self.hashes(shard).await?,
-            may_have_other_hashes: false,
+            may_have_other_hashes: hashes.is_none(),
+            hashes: hashes.unwrap_or(0..=u128::MAX),
             iterator: None,
             expects: None,
             empty: 0,

@@ -49,8 +49,10 @@ struct State {
     iterators: Vec<(String, usize)>,
     /// So many answers bring nothing yet.
     gaps: usize,
-    /// What the next requests answer instead.
+    /// What the next requests for records answer instead.
     faults: Vec<Failure>,
+    /// What the next requests for the shards do.
+    list_faults: Vec<Failure>,
 }
 
 /// A stream in memory.
@@ -95,7 +97,10 @@ impl FakeStream {
 #[async_trait]
 impl Stream for FakeStream {
     async fn shards(&self) -> Result<Vec<Shard>, Failure> {
-        let state = self.state();
+        let mut state = self.state();
+        if let Some(fault) = state.list_faults.pop() {
+            return Err(fault);
+        }
         let shard = |(id, data): (&String, &Data)| {
             let (first, last) = data.hashes.unwrap_or((0, u128::MAX));
             Shard {
@@ -576,6 +581,35 @@ async fn ranges_are_looked_up_again_where_no_record_tells_the_stream() {
     stream.write("s", &pack(&[("k", Some(20), b"a")]));
     stream.expire_iterators();
     assert_eq!(values(&next(&mut reader).await), ["a"]);
+}
+
+#[tokio::test]
+async fn a_shard_is_opened_while_nobody_says_its_range() {
+    // At the opening, and of the throttled ones at the first request, too.
+    let throttled = || Failure::Throttled("t".into());
+    for faults in [
+        vec![throttled(), throttled()],
+        vec![Failure::Transient("t".into())],
+    ] {
+        let stream = FakeStream::default();
+        stream.change("s", |data| data.hashes = Some((0, 10)));
+        stream.write(
+            "s",
+            &pack(&[("k", Some(5), b"own"), ("k", Some(20), b"foreign")]),
+        );
+        stream.state().list_faults = faults;
+        let mut reader = stream.reader();
+        open(&mut reader, "s", Position::Beginning).await;
+        assert_eq!(values(&next(&mut reader).await), ["own"]);
+        assert!(stream.state().list_faults.is_empty());
+    }
+    let stream = FakeStream::default();
+    stream.state().list_faults = vec![Failure::Refused("r".into())];
+    let refused = stream.reader().open("s", Position::Beginning).await;
+    assert!(
+        matches!(refused, Err(SourceError::Refused { .. })),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]
