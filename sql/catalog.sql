@@ -137,6 +137,7 @@ CREATE TABLE rakam_internal.field (
   UNIQUE (collection_id, name)
 );
 CREATE INDEX field_project ON rakam_internal.field (project_id);
+CREATE INDEX field_pending ON rakam_internal.field (collection_id) WHERE NOT column_ready;
 
 -- Fields that are no more: their ids are not used again, and what events from before have under the name, in
 -- `_extra` or in the inbox, is not read.

@@ -15,7 +15,7 @@ use super::error::Result;
 use super::{bgworker, shared, undo, xact};
 
 /// Projects with a quota that the server can measure in common. The others are measured by each process.
-const PLACES: usize = 8_192;
+const PLACES: usize = 16_384;
 /// How many places are looked at for a project.
 const PROBES: usize = 64;
 /// Events that may come at once, as time: the events of one second.
@@ -290,5 +290,20 @@ mod tests {
         assert!(first.is_some() && other.is_some() && first != other);
         assert_eq!(at(7, false), first);
         assert_eq!(at(8, true), other);
+    }
+
+    #[test]
+    fn ten_thousand_projects_have_a_place_each() {
+        let meters: Vec<Meter> = (0..PLACES).map(|_| Meter::default()).collect();
+        for project in 1..=10_000_u64 {
+            assert!(
+                place(&meters, 16_384 << 32 | project, true).is_some(),
+                "{project}"
+            );
+        }
+        let taken = meters
+            .iter()
+            .filter(|m| m.owner.load(Ordering::Relaxed) != 0);
+        assert_eq!(taken.count(), 10_000);
     }
 }

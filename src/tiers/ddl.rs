@@ -22,6 +22,8 @@ const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
 const NO_PATIENCE: &str = "SET LOCAL lock_timeout = '1ms'";
 /// A round takes about so long: who makes the tables has other things to do, too.
 const ROUND: Duration = Duration::from_millis(200);
+/// Tables that a round looks for.
+const MOST: usize = 1000;
 /// dependent_objects_still_exist.
 const DEPENDENTS: &str = "2BP01";
 
@@ -33,6 +35,14 @@ pub struct Synced {
     pub busy: u64,
     /// Tables that could not be made or changed: somebody's relation of that name, a schema that is gone, a trigger that refuses.
     pub failed: u64,
+    /// When a round has something to do again; None: nothing is left.
+    pub again: Option<Instant>,
+}
+
+impl Synced {
+    fn again_at(&mut self, at: Instant) {
+        self.again = Some(self.again.map_or(at, |again| again.min(at)));
+    }
 }
 
 /// How long a process leaves a table, at first and at most: one that is in use, and one that it could not make or change.
@@ -68,14 +78,20 @@ pub fn run() -> std::result::Result<Synced, Failure> {
                     put_off.push(*id);
                     synced.busy += u64::from(later.is_busy);
                     synced.failed += u64::from(!later.is_busy);
+                    synced.again_at(later.at);
                 }
             }
         }
     });
     let mut patience = LOCK_TIMEOUT;
-    for id in xact::worker(|| pending(&put_off, &tried))? {
+    let found = xact::worker(|| pending(&put_off, &tried))?;
+    if found.len() >= MOST {
+        synced.again_at(began);
+    }
+    for id in found {
         if began.elapsed() > ROUND {
             synced.busy += 1;
+            synced.again_at(began);
             break;
         }
         match xact::worker(|| within(patience, id)) {
@@ -83,13 +99,13 @@ pub fn run() -> std::result::Result<Synced, Failure> {
             Err(Failure::Error(error)) if error.sqlstate == "55P03" => {
                 synced.busy += 1;
                 patience = NO_PATIENCE;
-                leave_for_later(id, true);
+                synced.again_at(leave_for_later(id, true));
                 continue;
             }
             // Others go on.
             Err(Failure::Error(error)) => {
                 synced.failed += 1;
-                leave_for_later(id, false);
+                synced.again_at(leave_for_later(id, false));
                 error.log();
                 continue;
             }
@@ -100,7 +116,8 @@ pub fn run() -> std::result::Result<Synced, Failure> {
     Ok(synced)
 }
 
-fn leave_for_later(collection_id: i32, is_busy: bool) {
+/// Says until when.
+fn leave_for_later(collection_id: i32, is_busy: bool) -> Instant {
     let [first, longest] = match is_busy {
         true => BUSY_PAUSES,
         false => FAILED_PAUSES,
@@ -108,15 +125,10 @@ fn leave_for_later(collection_id: i32, is_busy: bool) {
     LATER.with_borrow_mut(|later| {
         let before = later.get(&collection_id).map(|later| later.pause * 2);
         let pause = before.unwrap_or(first).clamp(first, longest);
-        later.insert(
-            collection_id,
-            Later {
-                at: Instant::now() + pause,
-                pause,
-                is_busy,
-            },
-        );
-    });
+        let at = Instant::now() + pause;
+        later.insert(collection_id, Later { at, pause, is_busy });
+        at
+    })
 }
 
 /// Collections without a table or with fields that are no columns yet, but for `put_off`: many of one project must not be in
@@ -129,8 +141,8 @@ fn pending(put_off: &[i32], tried: &[i32]) -> Result<Vec<i32>> {
            SELECT collection_id FROM rakam_internal.collection c WHERE ft IS NULL AND collection_id <> ALL ($1) AND NOT EXISTS
              (SELECT FROM rakam_internal.attached_table a WHERE a.project_id = c.project_id AND a.name = c.name)
            UNION SELECT collection_id FROM rakam_internal.field WHERE NOT column_ready AND collection_id <> ALL ($1)) pending
-         ORDER BY collection_id = ANY ($2), collection_id LIMIT 1000",
-        &[arg(put_off.to_vec()), arg(tried.to_vec())],
+         ORDER BY collection_id = ANY ($2), collection_id LIMIT $3",
+        &[arg(put_off.to_vec()), arg(tried.to_vec()), arg(MOST as i64)],
         |row| row.must(1),
     )
 }

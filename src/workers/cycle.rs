@@ -41,6 +41,8 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 const IDS_INTERVAL: Duration = Duration::from_secs(5);
 /// How long the merging of event ids may keep the digest waiting.
 const IDS_BUDGET: Duration = Duration::from_millis(300);
+/// Between two cycles where something goes on.
+const SHORT_PAUSE: Duration = Duration::from_millis(10);
 /// Between two steps of the eraser.
 const ERASE_PAUSE: Duration = Duration::from_millis(100);
 /// What the cache of blocks gets of each cycle, while there is room to be made.
@@ -88,9 +90,8 @@ pub struct Cycle<'a> {
     hot: Hot,
     helper: Option<Helper>,
     back_off: HashMap<(Step, i32), BackOff>,
-    ddl_pending: bool,
-    /// The last round made tables, and there may be more.
-    ddl_goes_on: bool,
+    /// When tables and columns are to be made; None: nobody waits for any.
+    ddl_due: Option<Instant>,
     /// Events that were waiting after the last look and were not due yet.
     thin: bool,
     /// The last digest gave way before it was done.
@@ -135,8 +136,7 @@ impl<'a> Cycle<'a> {
             hot: Hot::default(),
             helper: None,
             back_off: HashMap::new(),
-            ddl_pending: true,
-            ddl_goes_on: false,
+            ddl_due: Some(Instant::now()),
             thin: true,
             behind: false,
             digested: true,
@@ -204,11 +204,13 @@ impl<'a> Cycle<'a> {
             // Without a free slot for a worker it is tried again at the next look.
             relay::start_if_needed(self.slot)?;
         }
-        self.ddl_pending |= self.slot.schema_changed.swap(false, Ordering::AcqRel);
-        if self.ddl_pending && self.may(Step::Ddl, 0) {
+        let now = Instant::now();
+        if self.slot.schema_changed.swap(false, Ordering::AcqRel) {
+            self.ddl_due = Some(now);
+        }
+        if self.ddl_due.is_some_and(|due| due <= now) && self.may(Step::Ddl, 0) {
             let done = self.attempt(Step::Ddl, 0, ddl::run)?;
-            self.ddl_pending = done.is_none_or(|d| d.busy + d.failed > 0);
-            self.ddl_goes_on = done.is_some_and(|d| d.busy > 0 && d.done > 0);
+            self.ddl_due = done.map_or(Some(now), |synced| synced.again);
         }
         let pause = if self.digested || self.helper.is_some() {
             TIERS_INTERVAL
@@ -242,17 +244,28 @@ impl<'a> Cycle<'a> {
             self.erase()?;
         }
         self.slot.state.store(0, Ordering::Relaxed);
-        Ok(if self.behind && self.may(Step::Digest, 0) {
-            Duration::ZERO
-        } else if self.ids_pending || self.ddl_pending && self.ddl_goes_on {
-            Duration::from_millis(10)
-        } else if self.erasing || evicting {
+        Ok(self.pause(evicting))
+    }
+
+    fn pause(&self, evicting: bool) -> Duration {
+        if self.behind && self.may(Step::Digest, 0) {
+            return Duration::ZERO;
+        }
+        if self.ids_pending {
+            return SHORT_PAUSE;
+        }
+        let pause = if self.erasing || evicting {
             ERASE_PAUSE
-        } else if self.ddl_pending {
-            Duration::from_millis(200)
         } else {
             IDLE_PAUSE
-        })
+        };
+        match self.ddl_due {
+            Some(due) if self.may(Step::Ddl, 0) => {
+                let left = due.saturating_duration_since(Instant::now());
+                pause.min(left.max(SHORT_PAUSE))
+            }
+            _ => pause,
+        }
     }
 
     fn digest(&mut self) -> Result<(), Failure> {
@@ -282,7 +295,9 @@ impl<'a> Cycle<'a> {
         if let Some(Some(look)) = outcome {
             self.thin = look.waiting > 0;
             self.behind = look.more;
-            self.ddl_pending |= look.schema_changed;
+            if look.schema_changed {
+                self.ddl_due = Some(Instant::now());
+            }
             self.digested |= look.events > 0;
         }
         Ok(())
@@ -402,7 +417,7 @@ impl<'a> Cycle<'a> {
         self.compact()?;
         self.erasing = true;
         // A column or table may have been dropped or denied by hand.
-        self.ddl_pending = true;
+        self.ddl_due = Some(Instant::now());
         Ok(())
     }
 
