@@ -8,6 +8,7 @@ import time
 import psycopg
 import pytest
 from harness.database import Database, collect, in_background, one, refused, wait_until
+from harness.lake import health
 
 CALLS = 60
 
@@ -104,6 +105,29 @@ def test_autovacuum_learns_what_workers_wrote(db):
 
     db.project("counts")
     wait_until(counted, "rows written by the worker in the statistics", pause_s=0.5)
+
+
+def test_a_table_that_cannot_be_made_keeps_nobody_busy(cluster):
+    """It is looked for when its turn comes, later each time."""
+    db = Database(cluster, "workers_obstructed")
+    db.drop()
+    db.create()
+    try:
+        db.project("crowded")
+        db.admin.execute("CREATE TABLE crowded.page ()")
+        collect(db.admin, "crowded", "page", {"n": 1})
+        wait_until(lambda: "page" in health(db, "schema")[0][1], "the table in the way is told")
+        looked = """SELECT seq_scan + coalesce(idx_scan, 0) FROM pg_stat_all_tables
+                    WHERE relid = 'rakam_internal.field'::regclass"""
+        time.sleep(4)
+        before = db.one(looked)
+        time.sleep(6)
+        assert db.one(looked) - before < 15
+        db.admin.execute("DROP TABLE crowded.page")
+        wait_until(lambda: db.one("SELECT to_regclass('crowded.page') IS NOT NULL"), "the table")
+        assert db.all("SELECT n FROM crowded.page") == [(1,)]
+    finally:
+        db.drop()
 
 
 def test_statements_that_need_a_database_for_themselves(private_cluster):
