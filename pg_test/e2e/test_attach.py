@@ -247,6 +247,38 @@ def test_days_as_milliseconds(db, lake, folder):
     assert db.all("SELECT d FROM acme.days_loaded ORDER BY d") == [(day,), (None,)]
 
 
+def test_times_of_any_year_as_int96(db, lake, folder):
+    """As Spark and Impala write them; nanoseconds since 1970 reach from 1677 to 2262."""
+    here = make(folder, "int96")
+    times = [
+        datetime.datetime(1, 1, 1),
+        datetime.datetime(1500, 6, 1, 12),
+        datetime.datetime(1970, 1, 1),
+        datetime.datetime(2300, 1, 1, 0, 0, 0, 1),
+        datetime.datetime(9999, 12, 31, 23, 59, 59, 999_999),
+    ]
+    us = pyarrow.timestamp("us")
+    lists = pyarrow.array([*([t] for t in times), []], pyarrow.list_(us))
+    table = pyarrow.table({"at": pyarrow.array([*times, None], us), "lists": lists})
+    # Without Arrow's own schema, in which only pyarrow says that the times were microseconds.
+    int96 = {"use_deprecated_int96_timestamps": True, "store_schema": False}
+    pyarrow.parquet.write_table(table, here / "a.parquet", row_group_size=2, **int96)
+    assert pyarrow.parquet.read_metadata(here / "a.parquet").schema.column(0).physical_type == "INT96"
+    attach(db.admin, "int96", here)
+    assert types(db, "int96") == {"at": "timestamp without time zone", "lists": "timestamp without time zone[]"}
+    assert db.all("SELECT at, lists FROM acme.int96 ORDER BY at") == [*((t, [t]) for t in times), (None, [])]
+    for pushdown in ("on", "off"):
+        db.admin.execute(f"SET rakam.enable_pushdown = {pushdown}")
+        for condition, expected in (("at > '2200-01-01'", times[3:]), ("at < '1600-01-01'", times[:2])):
+            found = db.one(f"SELECT array_agg(at ORDER BY at) FROM acme.int96 WHERE {condition}")
+            assert found == expected, f"{condition} with pushdown {pushdown}"
+    db.admin.execute("RESET rakam.enable_pushdown")
+    loaded = db.one("SELECT rakam.copy_from('acme', 'int96_loaded', %s)", f"file://{here}/a.parquet")
+    assert loaded == len(times) + 1
+    found = db.all("SELECT at AT TIME ZONE 'UTC' FROM acme.int96_loaded ORDER BY at")
+    assert found == [*((t,) for t in times), (None,)]
+
+
 def test_lists_over_many_pages(db, lake, folder):
     here = make(folder, "paged")
     lists = [[n, n + 1] if n % 3 else [] for n in range(20_000)]

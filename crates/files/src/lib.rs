@@ -23,6 +23,7 @@ mod parquet_file;
 mod parquet_object;
 mod parquet_pages;
 mod parquet_rows;
+mod parquet_times;
 pub mod sink;
 pub mod source;
 pub mod table;

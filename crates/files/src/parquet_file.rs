@@ -29,6 +29,7 @@ use crate::locate::{Found, Location};
 use crate::parquet_object::{ParquetObject, ParquetRead};
 use crate::parquet_pages::{Account, Pages};
 use crate::parquet_rows::{self, Batches, Bound, Pace};
+use crate::parquet_times;
 use crate::source::{PIECE_ROWS, Piece, Position, Rows, Source};
 
 /// A piece of long rows has fewer of them.
@@ -114,8 +115,8 @@ impl ParquetFile {
         let builder = own.contained(|| {
             let pages = Pages::new(own.bytes.clone(), &own.account)?;
             let told = ArrowReaderMetadata::load(&pages, ArrowReaderOptions::new())?;
-            let options =
-                ArrowReaderOptions::new().with_schema(parquet_rows::with_views(told.schema()));
+            let timed = parquet_times::in_micros(told.schema(), told.parquet_schema());
+            let options = ArrowReaderOptions::new().with_schema(parquet_rows::with_views(&timed));
             // As they are, if the library does not take its own types back.
             let viewed = ArrowReaderMetadata::try_new(told.metadata().clone(), options);
             Ok(Builder::new_with_metadata(pages, viewed.unwrap_or(told)))
