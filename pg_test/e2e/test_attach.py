@@ -419,6 +419,10 @@ def test_files_are_those_of_now(db, lake, folder):
     with refused("22P04", message='c.ndjson", line 2'):
         db.all("SELECT t FROM acme.living")
     (here / "c.ndjson").unlink()
+    (here / "c.json").write_text('[{"n": 3},\n{"n": 4}')
+    with refused("22P04", message='c.json", line 2'):
+        db.all("SELECT n FROM acme.living")
+    (here / "c.json").unlink()
     (here / "bad.parquet").write_bytes(b"PAR1 is not enough")
     with refused("22P04", message="bad.parquet"):
         db.all("SELECT t FROM acme.living")

@@ -175,6 +175,29 @@ def test_a_record_that_is_too_long(db, lake, folder, name):
     assert f'{name}", line {line}: ' in error and "over the limit" in error, error
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "stored", "line", "value", "error"),
+    [
+        ("cut", '[{"n": 1},\n{"n": 2},\n{"n": ', 2, 3, '{"n":', "not closed"),
+        ("open", '[{"n": 1},\n{"n": 2}', 2, 2, "", "not closed"),
+        ("lines", '[{"n": 1}]\n{"n": 2}\n', 1, 2, '{"n": 2}', "behind the end"),
+        ("arrays", '[{"n": 1}]\n[{"n": 2}]\n', 2, None, None, None),
+    ],
+)
+def test_how_arrays_end(db, lake, folder, name, text, stored, line, value, error):
+    """What a file lacks, or has beyond its arrays, is told; arrays one behind the other are read."""
+    path, collection = folder / f"{name}_array.json", f"{name}_array"
+    path.write_text(text)
+    assert load(db.admin, collection, path) == stored
+    told = bad_rows(db, collection)
+    if error is None:
+        assert told == []
+        return
+    ((found, reason),) = told
+    assert found == value
+    assert f'{path.name}", line {line}: ' in reason and error in reason, reason
+
+
 def test_a_name_that_something_else_has(db, lake, folder):
     """Nothing is registered or stored where no table could be made."""
     path = folder / "obstacle.csv"

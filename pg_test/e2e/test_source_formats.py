@@ -553,6 +553,18 @@ def test_rows_of_files(cluster, db, folder, many):
     ]
 
 
+def test_an_array_that_is_cut_off(cluster, db, folder):
+    path = put(cluster, folder, "cut.json", '[{"n": 1},\n{"n": 2},\n{"n": ')
+    given = json.dumps({"collection": "cut", "prefix": "cut"})
+    db.admin.execute("SELECT rakam.create_source(%s, 'cut', 'files', %s)", (PROJECT, given))
+    read_file(db, "cut", path)
+    assert sorted(e["n"] for e in events(db, "cut")) == [1, 2]
+    letters = "SELECT off::int8, convert_from(payload, 'UTF8'), error FROM rakam.dead_letter WHERE source = 'cut'"
+    ((line, payload, error),) = db.all(letters)
+    assert (line, payload) == (3, '{"n":')
+    assert "not closed" in error, error
+
+
 def test_a_file_with_a_column_of_the_servers(cluster, db, folder):
     path = put(cluster, folder, "reserved.csv", "n,_received_at\n1,2020-01-01\n2,2020-01-01\n")
     given = json.dumps({"collection": "reserved", "prefix": "reserved"})

@@ -1,5 +1,5 @@
-//! JSON files: one object a line, or one array of objects. What an event may be is checked when it becomes columns; here
-//! the text is only cut into events.
+//! JSON files: one object a line, or an array of objects, or several arrays one behind the other. What an event may be is
+//! checked when it becomes columns; here the text is only cut into events.
 
 use memchr::{memchr, memchr_iter};
 
@@ -10,12 +10,16 @@ use crate::source::{
     BadRow, PIECE_BYTES, PIECE_ROWS, Piece, Position, Rows, Source, Spec, TextEvent,
 };
 
-/// A file of JSON events.
+const NOT_CLOSED: &str = "the array is not closed: the file may have been cut off";
+const MORE: &str = "there is more behind the end of the array";
+
+/// A file of JSON events. Of arrays, a piece ends within one, before its bracket at the latest, or at the end of the file.
 pub struct JsonSource {
     window: Window,
     array: bool,
     position: Position,
     max_record_bytes: usize,
+    /// Of a file of arrays: nothing of it is left.
     ended: bool,
 }
 
@@ -36,7 +40,7 @@ pub fn lines(
     })
 }
 
-/// Opens a file that is an array if it begins with `[`, else lines.
+/// Opens a file of arrays if it begins with `[`, else of lines.
 pub fn open(
     file: &Found,
     spec: &Spec,
@@ -50,6 +54,8 @@ pub fn open(
         let array = source.array;
         source = lines(file, spec, from, meter)?;
         source.array = array;
+        // How its arrays end has been told, then.
+        source.ended = array && source.is_at_end()?;
     } else if source.array {
         source.advance(1);
     }
@@ -87,8 +93,16 @@ impl JsonSource {
         }
     }
 
-    /// The length of the line at the front, without its end; None at the end of the file. Also whether it is too long,
-    /// in which case it has been read and taken off, but for nothing.
+    /// Whether nothing of the file is left.
+    fn is_at_end(&mut self) -> Result<bool, FilesError> {
+        if self.window.bytes().is_empty() && !self.window.ended() {
+            self.window.fill()?;
+        }
+        Ok(self.window.bytes().is_empty())
+    }
+
+    /// The length of the line at the front, without its end; None at the end of the file. One that is too long has been
+    /// read and taken off.
     fn line(&mut self) -> Result<Option<Text>, FilesError> {
         let mut searched = 0;
         loop {
@@ -100,7 +114,7 @@ impl JsonSource {
                 return Ok((!bytes.is_empty()).then_some(Text::Whole(bytes.len())));
             }
             if bytes.len() > self.max_record_bytes {
-                return self.skip_long_line().map(Some);
+                return self.skip_long_line().map(Text::Bad).map(Some);
             }
             searched = bytes.len();
             self.window.fill()?;
@@ -114,77 +128,113 @@ impl JsonSource {
         BadRow::new(self.position.line + 1, self.window.bytes(), error)
     }
 
-    fn skip_long_line(&mut self) -> Result<Text, FilesError> {
+    fn skip_long_line(&mut self) -> Result<BadRow, FilesError> {
         let bad = self.too_long();
         loop {
             let bytes = self.window.bytes();
             if let Some(end) = memchr(b'\n', bytes) {
                 self.advance(end + 1);
-                return Ok(Text::TooLong(bad));
+                return Ok(bad);
             }
             let length = bytes.len();
             self.advance(length);
             if self.window.ended() {
-                return Ok(Text::TooLong(bad));
+                return Ok(bad);
             }
             self.window.fill()?;
         }
     }
 
-    /// As [`Self::line`], for the next element of the array.
+    /// As [`Self::line`], for the next element of the array, or of the one behind it.
     fn element(&mut self) -> Result<Option<Text>, FilesError> {
-        if self.ended {
-            return Ok(None);
+        while !self.ended {
+            self.skip_blanks()?;
+            match self.window.bytes().first() {
+                None => return self.rest(NOT_CLOSED).map(Text::Bad).map(Some),
+                Some(b']') => {}
+                Some(_) => return self.element_here().map(Some),
+            }
+            self.advance(1);
+            self.skip_blanks()?;
+            match self.window.bytes().first() {
+                None => self.ended = true,
+                Some(b'[') => self.advance(1),
+                Some(_) => return self.rest(MORE).map(Text::Bad).map(Some),
+            }
         }
-        self.skip_blanks()?;
+        Ok(None)
+    }
+
+    fn element_here(&mut self) -> Result<Text, FilesError> {
         let mut scan = Scan::default();
         loop {
             let bytes = self.window.bytes();
             if let Some(end) = scan.element_end(bytes) {
-                return Ok(Some(Text::Whole(end)));
+                return Ok(Text::Whole(end));
             }
             if self.window.ended() {
-                // The array's own bracket is missing.
-                self.ended = true;
-                return Ok((!bytes.is_empty()).then_some(Text::Whole(bytes.len())));
+                return match scan.is_within() {
+                    true => self.rest(NOT_CLOSED).map(Text::Bad),
+                    false => Ok(Text::Whole(bytes.len())),
+                };
             }
             if bytes.len() > self.max_record_bytes + 1 {
-                return self.skip_long_element(scan).map(Some);
+                return self.skip_long_element(scan).map(Text::Bad);
             }
             self.window.fill()?;
         }
     }
 
     /// Takes an element off that is too long, with the comma behind it. `scan` has seen what there is of it.
-    fn skip_long_element(&mut self, mut scan: Scan) -> Result<Text, FilesError> {
-        let bad = self.too_long();
+    fn skip_long_element(&mut self, mut scan: Scan) -> Result<BadRow, FilesError> {
+        let mut bad = self.too_long();
         loop {
             let bytes = self.window.bytes();
             if let Some(end) = scan.element_end(bytes) {
-                self.ended = bytes[end] == b']';
-                self.advance(end + 1);
-                return Ok(Text::TooLong(bad));
+                let comma = usize::from(bytes[end] == b',');
+                self.advance(end + comma);
+                return Ok(bad);
+            }
+            if self.window.ended() {
+                // It may have taken all that came after it.
+                bad.error = NOT_CLOSED.to_owned();
+                let length = bytes.len();
+                self.advance(length);
+                self.ended = true;
+                return Ok(bad);
             }
             // All but a backslash whose byte has not been read yet.
-            let seen = if self.window.ended() {
-                self.ended = true;
-                bytes.len()
-            } else {
-                scan.at
-            };
-            self.advance(seen);
+            self.advance(scan.at);
             scan.at = 0;
-            if self.ended {
-                return Ok(Text::TooLong(bad));
+            self.window.fill()?;
+        }
+    }
+
+    /// Takes all off that is left of the file, as one bad row.
+    fn rest(&mut self, error: &str) -> Result<BadRow, FilesError> {
+        while !self.window.ended() && self.window.bytes().len() <= self.max_record_bytes {
+            self.window.fill()?;
+        }
+        let raw = self.window.bytes().trim_ascii();
+        let bad = BadRow::new(self.position.line + 1, raw, error);
+        loop {
+            let length = self.window.bytes().len();
+            self.advance(length);
+            if self.window.ended() {
+                self.ended = true;
+                return Ok(bad);
             }
             self.window.fill()?;
         }
     }
 }
 
+/// What is at the front.
 enum Text {
+    /// Of so many bytes.
     Whole(usize),
-    TooLong(BadRow),
+    /// It was no event, and has been taken off.
+    Bad(BadRow),
 }
 
 /// Looks for the `,` or `]` that ends an element of the outermost array.
@@ -219,6 +269,11 @@ impl Scan {
         }
         None
     }
+
+    /// Whether what has been seen cannot be all of the element.
+    fn is_within(&self) -> bool {
+        self.in_string || self.depth > 0
+    }
 }
 
 impl Source for JsonSource {
@@ -226,7 +281,10 @@ impl Source for JsonSource {
         let mut events = Vec::new();
         let mut bad = Vec::new();
         let mut bytes = 0;
-        while events.len() < PIECE_ROWS && bad.len() < PIECE_ROWS && bytes < PIECE_BYTES {
+        // That an array is not closed is told with its last elements: who goes on from the end of the file does not see it.
+        while events.len() < PIECE_ROWS && bad.len() < PIECE_ROWS && bytes < PIECE_BYTES
+            || self.array && self.is_at_end()?
+        {
             let next = if self.array {
                 self.element()?
             } else {
@@ -234,10 +292,10 @@ impl Source for JsonSource {
             };
             let length = match next {
                 None => break,
-                Some(Text::TooLong(row)) => {
+                Some(Text::Bad(row)) => {
+                    bytes += row.bytes.len() + 1;
                     bad.push(row);
                     self.position.row += 1;
-                    bytes += self.max_record_bytes;
                     continue;
                 }
                 Some(Text::Whole(length)) => length,
@@ -250,9 +308,8 @@ impl Source for JsonSource {
             } else {
                 raw
             };
-            // An array's last comma, and an empty array, have nothing before the bracket.
-            let nothing = raw.is_empty() && (!self.array || end == Some(b']'));
-            if !nothing {
+            // A line may be blank.
+            if self.array || !raw.is_empty() {
                 self.position.row += 1;
                 match std::str::from_utf8(raw) {
                     Ok(json) => events.push(TextEvent {
@@ -262,9 +319,8 @@ impl Source for JsonSource {
                     Err(_) => bad.push(BadRow::new(line, raw, "invalid UTF-8 text")),
                 }
             }
-            self.ended |= self.array && end == Some(b']');
             bytes += length + 1;
-            self.advance(length + usize::from(end.is_some()));
+            self.advance(length + usize::from(matches!(end, Some(b',' | b'\n'))));
         }
         if bytes == 0 {
             return Ok(None);

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use super::*;
 use crate::format::Options;
 
@@ -52,8 +54,7 @@ fn lines_and_arrays() {
             &["1: {\"a\":[1,2]}", "2: {\"b\":\"],\\\"\"}"],
         ),
         ("[1,,2,]", &["1: 1", "1: ", "1: 2"]),
-        ("[{\"a\":1},{\"b\":", &["1: {\"a\":1}", "1: {\"b\":"]),
-        ("[1] trailing", &["1: 1"]),
+        ("[1]\n[2,3]\n[][ ]\n", &["1: 1", "2: 2", "2: 3"]),
     ] {
         assert_eq!(shown(content.as_bytes(), 100), expect, "{content:?}");
     }
@@ -61,6 +62,39 @@ fn lines_and_arrays() {
         shown(b"{\"a\":\"\xff\"}\n{}\n", 100),
         ["2: {}", "1! invalid UTF-8 text"]
     );
+}
+
+#[test]
+fn how_arrays_end_is_told() {
+    let told = |line, error| Some(format!("{line}! {error}"));
+    for (content, events, bad) in [
+        // Cut off within, before and behind an element, and in the next array.
+        (
+            "[{\"a\":1},\n{\"b\":",
+            &["1: {\"a\":1}"][..],
+            told(2, NOT_CLOSED),
+        ),
+        ("[", &[], told(1, NOT_CLOSED)),
+        ("[{\"a\":\"]", &[], told(1, NOT_CLOSED)),
+        (
+            "[1,\n{\"b\":2}\n",
+            &["1: 1", "2: {\"b\":2}"],
+            told(3, NOT_CLOSED),
+        ),
+        ("[1, ", &["1: 1"], told(1, NOT_CLOSED)),
+        ("[1]\n[", &["1: 1"], told(2, NOT_CLOSED)),
+        ("[1] trailing", &["1: 1"], told(1, MORE)),
+        ("[1],[2]", &["1: 1"], told(1, MORE)),
+        ("[1]\n\n{\"a\":1}\n{\"a\":2}\n", &["1: 1"], told(3, MORE)),
+        ("[1]\0\0\0", &["1: 1"], told(1, MORE)),
+    ] {
+        let expect: Vec<String> = (events.iter().map(|e| e.to_string())).chain(bad).collect();
+        assert_eq!(shown(content.as_bytes(), 100), expect, "{content:?}");
+    }
+    // However much it is.
+    let long = format!("[1]{}", "{}\n".repeat(1 << 20));
+    let more = format!("1! {MORE}");
+    assert_eq!(shown(long.as_bytes(), 1 << 10), ["1: 1".to_owned(), more]);
 }
 
 #[test]
@@ -80,7 +114,10 @@ fn long_lines_are_bad_rows() {
 fn long_elements_are_bad_rows() {
     let over = "event is over the limit of 1048576 bytes";
     let endless = format!("[{{\"a\":\"{}", "x".repeat(2 << 20));
-    assert_eq!(shown(endless.as_bytes(), 1 << 20), [format!("1! {over}")]);
+    assert_eq!(
+        shown(endless.as_bytes(), 1 << 20),
+        [format!("1! {NOT_CLOSED}")]
+    );
     // Whatever is in it, and wherever what has been read ends.
     for before in 0..4 {
         let blanks = " ".repeat(before);
@@ -98,6 +135,48 @@ fn long_elements_are_bad_rows() {
                 format!("4! {over}"),
             ]
         );
+    }
+}
+
+fn read(path: &Path, from: Position) -> Vec<Piece> {
+    let file = Found::file(path, "x.json");
+    let mut source = open(&file, &spec(100), from, &Meter::default()).unwrap();
+    std::iter::from_fn(|| source.next().unwrap()).collect()
+}
+
+#[test]
+fn how_an_array_ends_is_told_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.json");
+    // A piece, and a bit of another one.
+    for rows in [PIECE_ROWS, PIECE_ROWS + 1] {
+        let rows = vec!["1"; rows];
+        for (end, bad) in [
+            ("", 1),
+            (",", 1),
+            (",\n", 1),
+            ("]", 0),
+            (" ]\n", 0),
+            ("] x", 1),
+            ("]\n[]", 0),
+            ("][", 1),
+        ] {
+            std::fs::write(&path, format!("[{}{end}", rows.join(","))).unwrap();
+            let all = read(&path, Position::default());
+            let events: usize = all.iter().map(|piece| piece.rows.len()).sum();
+            assert_eq!(events, rows.len(), "{end:?}");
+            let told: usize = all.iter().map(|piece| piece.bad.len()).sum();
+            assert_eq!(told, bad, "{end:?}");
+            // Whoever goes on behind a piece sees what is left, and nothing again.
+            for (n, piece) in all.iter().enumerate() {
+                let rest = read(&path, piece.after);
+                assert_eq!(rest.len(), all.len() - n - 1, "{end:?}");
+                for (again, first) in rest.iter().zip(&all[n + 1..]) {
+                    assert_eq!(again.rows.len(), first.rows.len());
+                    assert_eq!((&again.bad, again.after), (&first.bad, first.after));
+                }
+            }
+        }
     }
 }
 
