@@ -1,16 +1,21 @@
-"""100,000 files in the manifest of one collection: a query of one day looks at that day's, by the index made for it."""
+"""100,000 files in the manifest of one collection: a query of one day looks at that day's, by the index made for it; one of
+all days looks at the statistics of a few at a time."""
 
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from harness import manifest
-from harness.database import collect, one
+from harness.database import collect, one, refused
+from harness.peak import SEEN_S, peak_bytes
 
 FILES = 100_000
 PROJECT = "many"
 READER = "login_many_read"
+# Of so many fields the statistics of a file are some 9 kB.
+WIDE_FILES, WIDE_FIELDS, WIDE_VALUE = 5_000, 100, "x" * 40
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,37 @@ def test_open_ranges_find_every_file(many):
     # Far apart from all files, before and after the dates that a month or a year can begin with.
     for day in ("4713-01-01 BC", "294276-12-31"):
         assert many.one(f"SELECT count(*) FROM many.hit WHERE _time = '{day}'") == 0
+
+
+def test_without_a_range_of_time_statistics_skip_files(many):
+    plan = explained(many.admin, "SELECT n FROM many.hit WHERE n > 100")
+    assert (plan["Files"], plan["Files Read"]) == (FILES + 4, 3)
+    assert (plan["Files Skipped by Period"], plan["Files Skipped by Statistics"]) == (0, FILES + 1)
+    assert many.all("SELECT n FROM many.hit WHERE n > 100 ORDER BY n") == [(2023,), (2024,), (2025,)]
+    session = many.connect()
+    session.execute("SET statement_timeout = '20ms'")
+    with refused("57014"):
+        session.execute("SELECT count(*) FROM many.hit WHERE n > 100")
+
+
+def test_statistics_of_many_files_take_little_memory(db):
+    db.project("wide")
+    collect(db.admin, "wide", "hit", {f"f{n}": WIDE_VALUE for n in range(WIDE_FIELDS)})
+    db.flush("wide")
+    db.wait_column("wide.hit", "f0")
+    manifest.fill(db, "wide", "hit", WIDE_FILES)
+    stored = "SELECT sum(octet_length(stats)) FROM rakam_internal.data_file_stat s JOIN rakam_internal.project p USING (project_id)"
+    total = db.one(f"{stored} WHERE p.name = 'wide'")
+    db.login("wide", "read", name="login_wide_read").close()
+
+    def peak(condition: str) -> int:
+        def read() -> None:
+            session = db.connect("login_wide_read")
+            time.sleep(SEEN_S)
+            assert one(session, f"SELECT count(*) FROM wide.hit WHERE {condition}") == 0
+            session.close()
+
+        return peak_bytes(db.cluster, "login_wide_read", read).private
+
+    took = peak("f0 = 'none'") - peak("_time < '1990-01-01'")
+    assert took < total, f"{took >> 20} MB for {total >> 20} MB of statistics"

@@ -278,7 +278,7 @@ pub fn file_count(view: View, collection_id: i32) -> Result<i64> {
     .unwrap_or(0))
 }
 
-/// The statistics of files (crates/lake `stats.rs`), by file.
+/// The statistics of files (crates/lake `stats.rs`), by file. Those of very many are asked for in parts, to be held in memory.
 pub fn stats(view: View, file_ids: &[i64]) -> Result<HashMap<i64, Vec<u8>>> {
     let rows = spi::query(
         view,

@@ -32,10 +32,12 @@ use crate::pg::runtime::{Runtime, Sender};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::{Oid, PgError, Result, cache, invalidation, xact};
+use crate::pg::{Oid, PgError, Result, cache, invalidation, wait, xact};
 
 /// Footers are fetched up to so many bytes; the rest is read from the files.
 const FOOTER_BYTES_MAX: i64 = 64 << 20;
+/// Files whose statistics are in memory at a time: of a hundred fields each has some 5 kB.
+const STATISTICS_AT_A_TIME: usize = 1000;
 
 /// What the scan's user may read of the table's options.
 pub struct Visible {
@@ -511,30 +513,36 @@ fn prune(view: View, part: &Seen, conditions: &[&Expr], files: &mut Vec<FileRow>
             Some((id, field.ty, predicate))
         })
         .collect();
-    if predicates.is_empty() || files.is_empty() {
+    if predicates.is_empty() {
         return Ok(());
     }
-    let ids: Vec<i64> = files.iter().map(|file| file.file_id).collect();
-    let known = manifest::stats(view, &ids)?;
-    files.retain(|file| {
-        // Statistics only ever skip work: a file whose statistics cannot be read is read itself.
-        let Some(stats) = known
-            .get(&file.file_id)
-            .and_then(|bytes| stats::decode(bytes).ok())
-        else {
-            return true;
-        };
-        predicates.iter().all(|(id, ty, predicate)| {
-            let absent = ColumnStat::all_null(*id, file.n);
-            let stat = match stats.iter().find(|stat| stat.field_id == *id) {
-                Some(stat) => Some(stat),
-                // A value of a newer field may wait in `_extra`.
-                None if file.has_extra => None,
-                None => Some(&absent),
+    let mut kept = Vec::with_capacity(files.len());
+    for some in files.chunks(STATISTICS_AT_A_TIME) {
+        wait::check_interrupts();
+        let ids: Vec<i64> = some.iter().map(|file| file.file_id).collect();
+        let known = manifest::stats(view, &ids)?;
+        kept.extend(some.iter().map(|file| {
+            // Statistics only ever skip work: a file whose statistics cannot be read is read itself.
+            let Some(stats) = known
+                .get(&file.file_id)
+                .and_then(|bytes| stats::decode(bytes).ok())
+            else {
+                return true;
             };
-            prune::may_match(stat, file.n, *ty, predicate)
-        })
-    });
+            predicates.iter().all(|(id, ty, predicate)| {
+                let absent = ColumnStat::all_null(*id, file.n);
+                let stat = match stats.iter().find(|stat| stat.field_id == *id) {
+                    Some(stat) => Some(stat),
+                    // A value of a newer field may wait in `_extra`.
+                    None if file.has_extra => None,
+                    None => Some(&absent),
+                };
+                prune::may_match(stat, file.n, *ty, predicate)
+            })
+        }));
+    }
+    let mut kept = kept.into_iter();
+    files.retain(|_| kept.next() == Some(true));
     Ok(())
 }
 
