@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from harness.database import collect, collect_batch, one, refused, wait_until
+from harness.database import collect, collect_batch, in_background, one, refused, wait_until
 from harness.numbered import DELETE, delete, fill, numbers, send
 
 RACE_SECONDS = float(os.environ.get("RAKAM_DELETE_SECONDS", "6"))
@@ -169,6 +169,42 @@ def test_what_comes_after_is_kept(db, stores):
     assert numbers(db.admin, "acme.later") == [*range(50), 60, 500]
     db.flush("acme", "later")
     assert numbers(db.admin, "acme.later") == [*range(50), 60, 500]
+
+
+def test_what_is_stored_while_the_call_waits_is_kept(db, stores):
+    """It waits for a flush. Meanwhile a transaction that was in progress commits, and others begin; all is digested."""
+    send(db, "lakeside", "waited", range(100))
+    db.wait_column("lakeside.waited", "n")
+    db.tick()
+    db.configure(failpoint="flush.after_upload=sleep(60000)")
+    with db.connect(autocommit=False) as in_progress:
+        collect(in_progress, "lakeside", "waited", {"n": 500})
+        _, flush, flushed = in_background(
+            db, lambda session: session.execute("SELECT rakam.flush('lakeside', 'waited')").fetchall()
+        )
+        written = (
+            "SELECT count(*) FROM rakam_internal.file_intent JOIN rakam_internal.collection USING (collection_id)"
+            " WHERE name = 'waited'"
+        )
+        wait_until(lambda: db.one(written) > 0, "the flush")
+        _, deletion, deleted = in_background(db, lambda session: delete(session, "lakeside", "waited", "n % 2 = 0"))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'rakam task' AND wait_event_type = 'Lock'"
+        wait_until(lambda: db.one(waiting) == 1, "the deletion waits for the flush")
+        in_progress.commit()
+    send(db, "lakeside", "waited", [600, 602])
+    # So many become a chunk in their own transaction.
+    later = [*range(1000, 4000, 2)]
+    db.admin.execute("INSERT INTO lakeside.waited (n) SELECT generate_series(1000, 3998, 2)")
+    db.tick()
+    assert db.tiers("lakeside", "waited")["inbox"] == 0
+    assert (flushed, deleted) == ([], [])
+    db.configure(failpoint=None)
+    flush.join()
+    deletion.join()
+    assert deleted == [50]
+    assert numbers(db.admin, "lakeside.waited") == [*range(1, 100, 2), 500, 600, 602, *later]
+    assert delete(db.admin, "lakeside", "waited", "n % 2 = 0") == 3 + len(later)
+    assert numbers(db.admin, "lakeside.waited") == [*range(1, 100, 2)]
 
 
 def test_a_collection_not_seen_before(db, stores):

@@ -267,6 +267,17 @@ impl Fields {
     }
 }
 
+/// What was received before this time may have come from another server, with its transaction ids.
+pub fn own_since_us(view: View) -> Result<i64> {
+    let own_since = spi::first(
+        view,
+        "SELECT coalesce((SELECT max(at) FROM rakam_internal.restore), own_since) FROM rakam_internal.installation",
+        &[],
+        |row| Ok(row.timestamptz(1)),
+    )?;
+    Ok(own_since.flatten().unwrap_or(i64::MIN))
+}
+
 /// The fields of a collection.
 pub fn schema(view: View, collection: &Collection) -> Result<Schema> {
     schemas(view, &[collection])?

@@ -272,12 +272,15 @@ impl Job<'_> {
             .parts
             .first()
             .ok_or_else(|| PgError::internal("a visible table has a collection"))?;
+        let only = self.only.map(AsRef::as_ref);
+        if let Some(late) = only.and_then(|only| only.late.as_ref()) {
+            plan.leave_out_of(late);
+        }
         let wanted = plan.clone();
         let kept_since_us = part.collection.kept_since_us;
         if let Some(from_us) = kept_since_us {
             plan.leave_out_before(from_us);
         }
-        let only = self.only.map(AsRef::as_ref);
         let mut stored = tiers::stored(self.view, part, plan.filter.as_ref(), only, self.skipped)?;
         let files = stored.open(self.view, self.stores, self.sender)?;
         let mut tail = self.tail(part);

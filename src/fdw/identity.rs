@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use pgrx::pg_sys;
+use rakam_engine::ir::Transactions;
 
 use crate::catalog::deletion::Object;
 
@@ -24,15 +25,18 @@ pub struct Objects {
     numbers: HashMap<Object, u32>,
     /// The place of each parked event in the list.
     pub parked: Arc<HashMap<i64, u32>>,
+    /// Events that came with these are left out.
+    pub late: Option<Transactions>,
 }
 
 impl Objects {
-    /// At most [`OBJECTS_MAX`] objects, numbered by their place, and parked events by id.
+    /// At most [`OBJECTS_MAX`] objects, numbered by their place, and parked events by id; all of their rows.
     pub fn new(objects: &[Object], parked: &[i64]) -> Self {
         let places = |n: usize| 0..n as u32;
         Self {
             numbers: objects.iter().copied().zip(places(objects.len())).collect(),
             parked: Arc::new(parked.iter().copied().zip(places(parked.len())).collect()),
+            late: None,
         }
     }
 

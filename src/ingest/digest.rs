@@ -33,7 +33,7 @@ use crate::catalog::registry::ProjectRow;
 use crate::catalog::restored;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::snapshot::{Snapshot, XidSnapshot};
-use crate::pg::spi::{self, View};
+use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{PgError, Result, failpoint, wait};
 
@@ -147,7 +147,7 @@ struct Slice {
 pub fn catch_up(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
     let _lock = SessionLock::take(LockOn::Digest);
     readmit_restored()?;
-    let goal = xact::worker(|| present(View::Under(Snapshot::active())))?;
+    let goal = xact::worker(|| XidSnapshot::of(View::Under(Snapshot::active())))?;
     let mut watch = Watch::default();
     while watch.look(When::Now)?.more && !xact::worker(|| is_digested(&goal, projects))? {}
     Ok(())
@@ -159,18 +159,6 @@ pub fn readmit_restored() -> std::result::Result<(), Failure> {
         wait::check_interrupts();
     }
     Ok(())
-}
-
-/// The active snapshot.
-fn present(view: View) -> Result<XidSnapshot> {
-    let text: String = spi::first(
-        view,
-        "SELECT pg_catalog.pg_current_snapshot()::text",
-        &[],
-        |r| r.must(1),
-    )?
-    .unwrap_or_default();
-    XidSnapshot::parse(&text).ok_or_else(|| PgError::internal("the current snapshot is malformed"))
 }
 
 fn is_digested(goal: &XidSnapshot, projects: Option<&[i32]>) -> Result<bool> {
@@ -243,7 +231,7 @@ impl Watch {
         let view = View::Under(Snapshot::active());
         let tick = inbox::tick(view)?;
         let lags = backlog::lagging(view)?;
-        let now = present(view)?;
+        let now = XidSnapshot::of(view)?;
         if self.tick_id != tick.id {
             // Somebody else digested, or nobody has looked yet.
             self.tick_id = tick.id;

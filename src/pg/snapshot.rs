@@ -1,8 +1,10 @@
 //! Snapshots: the executor's own, a latest one, and their `pg_snapshot` form.
 
 use pgrx::pg_sys;
+use serde::{Deserialize, Serialize};
 
-use super::error::PgError;
+use super::error::{PgError, Result};
+use super::spi::{self, View};
 
 /// A snapshot that stays valid while its owner (an executor state, or a [`Registered`]) lives.
 #[derive(Clone, Copy)]
@@ -78,7 +80,7 @@ impl Drop for Registered {
 }
 
 /// A `pg_snapshot` as values: everything below `xmax` is finished, except `xip`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct XidSnapshot {
     pub xmin: u64,
     pub xmax: u64,
@@ -87,6 +89,18 @@ pub struct XidSnapshot {
 }
 
 impl XidSnapshot {
+    /// The view's snapshot; of [`View::Current`] the one that a statement gets.
+    pub fn of(view: View) -> Result<Self> {
+        let text: String = spi::first(
+            view,
+            "SELECT pg_catalog.pg_current_snapshot()::text",
+            &[],
+            |row| row.must(1),
+        )?
+        .unwrap_or_default();
+        Self::parse(&text).ok_or_else(|| PgError::internal("the current snapshot is malformed"))
+    }
+
     /// Reads the text form `xmin:xmax:xip,…`.
     pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.splitn(3, ':');

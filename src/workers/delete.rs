@@ -4,12 +4,14 @@
 //! Postgres' executor: again as the caller, so that rights and row-level security are the caller's, in a read-only
 //! transaction that is rolled back, security-restricted, with a pinned search path. The rows tell which they are
 //! ([`identity`]); a second transaction hides them all at once. Between the two the collection's job lock keeps every
-//! chunk and file as it is; what is digested meanwhile came after the call.
+//! chunk and file as it is. While the worker waits for that lock, what is committed after the call may have come into chunks
+//! and files, too: rows of transactions that were not committed at the call are left out.
 
 use std::sync::Arc;
 
 use pgrx::pg_extern;
 use pgrx::pg_sys::panic::ErrorReport;
+use rakam_engine::ir::Transactions;
 use rakam_event::names::CollectionName;
 use rakam_lake::rows::RowBits;
 use serde::{Deserialize, Serialize};
@@ -26,7 +28,7 @@ use crate::pg::condition::Condition;
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::security::{self, ActAs};
 use crate::pg::settings::{self, Settings};
-use crate::pg::snapshot::{Registered, Snapshot};
+use crate::pg::snapshot::{Registered, Snapshot, XidSnapshot};
 use crate::pg::spi::{self, View};
 use crate::pg::xact::{self, Failure};
 use crate::pg::{Oid, PgError, Result, failpoint, not_null, wait};
@@ -56,6 +58,8 @@ pub struct Deletion {
     project_id: i32,
     collection: String,
     condition: String,
+    /// What was committed at the call.
+    committed: XidSnapshot,
     /// As whom the condition is evaluated.
     user: u32,
     settings: Vec<(String, String)>,
@@ -90,6 +94,7 @@ fn delete(
     let name = CollectionName::parse(not_null(collection, "collection")?)?;
     let condition = not_null(condition, "condition")?;
     xact::ensure_writable("delete events")?;
+    let committed = XidSnapshot::of(View::Under(Registered::latest().get()))?;
     let table = match table(project.id, name.as_str())? {
         Some(table) => table,
         None => {
@@ -107,6 +112,7 @@ fn delete(
         project_id: project.id,
         collection: name.as_str().to_owned(),
         condition: condition.to_owned(),
+        committed,
         user: security::current_user().into(),
         settings,
     });
@@ -281,8 +287,21 @@ impl Work<'_> {
             .collect())
     }
 
-    /// Runs the condition over these objects as the caller; `each` gets the number of an object and of a row in it.
-    fn evaluate(&self, objects: Objects, mut each: impl FnMut(u16, u32)) -> Result<()> {
+    /// The transactions that were not committed at the call and may be by now.
+    fn late(&self) -> Result<Transactions> {
+        let view = View::Under(Snapshot::active());
+        let committed = &self.deletion.committed;
+        Ok(Transactions {
+            xids: committed.xmax as i64..XidSnapshot::of(view)?.xmax as i64,
+            others: committed.xip.iter().map(|&xid| xid as i64).collect(),
+            own_since_us: registry::own_since_us(view)?,
+        })
+    }
+
+    /// Runs the condition over these objects as the caller, leaving out what came after the call; `each` gets the number of
+    /// an object and of a row in it.
+    fn evaluate(&self, mut objects: Objects, mut each: impl FnMut(u16, u32)) -> Result<()> {
+        objects.late = Some(self.late()?);
         let _settings = Settings::set(&self.deletion.settings)?;
         let _user = ActAs::restricted(Oid::from(self.deletion.user));
         Condition::new(self.table, &self.deletion.condition)?.matching(

@@ -33,7 +33,18 @@ use crate::translate::{Filter, target_name};
 type Physical = Arc<dyn PhysicalExpr>;
 
 pub(crate) const EXTRA_FIELD_ID: i32 = 10;
-const RECEIVED_AT_FIELD_ID: i32 = 9;
+pub(crate) const RECEIVED_AT_FIELD_ID: i32 = 9;
+
+/// The hidden field of chunks and files.
+pub(crate) fn xid_field() -> Field {
+    Field {
+        id: XID_FIELD_ID,
+        name: XID.to_owned(),
+        ty: FieldType::Int8,
+        added_version: 0,
+        column_ready: true,
+    }
+}
 
 /// What a scan produces and the collection it reads.
 #[derive(Debug)]
@@ -113,14 +124,8 @@ impl Table {
         if self.schema.dropped.is_empty() {
             return Ok(Some(extra));
         }
-        let xid = Field {
-            id: XID_FIELD_ID,
-            name: XID.to_owned(),
-            ty: FieldType::Int8,
-            added_version: 0,
-            column_ready: false,
-        };
-        let (Some(xid), Some(received_at)) = (file.column(&xid)?, column(RECEIVED_AT)?) else {
+        let (Some(xid), Some(received_at)) = (file.column(&xid_field())?, column(RECEIVED_AT)?)
+        else {
             return Err(EngineError::CorruptFile {
                 reason: "it does not say where its events come from".to_owned(),
             });

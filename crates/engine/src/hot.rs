@@ -22,7 +22,7 @@ use datafusion_physical_plan::{
 };
 use futures::{StreamExt, stream};
 use rakam_event::batch::Layout;
-use rakam_event::schema::Field;
+use rakam_event::schema::{Field, XID_FIELD_ID};
 use rakam_lake::LakeError;
 use rakam_lake::chunk::{self, ChunkFormat};
 use rakam_lake::row_chunk::Rows;
@@ -276,7 +276,9 @@ impl HotReader {
                 let mut schema = Cow::Borrowed(&self.table.schema);
                 let came_later =
                     |f: &Field| !f.column_ready && f.added_version > chunk.schema_version;
-                let unknown = |f: &Field| came_later(f) || f.id == ROW_FIELD_ID;
+                // Nor is either of these a field that an event may have.
+                let unknown =
+                    |f: &Field| came_later(f) || [ROW_FIELD_ID, XID_FIELD_ID].contains(&f.id);
                 if schema.fields.iter().any(unknown) {
                     schema.to_mut().fields.retain(|f| !unknown(f));
                 }

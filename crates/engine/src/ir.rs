@@ -5,11 +5,14 @@
 //! above every number, numeric compared exactly. Columns are field ids, never positions or names.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
+use rakam_event::schema::XID_FIELD_ID;
 use rakam_event::types::FieldType;
 use rakam_lake::scalar::Scalar;
 use serde::{Deserialize, Serialize};
 
+use crate::adapt::RECEIVED_AT_FIELD_ID;
 use crate::error::EngineError;
 
 /// How deep a condition may nest: the JSON reader stops at 128 levels, of which one of ours takes up to three.
@@ -176,14 +179,59 @@ pub struct ScanPlan {
 /// The field `_time`.
 pub const TIME_FIELD_ID: i32 = 1;
 
+/// Transactions of this server that events came with.
+#[derive(Debug, Clone)]
+pub struct Transactions {
+    /// These ids,
+    pub xids: Range<i64>,
+    /// and others.
+    pub others: Vec<i64>,
+    /// What was received before (microseconds since 1970) may have come from another server, with its transaction ids.
+    pub own_since_us: i64,
+}
+
 impl ScanPlan {
     /// Adds a condition: events from before this time (microseconds since 1970) are left out.
     pub fn leave_out_before(&mut self, from_us: i64) {
-        let mut conditions = vec![Expr::Cmp {
-            op: CmpOp::Ge,
-            left: Box::new(Expr::Column(TIME_FIELD_ID)),
-            right: Box::new(Expr::Literal(Scalar::Timestamptz(from_us))),
-        }];
+        self.require(compare(
+            TIME_FIELD_ID,
+            CmpOp::Ge,
+            Scalar::Timestamptz(from_us),
+        ));
+    }
+
+    /// Adds a condition: events that came with these transactions are left out.
+    pub fn leave_out_of(&mut self, transactions: &Transactions) {
+        let Transactions {
+            xids,
+            others,
+            own_since_us,
+        } = transactions;
+        let own_since = Scalar::Timestamptz(*own_since_us);
+        let others = others.iter().map(|&xid| Expr::Literal(Scalar::Int8(xid)));
+        let theirs = Expr::And(vec![
+            compare(RECEIVED_AT_FIELD_ID, CmpOp::Ge, own_since),
+            Expr::Or(vec![
+                Expr::And(vec![
+                    compare(XID_FIELD_ID, CmpOp::Ge, Scalar::Int8(xids.start)),
+                    compare(XID_FIELD_ID, CmpOp::Lt, Scalar::Int8(xids.end)),
+                ]),
+                Expr::InList {
+                    expr: Box::new(Expr::Column(XID_FIELD_ID)),
+                    list: others.collect(),
+                    negated: false,
+                },
+            ]),
+        ]);
+        self.require(Expr::Is {
+            expr: Box::new(theirs),
+            value: Some(true),
+            negated: true,
+        });
+    }
+
+    fn require(&mut self, condition: Expr) {
+        let mut conditions = vec![condition];
         match self.filter.take() {
             Some(Expr::And(list)) => conditions.extend(list),
             Some(filter) => conditions.push(filter),
@@ -226,6 +274,14 @@ impl ScanPlan {
             }
         }
         needed
+    }
+}
+
+fn compare(field: i32, op: CmpOp, with: Scalar) -> Expr {
+    Expr::Cmp {
+        op,
+        left: Box::new(Expr::Column(field)),
+        right: Box::new(Expr::Literal(with)),
     }
 }
 

@@ -30,11 +30,11 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use object_store::ObjectStore;
 use parquet::arrow::arrow_reader::RowSelector;
-use rakam_event::schema::{Field, Schema};
+use rakam_event::schema::{Field, Schema, XID_FIELD_ID};
 use rakam_lake::chunk::ChunkFormat;
 use rakam_lake::rows::RowSet;
 
-use crate::adapt::{FileAdapterFactory, Table};
+use crate::adapt::{FileAdapterFactory, Table, xid_field};
 use crate::context::EngineContext;
 use crate::error::EngineError;
 use crate::hot::{Chunks, HotExec, HotSource};
@@ -149,8 +149,12 @@ pub fn execute(
     if with_rows {
         schema.fields.push(row_field());
     }
+    let needed = plan.needed();
+    if needed.contains(&XID_FIELD_ID) {
+        schema.fields.push(xid_field());
+    }
     let outputs = targets(&schema, &plan.columns)?;
-    let targets = targets(&schema, &plan.needed())?;
+    let targets = targets(&schema, &needed)?;
     let output_schema: SchemaRef = Arc::new(ArrowSchema::new(
         outputs.iter().map(Field::arrow).collect::<Vec<_>>(),
     ));

@@ -1,8 +1,10 @@
 //! The same rows in any split over the tiers are the same table.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use object_store::local::LocalFileSystem;
+use rakam_engine::ir::Transactions;
 use rakam_engine::rows::{ROW_FIELD_ID, row};
 use rakam_engine::{CmpOp, Expr, FileRef};
 use rakam_lake::period::Period;
@@ -10,7 +12,7 @@ use rakam_lake::rows::RowBits;
 use rakam_lake::scalar::Scalar;
 use rakam_lake::write::{FileOptions, FileWriter};
 
-use crate::fixture::{N, Rng, Tiers, all_types, batch, context, numbers, plan, rows};
+use crate::fixture::{N, ORIGIN, Rng, Tiers, all_types, batch, context, numbers, plan, rows};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_split_reads_back_what_went_in() {
@@ -157,6 +159,42 @@ async fn rows_found_by_number_are_the_rows_deleted() {
             .scan(&schema, plan(&[N], None, None), &context())
             .await;
         assert_eq!(after.len(), before.len() - found.len() + kept.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_are_left_out_by_their_transactions() {
+    let schema = all_types();
+    let received = ORIGIN.received_at_us;
+    // The fixture's rows are all of transaction 700.
+    let mut rows = rows(&schema, 600, &mut Rng(8));
+    for row in &mut rows {
+        row[8] = Some(Scalar::Timestamptz(received));
+    }
+    let mut tiers = Tiers::default();
+    tiers.file(&schema, &rows[..200], true).await;
+    tiers.chunk(&schema, &rows[200..400]);
+    tiers.tail(&schema, &rows[400..]);
+    tiers.row_chunk(&schema, &[r#"{"f0": 600}"#]);
+    let of = |xids: Range<i64>, others: &[i64], own_since_us| Transactions {
+        xids,
+        others: others.to_vec(),
+        own_since_us,
+    };
+    for (transactions, left) in [
+        (of(700..701, &[], i64::MIN), 0),
+        (of(0..700, &[1, 700], received), 0),
+        (of(0..700, &[701], i64::MIN), 601),
+        (of(701..900, &[], i64::MIN), 601),
+        // They came with such a transaction of another server.
+        (of(0..900, &[700], received + 1), 601),
+    ] {
+        for columns in [&[N][..], &[N, ROW_FIELD_ID]] {
+            let mut plan = plan(columns, None, None);
+            plan.leave_out_of(&transactions);
+            let (found, _) = tiers.scan(&schema, plan, &context()).await;
+            assert_eq!(found.len(), left, "{transactions:?}, columns {columns:?}");
+        }
     }
 }
 
