@@ -9,7 +9,7 @@ DECLARE
   -- Data, and what tells about it: for those who may read the project. The foreign tables are read through these.
   data text[] := '{inbox_0,inbox_1,inbox_2,inbox_parked,inbox_lag,hot_chunk,data_file,data_file_stat,data_file_footer,deletion,collection_stat,id_run,local_object,manifest_log,invalid_value,invalid_count,dead_letter,mapper_dropped,attached_table}';
   -- No policy: nobody but the owner, a superuser, sees a row.
-  closed text[] := '{inbox_restored,api_key,file_deferred,usage,session_span,file_load,description_due,source_mark,outbox_0,outbox_1,outbox_2,outbox_restored,outbox_batch,origin_seen}';
+  closed text[] := '{inbox_restored,api_key,file_deferred,collection_dropped,usage,session_span,file_load,description_due,source_mark,outbox_0,outbox_1,outbox_2,outbox_restored,outbox_batch,origin_seen}';
 BEGIN
   FOREACH t IN ARRAY definitions || data || closed LOOP
     EXECUTE pg_catalog.format('ALTER TABLE rakam_internal.%I ENABLE ROW LEVEL SECURITY', t);

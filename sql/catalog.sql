@@ -311,6 +311,12 @@ CREATE INDEX data_file_name ON rakam_internal.data_file (pg_catalog.right(path, 
 -- How a query finds the files of a range of time: three equal periods, each with a short range of first days.
 CREATE INDEX data_file_period ON rakam_internal.data_file (collection_id, period, first_day);
 
+-- Collections that were dropped and have left rows of the manifest: a worker removes them some at a time.
+CREATE TABLE rakam_internal.collection_dropped (
+  collection_id int PRIMARY KEY,
+  project_id    int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE
+);
+
 CREATE TABLE rakam_internal.data_file_stat (
   file_id    bigint PRIMARY KEY REFERENCES rakam_internal.data_file ON DELETE CASCADE,
   project_id int NOT NULL,
@@ -687,7 +693,7 @@ BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
     'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred', 'file_pin',
     'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
-    'mapper', 'mapper_dropped', 'attached_table'] LOOP
+    'mapper', 'mapper_dropped', 'attached_table', 'collection_dropped'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');
   END LOOP;
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.storage', 'WHERE storage_id > 1');

@@ -6,7 +6,8 @@ import threading
 import time
 
 import pytest
-from harness.database import collect, collect_batch, has_column, one, refused
+from harness import manifest
+from harness.database import collect, collect_batch, has_column, in_background, one, refused, wait_until
 
 PROJECT = "acme"
 
@@ -165,6 +166,42 @@ def test_a_reader_is_waited_for(db, fresh):
     holder.rollback()
     thread.join(timeout=60)
     assert done.is_set()
+
+
+def test_files_leave_the_manifest_after_the_drop(db, fresh):
+    """Of very many files, while nobody is locked out any more; by the background, if the call ends before."""
+    collect(db.admin, fresh, "vast", {"n": 1})
+    db.flush(fresh, "vast")
+    manifest.fill(db, fresh, "vast", 2500)
+    vast = one(db.admin, "SELECT max(collection_id) FROM rakam_internal.collection WHERE name = 'vast'")
+    files = "SELECT count(*) FROM rakam_internal.data_file WHERE collection_id = %s"
+    db.configure(failpoint="drop.before_clear=sleep(60000)")
+    drop = "SELECT rakam.drop_collection(%s, 'vast')"
+    _, thread, outcome = in_background(db, lambda session: session.execute(drop, (fresh,)))
+    wait_until(lambda: one(db.admin, "SELECT to_regclass(%s)", f"{fresh}.vast") is None, "the drop")
+    # All goes on, and another collection may have the name.
+    collect(db.admin, fresh, "vast", {"n": 2})
+    db.tick()
+    assert db.all(f"SELECT n FROM {fresh}.vast") == [(2.0,)]
+    assert one(db.admin, "SELECT count(*) FROM rakam.data_files WHERE project = %s", fresh) == 0
+    assert one(db.admin, files, vast) == 2501
+    assert outcome == []
+    db.admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE backend_type = 'rakam task' AND datname = current_database()"
+    )
+    thread.join()
+    assert [error.sqlstate for error in outcome] == ["57P01"]
+    db.configure(failpoint=None)
+    wait_until(lambda: everything_of(db, vast) == set(), "the end of its files", 60)
+    wait_until(lambda: one(db.admin, "SELECT count(*) FROM rakam_internal.collection_dropped") == 0, "all is done")
+    # Its objects go with the next drop, if not before.
+    db.admin.execute(drop, (fresh,))
+    deferred = (
+        "SELECT count(*) FROM rakam_internal.file_deferred JOIN rakam_internal.project USING (project_id)"
+        " WHERE reason = 'collection dropped' AND name = %s"
+    )
+    assert one(db.admin, deferred, fresh) == 0
 
 
 # -- renaming a collection -----------------------------------------------------------------------------------------------

@@ -5,24 +5,23 @@ use super::former;
 use super::mapper;
 use super::registry::Collection;
 use crate::pg::Result;
-use crate::pg::spi::{self, arg};
+use crate::pg::spi::{self, View, arg};
 
+/// Files that leave the manifest in one transaction, and entries that leave its log.
+const FILES_AT_ONCE: i64 = 1_000;
 /// Files of the default storage that are deleted in one transaction.
 const OBJECTS_AT_ONCE: i64 = 16;
 
-/// Removes every row of a collection. Its files are queued for deletion ([`delete_objects`]); events that are under way under its
-/// name go with it.
+/// Removes every row of a collection but those of its files, which nobody looks for any more: there may be very many
+/// ([`clear`]). Events that are under way under its name go with it.
 pub fn delete(collection: &Collection) -> Result<()> {
     let id = [arg(collection.id)];
     for statement in [
         // Whoever stores chunks of it without its table being locked is awaited, and comes after it no more.
         "SELECT FROM rakam_internal.collection WHERE collection_id = $1 FOR UPDATE",
-        "INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
-         SELECT f.storage_id, f.path, f.project_id, 'collection dropped' FROM rakam_internal.data_file f
-         WHERE f.collection_id = $1 ON CONFLICT DO NOTHING",
-        "DELETE FROM rakam_internal.data_file WHERE collection_id = $1",
+        "INSERT INTO rakam_internal.collection_dropped (collection_id, project_id)
+         SELECT collection_id, project_id FROM rakam_internal.collection WHERE collection_id = $1",
         "DELETE FROM rakam_internal.hot_chunk WHERE collection_id = $1",
-        "DELETE FROM rakam_internal.manifest_log WHERE collection_id = $1",
         "DELETE FROM rakam_internal.inbox_parked WHERE collection_id = $1",
         "DELETE FROM rakam_internal.invalid_value WHERE collection_id = $1",
         "DELETE FROM rakam_internal.dead_letter d USING rakam_internal.collection c
@@ -37,6 +36,48 @@ pub fn delete(collection: &Collection) -> Result<()> {
         spi::execute(statement, &id)?;
     }
     former::retire(collection.project_id, &collection.name, None)
+}
+
+/// Collections that were dropped and have left files in the manifest, each with its project.
+pub fn dropped(view: View) -> Result<Vec<(i32, i32)>> {
+    spi::query(
+        view,
+        "SELECT collection_id, project_id FROM rakam_internal.collection_dropped ORDER BY 1",
+        &[],
+        |row| Ok((row.must(1)?, row.must(2)?)),
+    )
+}
+
+/// Takes some files of a dropped collection out of the manifest and queues them for deletion ([`delete_objects`]); false: there
+/// are none any more. Those of a project that is being dropped are left to that.
+pub fn clear(collection_id: i32) -> Result<bool> {
+    let some = [arg(collection_id), arg(FILES_AT_ONCE)];
+    let files = spi::execute(
+        "WITH due AS MATERIALIZED (
+           SELECT file_id FROM rakam_internal.data_file WHERE collection_id = $1 LIMIT $2 FOR UPDATE SKIP LOCKED),
+         gone AS (
+           DELETE FROM rakam_internal.data_file f USING due WHERE f.file_id = due.file_id
+           RETURNING f.storage_id, f.path, f.project_id),
+         deferred AS (
+           INSERT INTO rakam_internal.file_deferred (storage_id, path, project_id, reason)
+           SELECT storage_id, path, project_id, 'collection dropped' FROM gone ON CONFLICT DO NOTHING)
+         SELECT FROM gone",
+        &some,
+    )?;
+    let entries = spi::execute(
+        "DELETE FROM rakam_internal.manifest_log WHERE seq = ANY (ARRAY(
+           SELECT seq FROM rakam_internal.manifest_log WHERE collection_id = $1 LIMIT $2 FOR UPDATE SKIP LOCKED))",
+        &some,
+    )?;
+    if files + entries > 0 {
+        return Ok(true);
+    }
+    spi::execute(
+        "DELETE FROM rakam_internal.collection_dropped d WHERE d.collection_id = $1
+           AND NOT EXISTS (SELECT FROM rakam_internal.data_file f WHERE f.collection_id = $1)",
+        &[arg(collection_id)],
+    )?;
+    Ok(false)
 }
 
 /// Deletes files of the default storage that dropped collections of a project have left, a few at a time: a large one takes its

@@ -1,11 +1,18 @@
 //! Rows of ours that have served: logs beyond their age, counters to be summed up, names that nothing is under any more.
 
 use std::cell::Cell;
+use std::time::{Duration, Instant};
 
-use crate::catalog::{backlog, event_store, former, inbox, logs, projects, storages, usage};
+use crate::catalog::{
+    backlog, collections, dropping, event_store, former, inbox, logs, projects, storages, usage,
+};
+use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
 use crate::pg::{server, wait};
+
+/// How long a round removes what dropped collections have left.
+const CLEARING: Duration = Duration::from_millis(300);
 
 thread_local! {
     /// Whether the servers of storages were looked at: a process does so once, for the sake of a dump just restored.
@@ -47,6 +54,27 @@ pub fn names_and_logs() -> Result<(), Failure> {
     })?;
     while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();
+    }
+    Ok(())
+}
+
+/// Goes on with removing what dropped collections have left in the manifest, where whoever dropped them did not come to it.
+pub fn dropped_collections() -> Result<(), Failure> {
+    let began = Instant::now();
+    for (collection_id, project_id) in xact::worker(|| collections::dropped(View::Current))? {
+        if dropping::is_going(project_id) {
+            continue;
+        }
+        // Else somebody is at it.
+        let Some(_job) = SessionLock::try_take(LockOn::CollectionJob(collection_id)) else {
+            continue;
+        };
+        while xact::in_passing(|| collections::clear(collection_id))? == Some(true) {
+            wait::check_interrupts();
+            if began.elapsed() >= CLEARING {
+                return Ok(());
+            }
+        }
     }
     Ok(())
 }

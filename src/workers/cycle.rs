@@ -405,6 +405,7 @@ impl<'a> Cycle<'a> {
                     upkeep::run()?;
                 }
                 upkeep::names_and_logs()?;
+                upkeep::dropped_collections()?;
                 gc::tables()
             })?;
             self.care |= self.attempt(Step::Gc, 0, gc::is_due)?.unwrap_or(false);

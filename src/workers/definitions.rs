@@ -23,7 +23,7 @@ use crate::ingest::digest;
 use crate::pg::locks::{self, LockOn, SessionLock};
 use crate::pg::spi::View;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, not_null, wait};
+use crate::pg::{PgError, Result, failpoint, not_null, wait};
 use crate::tiers::ddl;
 
 /// Between two attempts to lock a table.
@@ -159,18 +159,22 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
         }
     }
     if matches!(change.what, What::Drop) {
-        // It is gone, whatever becomes of this; what is left is garbage, and collected as such.
-        let cleared = loop {
-            wait::check_interrupts();
-            match xact::worker(|| collections::delete_objects(change.project_id)) {
-                Ok(0) => break Ok(()),
-                Ok(_) => {}
-                Err(failure) => break Err(failure),
-            }
-        };
-        if let Err(Failure::Error(error)) = cleared {
+        failpoint::hit("drop.before_clear");
+        // It is gone, whatever becomes of this: what is left is garbage, and collected as such.
+        if let Err(Failure::Error(error)) = clear(change.project_id, found.id) {
             error.log();
         }
+    }
+    Ok(())
+}
+
+/// Removes what a dropped collection has left, while nobody but its own jobs is locked out.
+fn clear(project_id: i32, collection_id: i32) -> std::result::Result<(), Failure> {
+    while xact::worker(|| collections::clear(collection_id))? {
+        wait::check_interrupts();
+    }
+    while xact::worker(|| collections::delete_objects(project_id))? > 0 {
+        wait::check_interrupts();
     }
     Ok(())
 }

@@ -254,6 +254,7 @@ fn perform_tick(projects: Option<&[i32]>) -> std::result::Result<(), Failure> {
         upkeep::run()?;
     }
     upkeep::names_and_logs()?;
+    upkeep::dropped_collections()?;
     reach::ask_failing()?;
     let mut hot = Hot::default();
     hot.refresh()?;
