@@ -185,6 +185,31 @@ def test_no_free_worker_slot_is_a_warning_not_a_spin(private_cluster):
         database.close()
 
 
+def test_databases_without_the_extension_need_no_worker(private_cluster):
+    """Two slots are free for workers: one is kept by the database with rakam, in the other the rest are looked into."""
+    settings = {"max_worker_processes": "4"}
+    cluster = private_cluster("plain", settings)
+    plain = [Database(cluster, f"plain_{n}") for n in range(10)]
+    for database in plain[:5]:
+        database.create(extension=False).close()
+    db = Database(cluster, "with_rakam").create()
+    wait_until(db.worker_pid, "the resident worker")
+    db.close()
+    for database in plain[5:]:
+        database.create(extension=False).close()
+    mark = cluster.log_mark()
+    cluster.restart(settings)
+    wait_until(db.worker_pid, "the resident worker after a restart")
+    time.sleep(15)
+    assert "has no worker" not in cluster.log_since(mark)
+    # One of those that were found without it.
+    plain[7].admin.execute("CREATE EXTENSION rakam")
+    wait_until(plain[7].worker_pid, "its worker")
+    assert db.worker_pid()
+    for database in (db, plain[7]):
+        database.close()
+
+
 def test_without_preload(private_cluster):
     cluster = private_cluster("nopreload", {"shared_preload_libraries": ""})
     db = Database(cluster, "nopreload").create(extension=False)

@@ -31,6 +31,9 @@ thread_local! {
 /// Takes so many bytes of events in; 53100 if there is no room for them.
 pub fn take(bytes: i64) -> Result<()> {
     let slot = shared::get().and_then(|s| s.find_or_take(bgworker::my_database()));
+    if let Some(slot) = slot {
+        slot.note_known();
+    }
     let (mut left, mut at_ms) = match slot {
         Some(slot) => (
             slot.room_bytes.load(Ordering::Relaxed),

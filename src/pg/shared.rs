@@ -11,7 +11,7 @@ use std::sync::atomic::{
 use pgrx::{PGRXSharedMemory, PgAtomic, pg_guard, pg_shmem_init, pg_sys};
 
 /// Databases that can have a resident worker at a time.
-const SLOTS: usize = 128;
+pub const SLOTS: usize = 512;
 
 /// What a resident worker can be doing; [`Slot::state`] is an index into it.
 pub const STATES: [&str; 10] = [
@@ -36,8 +36,6 @@ pub struct Consumer {
 /// One database's part.
 #[derive(Default)]
 pub struct Slot {
-    /// The database's oid; 0 for a free slot.
-    database: AtomicU32,
     /// The resident worker's process id; 0 while there is none.
     pub pid: AtomicI32,
     /// The process id of the resident's helper; 0 while there is none.
@@ -59,7 +57,9 @@ pub struct Slot {
     /// How often it was started again after it ended by itself.
     pub restarts: AtomicU32,
     pub state: AtomicU32,
-    /// The database has no extension (any more): the launcher leaves it alone.
+    /// The database has the extension, or is about to; else nobody knows yet, or it is `absent`.
+    pub known: AtomicBool,
+    /// The database has no extension (any more): the launcher leaves it alone, and gives the slot up.
     pub absent: AtomicBool,
     /// Its worker could not be started for want of a worker slot.
     pub starved: AtomicBool,
@@ -82,7 +82,23 @@ pub struct Shared {
     pub launcher: AtomicI32,
     /// Bytes that the engines of all processes have taken: see `pg::memory`.
     pub engine_bytes: AtomicUsize,
+    /// How often databases have got the extension, and (lower half) the oid of the last one.
+    installed: AtomicU64,
+    /// The oid of the database that has each slot; 0 for a free one. Apart, since it is looked for at each commit.
+    databases: [AtomicU32; SLOTS],
     slots: [Slot; SLOTS],
+}
+
+/// What [`Shared::installed`] said at some time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Installed(pub u64);
+
+impl Installed {
+    /// The database that has got the extension since `before`; None: more than one has, or may have.
+    pub fn only_since(self, before: Self) -> Option<pg_sys::Oid> {
+        let count = |installed: Self| (installed.0 >> 32) as u32;
+        (count(self) == count(before).wrapping_add(1)).then(|| pg_sys::Oid::from(self.0 as u32))
+    }
 }
 
 impl Default for Shared {
@@ -90,6 +106,8 @@ impl Default for Shared {
         Self {
             launcher: AtomicI32::new(0),
             engine_bytes: AtomicUsize::new(0),
+            installed: AtomicU64::new(0),
+            databases: std::array::from_fn(|_| AtomicU32::new(0)),
             slots: std::array::from_fn(|_| Slot::default()),
         }
     }
@@ -130,42 +148,89 @@ pub fn get() -> Option<&'static Shared> {
 }
 
 impl Shared {
+    /// Every place for a database, with its slot.
+    fn places(&self) -> impl Iterator<Item = (&AtomicU32, &Slot)> {
+        self.databases.iter().zip(&self.slots)
+    }
+
     /// The slot of a database, if it has one.
     pub fn find(&self, database: pg_sys::Oid) -> Option<&Slot> {
-        self.slots
-            .iter()
-            .find(|slot| slot.database.load(Ordering::Acquire) == u32::from(database))
+        self.places()
+            .find(|(oid, _)| oid.load(Ordering::Acquire) == u32::from(database))
+            .map(|(_, slot)| slot)
     }
 
     /// The slot of a database, taken now if it has none. None: all are taken.
     pub fn find_or_take(&self, database: pg_sys::Oid) -> Option<&Slot> {
         self.find(database).or_else(|| {
-            self.slots.iter().find(|slot| {
-                slot.database
-                    .compare_exchange(0, u32::from(database), Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok()
-            })
+            self.places()
+                .find(|(oid, _)| {
+                    oid.compare_exchange(0, database.into(), Ordering::AcqRel, Ordering::Acquire)
+                        .is_ok()
+                })
+                .map(|(_, slot)| slot)
         })
     }
 
     /// Gives up the slots of databases that are gone.
     pub fn keep_only(&self, databases: &[pg_sys::Oid]) {
-        for slot in &self.slots {
-            let oid = slot.database.load(Ordering::Acquire);
+        for (place, slot) in self.places() {
+            let oid = place.load(Ordering::Acquire);
             if oid != 0
                 && slot.pid.load(Ordering::Acquire) == 0
                 && !databases.iter().any(|d| u32::from(*d) == oid)
             {
                 slot.reset();
-                slot.database.store(0, Ordering::Release);
+                place.store(0, Ordering::Release);
             }
         }
     }
 
+    /// Gives up the slots of databases without the extension, and tells which those are. The launcher only.
+    pub fn give_up_absent(&self) -> Vec<pg_sys::Oid> {
+        let mut absent = Vec::new();
+        for (place, slot) in self.places() {
+            let oid = place.load(Ordering::Acquire);
+            if oid != 0 && slot.absent.load(Ordering::Acquire) && slot.is_left() {
+                absent.push(pg_sys::Oid::from(oid));
+                slot.reset();
+                place.store(0, Ordering::Release);
+            }
+        }
+        absent
+    }
+
+    /// Says that a database has the extension now: the launcher starts a resident at its next look, if none runs.
+    pub fn want(&self, database: pg_sys::Oid) {
+        if let Some(slot) = self.find(database) {
+            slot.not_before_ms.store(0, Ordering::Release);
+            slot.known.store(true, Ordering::Release);
+            slot.absent.store(false, Ordering::Release);
+        }
+        // Last: the launcher may just have given the slot up, and is to look into the database again.
+        let next = |installed: u64| {
+            let count = (installed >> 32).wrapping_add(1);
+            Some((count << 32) | u64::from(u32::from(database)))
+        };
+        let _ = (self.installed).fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+    }
+
+    /// Changes whenever a database has got the extension.
+    pub fn installed(&self) -> Installed {
+        Installed(self.installed.load(Ordering::Acquire))
+    }
+
+    /// Whether every slot is a database's with the extension.
+    pub fn is_full(&self) -> bool {
+        self.places().all(|(place, slot)| {
+            place.load(Ordering::Acquire) != 0 && slot.known.load(Ordering::Acquire)
+        })
+    }
+
     /// Every taken slot with its database.
     pub fn taken(&self) -> impl Iterator<Item = (pg_sys::Oid, &Slot)> {
-        self.slots.iter().filter_map(|slot| {
-            let oid = slot.database.load(Ordering::Acquire);
+        self.places().filter_map(|(place, slot)| {
+            let oid = place.load(Ordering::Acquire);
             (oid != 0).then(|| (pg_sys::Oid::from(oid), slot))
         })
     }
@@ -178,6 +243,7 @@ impl Slot {
         self.outgoing.store(false, Ordering::Relaxed);
         self.restarts.store(0, Ordering::Relaxed);
         self.state.store(0, Ordering::Relaxed);
+        self.known.store(false, Ordering::Relaxed);
         self.absent.store(false, Ordering::Relaxed);
         self.starved.store(false, Ordering::Relaxed);
         self.since_us.store(0, Ordering::Relaxed);
@@ -185,6 +251,28 @@ impl Slot {
         self.room_at_ms.store(0, Ordering::Relaxed);
         self.consumers_wanted.store(0, Ordering::Relaxed);
         self.consumer_restarts.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether no process has its id here.
+    fn is_left(&self) -> bool {
+        let own = [
+            &self.pid,
+            &self.helper,
+            &self.compactor,
+            &self.carer,
+            &self.relay,
+        ];
+        own.into_iter()
+            .chain(self.consumers.iter().map(|consumer| &consumer.pid))
+            .all(|pid| pid.load(Ordering::Acquire) == 0)
+    }
+
+    /// Notes that the database has the extension.
+    pub fn note_known(&self) {
+        // Most often it is: sessions that collect do not write to what others read.
+        if !self.known.load(Ordering::Relaxed) {
+            self.known.store(true, Ordering::Release);
+        }
     }
 
     /// Sets the latch of the slot's worker, if one runs.

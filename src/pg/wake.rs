@@ -115,9 +115,8 @@ fn notify(events: u64) {
 fn want_resident() {
     // SAFETY: reads a backend variable.
     let database = unsafe { pg_sys::MyDatabaseId };
-    if let Some(slot) = shared::get().and_then(|s| s.find(database)) {
-        slot.not_before_ms.store(0, Ordering::Release);
-        slot.absent.store(false, Ordering::Release);
+    if let Some(shared) = shared::get() {
+        shared.want(database);
     }
 }
 

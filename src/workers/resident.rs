@@ -23,12 +23,13 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
         return;
     };
     if !extension_comes(slot) {
-        leave_alone(slot, || xact::worker(|| Ok(())).is_ok());
+        leave_alone(database, slot, || xact::worker(|| Ok(())).is_ok());
         return;
     }
     let Some(lock) = SessionLock::try_take(LockOn::Resident) else {
         return;
     };
+    slot.note_known();
     slot.absent.store(false, Ordering::Release);
     slot.starved.store(false, Ordering::Release);
     slot.since_us.store(xact::now_us(), Ordering::Release);
@@ -60,8 +61,10 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
 fn follow(database: pg_sys::Oid, slot: &Slot) {
     let created_again = xact::catch(|| xact::plain(security::extension_oid));
     match created_again {
-        Ok(Some(_)) => super::launcher::start(database, slot),
-        Ok(None) => leave_alone(slot, || {
+        Ok(Some(_)) => {
+            super::launcher::start(database, slot);
+        }
+        Ok(None) => leave_alone(database, slot, || {
             matches!(
                 xact::catch(|| xact::plain(security::extension_oid)),
                 Ok(Some(_))
@@ -76,10 +79,14 @@ fn follow(database: pg_sys::Oid, slot: &Slot) {
 }
 
 /// No resident is wanted, until a CREATE EXTENSION commits and says otherwise. One may just have done so: so it is looked again.
-fn leave_alone(slot: &Slot, has_extension: impl Fn() -> bool) {
+fn leave_alone(database: pg_sys::Oid, slot: &Slot, has_extension: impl Fn() -> bool) {
+    slot.known.store(false, Ordering::Release);
+    slot.starved.store(false, Ordering::Release);
     slot.absent.store(true, Ordering::Release);
-    if has_extension() {
-        slot.absent.store(false, Ordering::Release);
+    if has_extension()
+        && let Some(shared) = shared::get()
+    {
+        shared.want(database);
     }
 }
 
@@ -119,6 +126,7 @@ pub fn start_with_extension() {
     wake::resident_at_commit();
     let database = bgworker::my_database();
     if let Some(slot) = shared::get().and_then(|s| s.find_or_take(database)) {
+        slot.note_known();
         slot.absent.store(false, Ordering::Release);
         slot.not_before_ms.store(0, Ordering::Release);
         if slot.pid.load(Ordering::Acquire) == 0 {
