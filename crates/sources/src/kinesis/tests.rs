@@ -593,10 +593,8 @@ async fn a_shard_is_opened_while_nobody_says_its_range() {
     ] {
         let stream = FakeStream::default();
         stream.change("s", |data| data.hashes = Some((0, 10)));
-        stream.write(
-            "s",
-            &pack(&[("k", Some(5), b"own"), ("k", Some(20), b"foreign")]),
-        );
+        stream.write("s", &pack(&[("k", Some(20), b"foreign")]));
+        stream.write("s", &pack(&[("k", Some(5), b"own")]));
         stream.state().list_faults = faults;
         let mut reader = stream.reader();
         open(&mut reader, "s", Position::Beginning).await;
