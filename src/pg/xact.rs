@@ -231,6 +231,12 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
+/// Whether this server runs for pg_upgrade only.
+pub fn in_binary_upgrade() -> bool {
+    // SAFETY: reads a backend variable.
+    unsafe { pg_sys::IsBinaryUpgrade }
+}
+
 /// An error for functions that write: 55000 on a standby, 25006 in a read-only transaction.
 pub fn ensure_writable(what: &str) -> Result<(), PgError> {
     if in_recovery() {

@@ -26,7 +26,7 @@ pub mod stop;
 mod storages;
 pub mod task;
 
-use crate::pg::{meter, notes, shared};
+use crate::pg::{meter, notes, shared, xact};
 
 /// In the postmaster: registers what starts with the server.
 pub fn init() {
@@ -34,6 +34,9 @@ pub fn init() {
     shared::init();
     meter::init();
     notes::init();
-    launcher::init();
+    // What pg_upgrade copies has to be at rest, and what it has not copied yet is no catalogue.
+    if !xact::in_binary_upgrade() {
+        launcher::init();
+    }
     stop::init();
 }
