@@ -1,10 +1,10 @@
 -- The tables of rakam_internal. DESIGN: one row is the truth of one thing; every table has a primary key;
--- roles, relations and types are reg* columns, which pg_dump writes as names.
+-- roles, relations and types are reg* columns, which pg_dump writes as names. Functions are not: pg_upgrade refuses such columns.
 
 CREATE TABLE rakam_internal.installation (
   id                boolean PRIMARY KEY DEFAULT true CHECK (id),
   installation      uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-  system_identifier bigint NOT NULL,
+  system_identifier bigint NOT NULL,                     -- of the server whose oids of functions we know (mappers.sql)
   -- Events received before may have come with a dump or with a storage whose catalogue was rebuilt, their transaction ids too.
   -- NULL: all events are from here.
   own_since         timestamptz
@@ -551,18 +551,6 @@ CREATE TABLE rakam_internal.dead_letter (
 );
 CREATE INDEX dead_letter_project ON rakam_internal.dead_letter (project_id, id);
 
--- What runs where events enter. Collection '': every collection of the project. No dependency keeps function and owner:
--- the code looks at both each time, and without them events become dead letters.
-CREATE TABLE rakam_internal.mapper (
-  project_id  int NOT NULL REFERENCES rakam_internal.project ON DELETE CASCADE,
-  collection  text COLLATE "C" NOT NULL,
-  function    regprocedure NOT NULL,
-  every_batch boolean NOT NULL,
-  owner       regrole NOT NULL,                          -- who set it: it runs as this role
-  set_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
-  PRIMARY KEY (project_id, collection)
-);
-
 -- Events that mappers dropped: a row for each call that dropped some, added up by the worker. Appended only, so that
 -- no session waits for another's count.
 CREATE TABLE rakam_internal.mapper_dropped (
@@ -693,7 +681,7 @@ BEGIN
   FOREACH t IN ARRAY ARRAY['project', 'api_key', 'collection', 'field', 'dropped_field', 'hot_chunk', 'data_file', 'data_file_stat',
     'data_file_footer', 'collection_stat', 'id_run', 'local_object', 'manifest_log', 'file_intent', 'file_deferred', 'file_pin',
     'deletion', 'invalid_value', 'invalid_count', 'dead_letter', 'usage', 'audit_log', 'inbox_parked', 'inbox_restored',
-    'mapper', 'mapper_dropped', 'attached_table', 'collection_dropped'] LOOP
+    'mapper_dropped', 'attached_table', 'collection_dropped'] LOOP
     PERFORM pg_catalog.pg_extension_config_dump(('rakam_internal.' || t)::pg_catalog.regclass, '');
   END LOOP;
   PERFORM pg_catalog.pg_extension_config_dump('rakam_internal.storage', 'WHERE storage_id > 1');

@@ -44,10 +44,16 @@ extension_sql_file!(
 );
 extension_sql_file!("../sql/outbox.sql", name = "outbox", requires = ["sources"]);
 extension_sql_file!(
+    "../sql/mappers.sql",
+    name = "mappers",
+    requires = ["catalog"]
+);
+extension_sql_file!(
     "../sql/access.sql",
     name = "access",
     requires = [
         "outbox",
+        "mappers",
         readable_projects,
         member_projects,
         announce_change

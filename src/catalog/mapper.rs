@@ -36,10 +36,13 @@ impl Stage {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapper {
     pub stage: Stage,
+    /// INVALID_OID: it was dropped.
     pub function: Oid,
+    /// `schema.name(argument types)` of the function, as it was last if it was dropped.
+    pub signature: Rc<str>,
     /// The role that set it.
     pub owner: Oid,
     /// Takes an array of events, not one.
@@ -112,8 +115,14 @@ fn load(project_id: i32) -> Result<Mappers> {
     let mut mappers = Mappers::default();
     spi::run(
         View::Under(latest.get()),
-        "SELECT p.name, p.admin_role, m.collection, m.function::oid, m.owner::oid, m.every_batch
+        // Until the background has found them (see follow_functions), oids after pg_upgrade are those of another server.
+        "SELECT p.name, p.admin_role, m.collection, m.function,
+                CASE WHEN m.is_lost THEN NULL WHEN i.id THEN m.function_oid
+                     ELSE rakam_internal.function_named(m.function) END,
+                m.owner::oid, m.every_batch
          FROM rakam_internal.mapper m JOIN rakam_internal.project p USING (project_id)
+         CROSS JOIN pg_catalog.pg_control_system() c
+         LEFT JOIN rakam_internal.installation i ON i.system_identifier = c.system_identifier
          WHERE m.project_id = $1",
         &[arg(project_id)],
         |row| {
@@ -125,9 +134,10 @@ fn load(project_id: i32) -> Result<Mappers> {
                     EVERY_COLLECTION => Stage::Project,
                     _ => Stage::Collection,
                 },
-                function: row.oid(4).unwrap_or(INVALID_OID),
-                owner: row.oid(5).unwrap_or(INVALID_OID),
-                every_batch: row.must(6)?,
+                signature: row.must::<String>(4)?.into(),
+                function: row.oid(5).unwrap_or(INVALID_OID),
+                owner: row.oid(6).unwrap_or(INVALID_OID),
+                every_batch: row.must(7)?,
             };
             mappers.by_collection.insert(collection, mapper);
             Ok(())
@@ -146,10 +156,10 @@ pub fn set(
 ) -> Result<()> {
     spi::execute(
         "INSERT INTO rakam_internal.mapper (project_id, collection, function, owner, every_batch)
-         VALUES ($1, $2, $3, $4, $5)
+         VALUES ($1, $2, $3::regprocedure::text, $4, $5)
          ON CONFLICT (project_id, collection) DO UPDATE
-           SET function = excluded.function, owner = excluded.owner, every_batch = excluded.every_batch,
-               set_at = excluded.set_at",
+           SET function = excluded.function, is_lost = false, owner = excluded.owner,
+               every_batch = excluded.every_batch, set_at = excluded.set_at",
         &[
             arg(project_id),
             arg(collection.unwrap_or(EVERY_COLLECTION)),
@@ -181,6 +191,13 @@ pub fn rename(project_id: i32, old: &str, new: &str) -> Result<()> {
     ] {
         spi::execute(statement, &args)?;
     }
+    Ok(())
+}
+
+/// Has the catalogue know functions by the names and oids that they have now (sql/mappers.sql). Event triggers do so when
+/// one changes, nobody does after pg_upgrade.
+pub fn follow_functions() -> Result<()> {
+    spi::execute("SELECT rakam_internal.follow_functions()", &[])?;
     Ok(())
 }
 

@@ -88,7 +88,7 @@ fn set(
             catalog::remove(project.id, collection)
         }
         Some(function) => {
-            let signature = existing(function)?;
+            let signature = existing(function, &function.to_u32().to_string())?;
             ensure_mapper(function, &signature, every_batch)?;
             ensure_executable(function, caller)?;
             let _owner = ActAs::owner();
@@ -97,13 +97,10 @@ fn set(
     }
 }
 
-fn existing(function: Oid) -> Result<Signature> {
+fn existing(function: Oid, name: &str) -> Result<Signature> {
     function::signature(function).ok_or_else(|| {
-        PgError::new(
-            "42883",
-            format!("function {} does not exist", function.to_u32()),
-        )
-        .hint("It was dropped: rakam.set_mapper sets another one, or with NULL none.")
+        PgError::new("42883", format!("function {name} does not exist"))
+            .hint("It was dropped: rakam.set_mapper sets another one, or with NULL none.")
     })
 }
 
@@ -359,7 +356,7 @@ impl<'a> Run<'a> {
         let chain = mappers
             .of(entry.collection)
             .filter(|mapper| mapper.stage >= from)
-            .copied()
+            .cloned()
             .collect();
         Self {
             entry,
@@ -378,7 +375,7 @@ impl<'a> Run<'a> {
 
     /// Takes events from the `at`-th mapper on.
     fn through(&mut self, at: usize, events: Vec<Line>) -> Result<()> {
-        let Some(mapper) = self.chain.get(at).copied() else {
+        let Some(mapper) = self.chain.get(at).cloned() else {
             return events.iter().try_for_each(|event| self.store(&event.text));
         };
         if events.len() > 1 && self.timeouts == 0 {
@@ -429,7 +426,7 @@ impl<'a> Run<'a> {
     fn blame(&self, mapper: &Mapper, error: &PgError) -> String {
         format!(
             "mapper {} of collection \"{}\": {}",
-            function::name(mapper.function),
+            mapper.signature,
             self.entry.collection,
             reason(error)
         )
@@ -474,7 +471,7 @@ impl<'a> Run<'a> {
     /// A superuser may set a function that is somebody else's, and whoever owns a function can put anything into it
     /// later: such a function runs as its own owner.
     fn runner(&self, mapper: &Mapper) -> Result<Oid> {
-        let signature = existing(mapper.function)?;
+        let signature = existing(mapper.function, &mapper.signature)?;
         ensure_mapper(mapper.function, &signature, mapper.every_batch)?;
         let Some(name) = roles::name(mapper.owner) else {
             return Err(PgError::new(

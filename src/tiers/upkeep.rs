@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use crate::catalog::{
-    backlog, collections, dropping, event_store, former, inbox, logs, projects, storages, usage,
+    backlog, collections, dropping, event_store, former, inbox, logs, mapper, projects, storages, usage,
 };
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
@@ -44,13 +44,14 @@ pub fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Takes over new names of roles and servers, and drops what is old in the logs. Several may do so at once: each leaves to the
-/// others what they are at.
+/// Takes over new names of roles, servers and functions, and drops what is old in the logs. Several may do so at once: each leaves
+/// to the others what they are at.
 pub fn names_and_logs() -> Result<(), Failure> {
     xact::in_passing(|| {
         projects::follow_renamed_roles()?;
         event_store::follow_renamed_servers()?;
-        storages::follow_renamed_servers()
+        storages::follow_renamed_servers()?;
+        mapper::follow_functions()
     })?;
     while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();
