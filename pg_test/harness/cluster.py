@@ -304,6 +304,25 @@ class Cluster:
     def promote(self) -> None:
         self.run("pg_ctl", "promote", "-w", "-D", self.data)
 
+    # -- upgrade -------------------------------------------------------------------------------------------------
+
+    def upgrade_from(self, old: Cluster) -> None:
+        """Makes this cluster of another one, which is stopped, by pg_upgrade. It is not started."""
+        self.destroy()
+        self._initialize()
+        self._configure({})
+        self._make_owned(self.socket_dir)
+        old.stop()
+        programs = server_bindir(self.profile)
+        done = self.run(
+            "pg_upgrade", "-b", programs, "-B", programs, "-d", old.data, "-D", self.data, "-U", "postgres",
+            "-s", self.socket_dir, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            logs = sorted((self.data / "pg_upgrade_output.d").rglob("*.*"))
+            tails = "".join(log.read_text(errors="replace")[-4000:] for log in logs if log.suffix in (".log", ".txt"))
+            raise ClusterError(f"pg_upgrade: {done.stdout}{done.stderr}{tails}")
+
     # -- clients -------------------------------------------------------------------------------------------------
 
     def connect(self, dbname: str = "postgres", user: str = "postgres", autocommit: bool = True, **more):
