@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use crate::catalog::{
-    backlog, collections, dropping, event_store, former, inbox, logs, mapper, projects, storages, usage,
+    backlog, collections, dropping, event_store, former, inbox, logs, mapper, projects, storages,
+    usage,
 };
 use crate::pg::locks::{LockOn, SessionLock};
 use crate::pg::spi::View;
