@@ -3,10 +3,11 @@
 //!
 //! First the project's mapper, then the collection's. An event whose mapper fails becomes a dead letter as it
 //! entered that mapper, and the call goes on. A batch goes through in one subtransaction; when that fails, each of
-//! its events goes alone, so that only the bad ones are set aside.
+//! its events goes alone, so that only the bad ones are set aside. What mappers may take together is in [`Allowance`].
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Instant;
 
 use pgrx::{default, pg_extern};
 use rakam_event::entry;
@@ -24,14 +25,16 @@ use crate::pg::security::{self, ActAs};
 use crate::pg::tenant::{self, Failure, Tenant};
 use crate::pg::{ErrorReport, Oid, PgError, Result, guc, not_null, roles, xact};
 
+mod allowance;
+
+use allowance::TIMEOUTS_MAX;
+pub use allowance::{Allowance, CALLS};
+
 /// Bytes of events after which a collection gets another inbox row.
 const ROW_BYTES: usize = 1 << 20;
 
 /// Bytes of mapped events that a batch may hold at a time; beyond them its events go one by one.
 const BATCH_BYTES_MAX: usize = 64 << 20;
-
-/// A mapper that ran into its time limit so often in one call is not called again in it.
-const TIMEOUTS_MAX: u32 = 3;
 
 /// How deep mappers may collect events that have mappers.
 const DEPTH_MAX: u32 = 4;
@@ -145,17 +148,21 @@ pub fn applies(project_id: i32, collection: &str) -> Result<bool> {
 }
 
 /// Stores events after their collection's mappers; how many were stored. The others were dropped by a mapper, which
-/// is counted, or have become dead letters.
+/// is counted, or have become dead letters. Their mappers have the time that the caller waits.
 pub fn enter(entry: &Entry<'_>, shape: Shape) -> Result<i64> {
-    let outcome = enter_but_failed(entry, shape)?;
+    let outcome = enter_but_failed(entry, shape, &mut Allowance::default())?;
     for letter in &outcome.failed {
         keep(entry, shape, letter)?;
     }
     Ok(outcome.stored)
 }
 
-/// As [`enter`], but that the events whose mapper failed are the caller's to keep.
-pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
+/// As [`enter`], but that the events whose mapper failed, or had no time left, are the caller's to keep.
+pub fn enter_but_failed(
+    entry: &Entry<'_>,
+    shape: Shape,
+    allowance: &mut Allowance,
+) -> Result<Outcome> {
     let mappers = catalog::of_project(entry.project_id)?;
     if mappers.of(entry.collection).next().is_none() {
         put(entry)?;
@@ -165,7 +172,7 @@ pub fn enter_but_failed(entry: &Entry<'_>, shape: Shape) -> Result<Outcome> {
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
     let lines = text.split('\n').enumerate();
     let lines = lines.map(|(at, text)| Line::new(text, Some(at))).collect();
-    let mut run = Run::new(entry, shape, mappers, Stage::Project);
+    let mut run = Run::new(entry, shape, mappers, Stage::Project, allowance);
     run.through(0, lines)?;
     run.finish()
 }
@@ -246,7 +253,7 @@ impl Line {
     }
 }
 
-/// Tries an event again that failed before, from the mapper on in which it failed.
+/// Tries an event again that failed before, from the mapper on in which it failed, for as long as the caller waits.
 pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
     let text = std::str::from_utf8(&entry.payload)
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
@@ -268,7 +275,8 @@ pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
         }
     }
     let mappers = catalog::of_project(entry.project_id)?;
-    let mut run = Run::new(entry, shape, mappers, stage);
+    let mut allowance = Allowance::default();
+    let mut run = Run::new(entry, shape, mappers, stage, &mut allowance);
     run.through(0, lines)?;
     run.finish()
 }
@@ -341,10 +349,12 @@ struct Run<'a> {
     shape: Shape,
     mappers: Rc<Mappers>,
     chain: Vec<Mapper>,
-    timeouts: u32,
+    allowance: &'a mut Allowance,
     dropped: i64,
     stored: i64,
     failed: Vec<Failed>,
+    /// Of those, for which there was no time.
+    late: usize,
     lacks_id: bool,
     /// Events that wait to be stored, one a line.
     payload: String,
@@ -352,7 +362,13 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(entry: &'a Entry<'a>, shape: Shape, mappers: Rc<Mappers>, from: Stage) -> Self {
+    fn new(
+        entry: &'a Entry<'a>,
+        shape: Shape,
+        mappers: Rc<Mappers>,
+        from: Stage,
+        allowance: &'a mut Allowance,
+    ) -> Self {
         let chain = mappers
             .of(entry.collection)
             .filter(|mapper| mapper.stage >= from)
@@ -363,10 +379,11 @@ impl<'a> Run<'a> {
             shape,
             mappers,
             chain,
-            timeouts: 0,
+            allowance,
             dropped: 0,
             stored: 0,
             failed: Vec::new(),
+            late: 0,
             lacks_id: false,
             payload: String::new(),
             n: 0,
@@ -374,15 +391,18 @@ impl<'a> Run<'a> {
     }
 
     /// Takes events from the `at`-th mapper on.
-    fn through(&mut self, at: usize, events: Vec<Line>) -> Result<()> {
+    fn through(&mut self, at: usize, mut events: Vec<Line>) -> Result<()> {
         let Some(mapper) = self.chain.get(at).cloned() else {
             return events.iter().try_for_each(|event| self.store(&event.text));
         };
-        if events.len() > 1 && self.timeouts == 0 {
+        let is_fit = self.allowance.timeouts(mapper.function) == 0 && !self.allowance.is_used_up();
+        if events.len() > 1 && is_fit {
             match self.call(&mapper, &events) {
                 Ok(mapped) => {
                     self.dropped += mapped.dropped;
-                    return self.through(at + 1, mapped.events);
+                    // For those that are left there was no time.
+                    events.drain(..mapped.called);
+                    self.through(at + 1, mapped.events)?;
                 }
                 Err(Failure::Cancelled(error)) => return Err(error),
                 // What it did is rolled back; which event it was shows when each goes alone.
@@ -390,11 +410,17 @@ impl<'a> Run<'a> {
             }
         }
         for event in events {
-            let failure = if self.timeouts >= TIMEOUTS_MAX {
-                Failure::Tenant(PgError::new(
+            let error = if self.allowance.timeouts(mapper.function) >= TIMEOUTS_MAX {
+                PgError::new(
                     "57014",
                     format!("not called again after {TIMEOUTS_MAX} timeouts"),
-                ))
+                )
+            } else if self.allowance.is_used_up() {
+                self.late += 1;
+                PgError::new(
+                    "57014",
+                    "not called, as the mappers of its batch had taken too long",
+                )
             } else {
                 match self.call(&mapper, std::slice::from_ref(&event)) {
                     Ok(mapped) => {
@@ -402,15 +428,12 @@ impl<'a> Run<'a> {
                         self.through(at + 1, mapped.events)?;
                         continue;
                     }
-                    Err(failure) => failure,
-                }
-            };
-            let error = match failure {
-                Failure::Cancelled(error) => return Err(error),
-                Failure::Tenant(error) => error,
-                Failure::TimedOut(error) => {
-                    self.timeouts += 1;
-                    error
+                    Err(Failure::Cancelled(error)) => return Err(error),
+                    Err(Failure::Tenant(error)) => error,
+                    Err(Failure::TimedOut(error)) => {
+                        self.allowance.timed_out(mapper.function);
+                        error
+                    }
                 }
             };
             self.failed.push(Failed {
@@ -432,8 +455,8 @@ impl<'a> Run<'a> {
         )
     }
 
-    /// Calls a mapper on events, in one subtransaction.
-    fn call(&self, mapper: &Mapper, events: &[Line]) -> std::result::Result<Mapped, Failure> {
+    /// Calls a mapper on events, in one subtransaction: on the first, and on as many of the others as there is time for.
+    fn call(&mut self, mapper: &Mapper, events: &[Line]) -> std::result::Result<Mapped, Failure> {
         let inside = Inside::of(self.entry).map_err(Failure::Tenant)?;
         let tenant = Tenant {
             user: self.runner(mapper).map_err(Failure::Tenant)?,
@@ -441,12 +464,15 @@ impl<'a> Run<'a> {
             timeout: guc::mapper_timeout(),
         };
         let shape = self.shape;
+        let began = Instant::now();
+        let ends = self.allowance.ends(began);
         let mapped = tenant::attempt(&tenant, |timer| {
             let mut calls = Calls::new(mapper.function);
             let mut mapped = Mapped::default();
             if mapper.every_batch {
                 let texts: Vec<&str> = events.iter().map(|event| event.text.as_str()).collect();
                 let results = calls.on_array(&texts, BATCH_BYTES_MAX)?;
+                mapped.called = events.len();
                 mapped.dropped = events.len().saturating_sub(results.len()) as i64;
                 // Which result is of which event only the mapper knows.
                 let line = events.first().filter(|_| events.len() == 1);
@@ -455,13 +481,19 @@ impl<'a> Run<'a> {
                 }
             } else {
                 for event in events {
+                    if mapped.called > 0 && ends.is_some_and(|ends| Instant::now() >= ends) {
+                        break;
+                    }
                     timer.restart();
                     mapped.take(calls.on_value(&event.text)?, shape, event.at)?;
+                    mapped.called += 1;
                 }
             }
             Ok(mapped)
         });
         drop(inside);
+        let is_in_vain = matches!(mapped, Err(Failure::TimedOut(_)));
+        self.allowance.take(began, is_in_vain);
         mapped
     }
 
@@ -527,6 +559,7 @@ impl<'a> Run<'a> {
 
     fn finish(mut self) -> Result<Outcome> {
         self.flush()?;
+        self.allowance.count(self.entry.n as usize, self.late);
         if self.dropped > 0 {
             catalog::count_dropped(self.entry.project_id, self.entry.collection, self.dropped)?;
         }
@@ -541,6 +574,8 @@ impl<'a> Run<'a> {
 /// What a mapper made of events.
 #[derive(Default)]
 struct Mapped {
+    /// Of so many, the first ones.
+    called: usize,
     events: Vec<Line>,
     bytes: usize,
     dropped: i64,

@@ -15,6 +15,9 @@
 //! are those of every other event. Events that come back from an event store of the project itself have been through its
 //! mappers and were charged when they were collected: neither is done again.
 //!
+//! The mappers of a batch have an allowance of time ([`Allowance`]). One that would take longer fails, and what it has is read
+//! again in smaller batches ([`Pace`]). Of one that cannot be smaller the events that are left become dead letters.
+//!
 //! A consumer has one `Stream` for each source that it reads; it is made anew when the source's definition changes.
 
 use std::borrow::Cow;
@@ -33,7 +36,7 @@ use rakam_sources::options::What;
 use super::append::{self, Target};
 use super::collect::limits;
 use super::dedupe::Deduper;
-use super::mapper::{self, Outcome, Shape};
+use super::mapper::{self, Allowance, Outcome, Shape};
 use super::quota;
 use crate::catalog::dead_letter::{self, NewRecord};
 use crate::catalog::inbox::Entry;
@@ -43,12 +46,14 @@ use crate::catalog::projects::{self, Project, Quota};
 use crate::catalog::registry::{self, Collection};
 use crate::catalog::sources::Source;
 use crate::pg::xact::{self, Failure};
-use crate::pg::{PgError, Result, failpoint, wait};
+use crate::pg::{PgError, Result, failpoint, guc, wait};
 
 mod again;
+mod pace;
 mod prepare;
 mod schemas;
 
+use pace::Pace;
 pub use schemas::unknown_source;
 
 /// Of a day's bytes a batch is such a part at most, so that it fits into what is left of most days.
@@ -65,6 +70,7 @@ pub struct Stream {
     csv: CsvOptions,
     /// As of the last look.
     quota: Quota,
+    pace: Pace,
 }
 
 /// Where an event came from.
@@ -175,6 +181,11 @@ impl Prepared {
         self.is_whole
     }
 
+    /// How many records it has.
+    fn records(&self) -> usize {
+        self.batch.moves.iter().map(|m| m.records as usize).sum()
+    }
+
     fn record(&self, origin: Origin) -> Option<&Record> {
         match origin {
             Origin::Record(at) => self.batch.records().get(at),
@@ -224,6 +235,7 @@ impl Stream {
                 What::Topics(_) | What::Stream(_) => CsvOptions::default(),
             },
             quota: Quota::default(),
+            pace: Pace::default(),
         }
     }
 
@@ -232,7 +244,7 @@ impl Stream {
         self.quota = quota;
     }
 
-    /// How much the next batch may have: no more than the project's quota takes at once.
+    /// How much the next batch may have: no more than the project's quota takes at once, and its mappers in a while.
     pub fn limits(&self) -> Limits {
         let mut limits = Limits::default();
         if let Some(per_second) = self.quota.events_per_second {
@@ -242,6 +254,9 @@ impl Stream {
         if let Some(per_day) = self.quota.bytes_per_day {
             let most = usize::try_from(per_day / DAY_PARTS).unwrap_or(usize::MAX);
             limits.bytes = limits.bytes.min(most.max(1));
+        }
+        if let Some(most) = self.pace.most() {
+            limits.records = limits.records.min(most);
         }
         limits
     }
@@ -257,7 +272,7 @@ impl Stream {
     /// mappers of its events.
     ///
     /// Errors: 53400 and 53100 there is no room for it now, and `prepared` is as it was; 40001 what it was prepared for has changed
-    /// meanwhile.
+    /// meanwhile; 57014 its mappers take too long for a batch of this size, and [`Self::limits`] are smaller now.
     pub fn store(&mut self, prepared: &mut Prepared) -> Result<Stored> {
         failpoint::hit("stream.before_store");
         let project = projects::by_name(&prepared.project)?
@@ -265,8 +280,9 @@ impl Stream {
             .ok_or_else(|| PgError::new("42704", "the project was dropped"))?;
         charge(&project, prepared)?;
         prepared.is_whole = false;
+        let (records, bound) = (prepared.records(), self.limits().records);
         let mut storing = Storing {
-            stream: self,
+            source: &self.source,
             project: &project,
             dedupe: None,
             done: Stored {
@@ -275,10 +291,19 @@ impl Stream {
             },
             letters: std::mem::take(&mut prepared.letters),
         };
-        // Mappers take what time they like: what others wait for is locked behind them.
+        // Mappers take their time: what others wait for is locked behind them.
+        let mut allowance = Allowance::of_batch();
         for lines in std::mem::take(&mut prepared.lines) {
-            storing.lines(prepared, &lines)?;
+            storing.lines(prepared, &lines, &mut allowance)?;
+            if allowance.late() > 0 && self.pace.cut(records, bound, allowance.done()) {
+                return Err(PgError::new(
+                    "57014",
+                    format!("mappers take too long for a batch of {records} records"),
+                ));
+            }
         }
+        self.pace
+            .took(records, allowance.spent(), guc::mapper_timeout());
         let tables = std::mem::take(&mut prepared.tables);
         let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
         if tables.values().flat_map(|t| &t.parts).any(has_ids) {
@@ -341,7 +366,7 @@ fn charge(project: &Project, prepared: &Prepared) -> Result<()> {
 
 /// A batch being stored.
 struct Storing<'a> {
-    stream: &'a Stream,
+    source: &'a str,
     project: &'a Project,
     dedupe: Option<Deduper>,
     done: Stored,
@@ -390,7 +415,12 @@ impl Storing<'_> {
     }
 
     /// Sends lines through mappers and inbox.
-    fn lines(&mut self, prepared: &Prepared, lines: &Lines) -> Result<()> {
+    fn lines(
+        &mut self,
+        prepared: &Prepared,
+        lines: &Lines,
+        allowance: &mut Allowance,
+    ) -> Result<()> {
         let entry = Entry {
             project_id: self.project.id,
             collection_id: projects::collection_id(self.project.id, &lines.collection)?,
@@ -406,7 +436,7 @@ impl Storing<'_> {
                 mapper::put(&entry)?;
                 Outcome::all_stored(&entry)
             }
-            false => mapper::enter_but_failed(&entry, lines.shape)?,
+            false => mapper::enter_but_failed(&entry, lines.shape, allowance)?,
         };
         self.done.events += outcome.stored as u64;
         if outcome.lacks_id.unwrap_or(lines.lacks_id) {
@@ -440,7 +470,7 @@ impl Storing<'_> {
             .collect();
         dead_letter::insert_records(
             self.project.id,
-            &self.stream.source,
+            self.source,
             prepared.received_at_us,
             &letters,
         )?;

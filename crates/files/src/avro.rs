@@ -46,6 +46,8 @@ pub struct AvroSource {
     declared: Vec<(String, FieldType)>,
     row: u64,
     limits: Limits,
+    /// Rows of a piece.
+    most: usize,
 }
 
 /// What a file may ask for.
@@ -114,6 +116,7 @@ impl AvroSource {
             declared: Vec::new(),
             row: 0,
             limits,
+            most: PIECE_ROWS,
         }
     }
 
@@ -524,7 +527,7 @@ impl Source for AvroSource {
     fn next(&mut self) -> Result<Option<Piece>, FilesError> {
         let mut events = Vec::new();
         let mut bytes = 0;
-        while events.len() < PIECE_ROWS && bytes < PIECE_BYTES {
+        while events.len() < self.most && bytes < PIECE_BYTES {
             let mut json = String::with_capacity(256);
             let found = self.record(&mut json, 0);
             if !found.map_err(|fault| self.failed(fault))? {
@@ -548,6 +551,10 @@ impl Source for AvroSource {
                 ..Position::default()
             },
         }))
+    }
+
+    fn bound(&mut self, rows: usize) {
+        self.most = rows.clamp(1, PIECE_ROWS);
     }
 
     fn declared(&self) -> &[(String, FieldType)] {

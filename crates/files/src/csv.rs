@@ -29,6 +29,8 @@ pub struct CsvSource {
     /// Up to where the bytes are known to be UTF-8, counted as `position.byte`.
     utf8_to: u64,
     max_record_bytes: usize,
+    /// Rows of a piece.
+    most: usize,
 }
 
 /// Where a cell of the current record lies: among the record's own bytes, or, if it has quotes, in [`Record::text`].
@@ -292,6 +294,7 @@ impl CsvSource {
             position: Position::default(),
             utf8_to: 0,
             max_record_bytes: spec.max_record_bytes,
+            most: PIECE_ROWS,
         };
         source.read_head()?;
         if from.byte > source.position.byte {
@@ -466,7 +469,7 @@ impl Source for CsvSource {
         let mut bad = Vec::new();
         let mut record = Record::default();
         let mut bytes = 0;
-        while lines.len() < PIECE_ROWS && bad.len() < PIECE_ROWS && bytes < PIECE_BYTES {
+        while lines.len() < self.most && bad.len() < self.most && bytes < PIECE_BYTES {
             if self.window.bytes().is_empty() {
                 if self.window.ended() {
                     break;
@@ -530,6 +533,10 @@ impl Source for CsvSource {
             bytes: bytes as u64,
             after: self.position,
         }))
+    }
+
+    fn bound(&mut self, rows: usize) {
+        self.most = rows.clamp(1, PIECE_ROWS);
     }
 }
 

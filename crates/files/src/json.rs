@@ -21,6 +21,8 @@ pub struct JsonSource {
     max_record_bytes: usize,
     /// Of a file of arrays: nothing of it is left.
     ended: bool,
+    /// Rows of a piece.
+    most: usize,
 }
 
 /// Opens a file of lines.
@@ -37,6 +39,7 @@ pub fn lines(
         position: from,
         max_record_bytes: spec.max_record_bytes,
         ended: false,
+        most: PIECE_ROWS,
     })
 }
 
@@ -282,7 +285,7 @@ impl Source for JsonSource {
         let mut bad = Vec::new();
         let mut bytes = 0;
         // That an array is not closed is told with its last elements: who goes on from the end of the file does not see it.
-        while events.len() < PIECE_ROWS && bad.len() < PIECE_ROWS && bytes < PIECE_BYTES
+        while events.len() < self.most && bad.len() < self.most && bytes < PIECE_BYTES
             || self.array && self.is_at_end()?
         {
             let next = if self.array {
@@ -331,6 +334,10 @@ impl Source for JsonSource {
             bytes: bytes as u64,
             after: self.position,
         }))
+    }
+
+    fn bound(&mut self, rows: usize) {
+        self.most = rows.clamp(1, PIECE_ROWS);
     }
 }
 

@@ -299,6 +299,10 @@ impl Source for ParquetSource {
         }))
     }
 
+    fn bound(&mut self, rows: usize) {
+        self.batches.hand_on(rows);
+    }
+
     fn next_bytes(&self) -> u64 {
         self.batches.next_bytes()
     }

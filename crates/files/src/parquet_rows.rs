@@ -161,6 +161,8 @@ pub struct Batches {
     row_bytes: u64,
     pace: Pace,
     account: Account,
+    /// Rows that are handed on at a time.
+    most: usize,
     /// What has been read and not been handed on.
     rest: Option<Rest>,
 }
@@ -187,6 +189,7 @@ impl Batches {
             row_bytes,
             pace,
             account: account.clone(),
+            most: bound.rows,
             rest: None,
         }
     }
@@ -194,6 +197,11 @@ impl Batches {
     /// As [`row_bytes`] says.
     pub fn row_bytes(&self) -> u64 {
         self.row_bytes
+    }
+
+    /// Hands so many rows on at a time from now on, and no more than the bound allows.
+    pub fn hand_on(&mut self, rows: usize) {
+        self.most = rows.clamp(1, self.bound.rows);
     }
 
     /// About what rows of the file take, written out.
@@ -216,7 +224,7 @@ impl Batches {
                 Err(error) => return Some(Err(error)),
             },
         };
-        let next = rest.next(self.bound.bytes);
+        let next = rest.next(self.bound.bytes, self.most);
         self.rest = (rest.at < rest.batch.num_rows()).then_some(rest);
         Some(next)
     }
@@ -264,9 +272,9 @@ fn lengths_of(batch: &RecordBatch) -> Vec<u64> {
 }
 
 impl Rest {
-    /// The rows from the first on whose texts are of so many bytes, at least one. An error if that one is too long to be written out:
-    /// a list may show a text that the file has once any number of times.
-    fn next(&mut self, bytes: u64) -> Result<RecordBatch, ArrowError> {
+    /// The rows from the first on whose texts are of so many bytes, at least one and at most `rows`. An error if that one is too long
+    /// to be written out: a list may show a text that the file has once any number of times.
+    fn next(&mut self, bytes: u64, rows: usize) -> Result<RecordBatch, ArrowError> {
         if self.lengths[self.at] > ROW_BYTES_MAX {
             return Err(ArrowError::ParseError(format!(
                 "the texts of a row are longer than {ROW_BYTES_MAX} bytes"
@@ -275,6 +283,7 @@ impl Rest {
         let mut sum: u64 = 0;
         let fitting = self.lengths[self.at..]
             .iter()
+            .take(rows)
             .take_while(|&&length| {
                 sum = sum.saturating_add(length);
                 sum <= bytes

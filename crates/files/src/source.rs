@@ -103,6 +103,9 @@ pub trait Source: Send {
     /// The next piece; None at the end.
     fn next(&mut self) -> Result<Option<Piece>, FilesError>;
 
+    /// Pieces have so many rows at most from now on, if that is fewer than [`PIECE_ROWS`].
+    fn bound(&mut self, rows: usize);
+
     /// About the memory that the next call of [`Self::next`] needs; 0 where only the rows will tell.
     fn next_bytes(&self) -> u64 {
         0

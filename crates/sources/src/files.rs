@@ -225,14 +225,15 @@ impl FileFetch {
         }
     }
 
-    /// The next piece of an object. What a dropped call had read is read again.
-    async fn piece(&mut self, split: &str, from: &Position) -> Result<Told, Fault> {
+    /// The next piece of an object, of so many rows at most. What a dropped call had read is read again.
+    async fn piece(&mut self, split: &str, from: &Position, rows: usize) -> Result<Told, Fault> {
         let reading = match self.reading.take().filter(|r| r.split == split) {
             Some(reading) => reading,
             None => self.objects.begin(split, from).await?,
         };
         let next = move || {
             let mut reading = reading;
+            reading.source.bound(rows);
             let piece = reading.source.next();
             (reading, piece)
         };
@@ -355,7 +356,7 @@ impl Fetch for FileFetch {
         let mut batch = Batch::default();
         let until = Instant::now() + limits.wait;
         while let Some((split, from)) = self.next() {
-            let told = self.piece(&split, &from).await;
+            let told = self.piece(&split, &from, limits.records).await;
             self.hear((split, from), told, &mut batch);
             if !batch.stops.is_empty() || is_enough(&batch, limits) || Instant::now() >= until {
                 break;

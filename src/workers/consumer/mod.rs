@@ -1,9 +1,9 @@
 //! Consumers: workers that read sources and store what they bring, each record once.
 //!
 //! A consumer's own thread talks to the database, and to nobody else; the engine's threads talk to the services ([`tasks`]). Its
-//! turn: look which sources and splits there are and take a share of them ([`share`]); for each batch that a reader brings,
-//! prepare it, then store it together with the new positions in one transaction. Nothing is waited for inside a
-//! transaction.
+//! turn: look which sources and splits there are and take a share of them ([`share`]); of the batches that readers have brought
+//! take one, prepare it, then store it together with the new positions in one transaction. Nothing is waited for inside a
+//! transaction. Sources share the consumer's time: next is always the one that has had least of it.
 //!
 //! Consumers do not know each other. Who lives is in shared memory: a beat of the engine's threads, which stops when the process is
 //! stopped. Who has a split is in its row. A consumer that was taken for dead while it lived finds that out when it stores: its
@@ -140,6 +140,8 @@ struct Consumer {
     told: Sender<Told>,
     port: Port<Told>,
     readings: BTreeMap<i32, Reading>,
+    /// Of this consumer's time: what the source that was next had had before.
+    had: Duration,
     /// Sources that could not be read: how often, and when they are begun again.
     put_off: HashMap<i32, (u32, Instant)>,
     numbers: u64,
@@ -161,6 +163,7 @@ impl Consumer {
             told,
             port,
             readings: BTreeMap::new(),
+            had: Duration::ZERO,
             put_off: HashMap::new(),
             numbers: 0,
             seen: 0,
@@ -182,8 +185,14 @@ impl Consumer {
                 }
                 self.looked = Some(Instant::now());
             }
-            if let Some(Some(told)) = self.port.receive_or_wake(self.pause()) {
+            // All that was said while the last batch was stored: who waits is to be known before the next one.
+            let mut pause = self.pause();
+            for _ in 0..MESSAGES {
+                let Some(Some(told)) = self.port.receive_or_wake(pause) else {
+                    break;
+                };
                 self.hear(told)?;
+                pause = Duration::ZERO;
             }
             self.store()?;
         }
@@ -356,26 +365,29 @@ impl Consumer {
         }
     }
 
-    /// Stores a batch of each source that has one.
+    /// Stores a batch of the source that has had least time, among those that have one: so one whose batches are slow delays
+    /// another one by a single batch. Who had nothing to store meanwhile has no time saved up for it.
     fn store(&mut self) -> std::result::Result<(), Failure> {
-        let ids: Vec<i32> = self.readings.keys().copied().collect();
-        for id in ids {
-            let Some(reading) = self.readings.get_mut(&id) else {
-                continue;
-            };
-            if reading.due().is_none_or(|due| Instant::now() < due) {
-                continue;
-            }
-            let stored = reading.store();
-            if reading.is_well() {
-                self.put_off.remove(&id);
-            }
-            if let Ok(true) = stored {
-                self.looked = None;
-            }
-            self.unless_failed(id, stored.map(drop))?;
+        let is_due = |reading: &Reading| reading.due().is_some_and(|due| due <= Instant::now());
+        let next = self
+            .readings
+            .iter_mut()
+            .filter(|(_, reading)| is_due(reading))
+            .min_by_key(|(_, reading)| reading.had);
+        let Some((&id, reading)) = next else {
+            return Ok(());
+        };
+        self.had = self.had.max(reading.had);
+        let began = Instant::now();
+        let stored = reading.store();
+        reading.had = self.had + began.elapsed();
+        if reading.is_well() {
+            self.put_off.remove(&id);
         }
-        Ok(())
+        if let Ok(true) = stored {
+            self.looked = None;
+        }
+        self.unless_failed(id, stored.map(drop))
     }
 
     /// Gives all splits back.

@@ -56,6 +56,8 @@ struct Trouble {
 pub struct Reading {
     /// In the messages of its tasks.
     pub number: u64,
+    /// The consumer's time that it has had, as the consumer counts it.
+    pub had: Duration,
     source: Source,
     service: Service,
     reach: Reach,
@@ -104,6 +106,7 @@ impl Reading {
         let reach = Reach::new(&service, &source.options)?;
         Ok(Self {
             number,
+            had: Duration::ZERO,
             stream: Stream::new(&source),
             reader: Reader::start(runtime, reach.clone(), number, told.clone()),
             source,
@@ -264,19 +267,28 @@ impl Reading {
         xact::worker(|| sources::roll_marks(id, age_s))
     }
 
-    /// The project has this quota now. What was polled before it was smaller is polled again in parts that fit.
+    /// The project has this quota now.
     pub fn bound(&mut self, quota: Quota) {
         self.stream.set_quota(quota);
+        self.fit();
+    }
+
+    /// Has batches polled as large as the stream takes them now. What was polled before they became smaller is polled again
+    /// in parts that fit: true.
+    fn fit(&mut self) -> bool {
         let limits = self.stream.limits();
         if self.limits == limits {
-            return;
+            return false;
         }
         let is_less = limits.records < self.limits.records || limits.bytes < self.limits.bytes;
         self.limits = limits;
         self.reader.limit(limits);
         if is_less {
             self.rewind();
+            // It is still to come.
+            self.heard = Instant::now();
         }
+        is_less
     }
 
     /// Back-pressure: nothing is polled while no event may come in.
@@ -393,10 +405,15 @@ impl Reading {
             Ok(()) => {
                 failpoint::hit("consumer.after_commit");
                 self.copies.stored();
-                self.stored(batch)
+                let is_look_due = self.stored(batch)?;
+                self.fit();
+                Ok(is_look_due)
             }
             Err(Failure::ExtensionGone) => Err(Failure::ExtensionGone),
             Err(Failure::Error(error)) => {
+                if self.fit() {
+                    return Ok(lost.get());
+                }
                 let most = match self.prepared {
                     Some(_) => ROOM_RETRY_MAX,
                     None => {

@@ -208,6 +208,45 @@ async fn a_batch_is_bounded_by_what_its_rows_are_written_out() {
     assert_eq!(all, 30_000);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_is_read_by_as_few_rows_as_a_batch_may_have() {
+    let folder = Folder::new(false);
+    let events: Vec<String> = (0..10).map(|n| format!("{{\"n\":{n}}}")).collect();
+    folder.write("in/a.ndjson", &events.join("\n"));
+    folder.write("in/b.json", &format!("[{}]", events.join(", ")));
+    folder.write("in/c.csv", "n\n0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n");
+    let column: ArrayRef = Arc::new(Int32Array::from((0..10).collect::<Vec<i32>>()));
+    let rows = RecordBatch::try_from_iter([("n", column)]).unwrap_or_else(|e| panic!("{e}"));
+    let file = fs::File::create(folder.root.path().join("in/d.parquet"));
+    let file = file.unwrap_or_else(|e| panic!("{e}"));
+    let writer = ArrowWriter::try_new(file, rows.schema(), None);
+    let mut writer = writer.unwrap_or_else(|e| panic!("{e}"));
+    writer.write(&rows).unwrap_or_else(|e| panic!("{e}"));
+    writer.close().unwrap_or_else(|e| panic!("{e}"));
+
+    let limits = Limits {
+        records: 3,
+        ..Limits::default()
+    };
+    for path in ["in/a.ndjson", "in/b.json", "in/c.csv", "in/d.parquet"] {
+        let (mut at, mut read, mut ended) = (Position::Beginning, 0, false);
+        while !ended {
+            // Another process goes on with it each time.
+            let mut fetch = folder.fetch();
+            open(&mut fetch, path, at.clone()).await;
+            let batch = fetch.poll(&limits).await.unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(batch.stops, []);
+            let moved = &batch.moves[0];
+            assert!(moved.records <= 3, "{path}: {}", moved.records);
+            assert!(moved.records > 0 || moved.ended, "{path} goes on");
+            read += moved.records;
+            ended = moved.ended;
+            at = moved.to.clone();
+        }
+        assert_eq!(read, 10, "{path}");
+    }
+}
+
 async fn open(fetch: &mut FileFetch, path: &str, from: Position) {
     let opened = fetch.open(path, from).await;
     opened.unwrap_or_else(|e| panic!("{path}: {e}"));
