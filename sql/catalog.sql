@@ -547,7 +547,8 @@ CREATE TABLE rakam_internal.dead_letter (
   is_record   boolean NOT NULL DEFAULT false,            -- as it came of the source: `collection` is what it names beside its value
   written_at  timestamptz,                               -- of the record
   columns     jsonb,                                     -- of a row of CSV: the names of the columns of its file
-  attempts    int NOT NULL DEFAULT 1
+  attempts    int NOT NULL DEFAULT 1,
+  is_charged  boolean NOT NULL DEFAULT false             -- the project's quota has it: a replay takes none
 );
 CREATE INDEX dead_letter_project ON rakam_internal.dead_letter (project_id, id);
 

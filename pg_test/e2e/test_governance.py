@@ -125,6 +125,26 @@ def test_bytes_of_a_day(db, fresh):
         db.admin.execute(send, (fresh, event_of(10)))
 
 
+def test_a_dead_letter_is_charged_once(db, fresh):
+    db.admin.execute(
+        f"CREATE FUNCTION {fresh}.fails(event jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RAISE 'no'; END$$"
+    )
+    set_mapper = "SELECT rakam.set_mapper(%s, 'hit', %s::regprocedure)"
+    db.admin.execute(set_mapper, (fresh, f"{fresh}.fails(jsonb)"))
+    set_quota(db, fresh, bytes_per_day=1_500)
+    send = "SELECT rakam.collect(%s, 'hit', %s::jsonb)"
+    db.admin.execute(send, (fresh, event_of(1000)))
+    replay = "SELECT rakam.replay_dead_letters(%s)"
+    assert [db.one(replay, fresh) for _ in range(3)] == [0, 0, 0]
+    db.admin.execute(set_mapper, (fresh, None))
+    assert db.one(replay, fresh) == 1
+    for _ in range(2):
+        with refused("53400"):
+            db.admin.execute(send, (fresh, event_of(600)))
+        db.tick()
+    db.admin.execute(send, (fresh, event_of(400)))
+
+
 def test_bytes_survive_a_restart(private_cluster):
     cluster = private_cluster("bytes")
     database = Database(cluster, "bytes").create()

@@ -589,6 +589,33 @@ def test_two_replays_at_once_do_not_double(db, owner, writer, collection):
     assert sorted(events(db, collection, "(properties->>'n')::int")) == list(range(300))
 
 
+def test_replay_asks_for_room(db, owner, writer, collection):
+    make(owner, "roomless", "BEGIN RAISE 'no'; END")
+    set_mapper(owner, collection, "acme.roomless")
+    for n in range(3):
+        collect(writer, PROJECT, collection, {"n": n})
+    set_mapper(owner, collection, None)
+    replay = "SELECT rakam.replay_dead_letters('acme', NULL)"
+
+    def is_full() -> bool:
+        try:
+            collect(writer, PROJECT, "roomy", {})
+            return False
+        except psycopg.errors.DiskFull:
+            return True
+
+    db.configure(max_hot_bytes=0)
+    try:
+        wait_until(is_full, "the hot tier is full")
+        assert one(owner, replay) == 0
+        assert "SQLSTATE 53100" in letters(db)[0][1]
+    finally:
+        db.configure(max_hot_bytes=None)
+    wait_until(lambda: not is_full(), "room")
+    assert one(owner, replay) == 3
+    assert events(db, collection, "(properties->>'n')::int") == [0, 1, 2]
+
+
 def test_replay_of_sources_that_are_not_there(owner, collection):
     with refused("42704", hint="NULL"):
         owner.execute("SELECT rakam.replay_dead_letters('acme', 'clicks')")

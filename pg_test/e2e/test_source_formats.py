@@ -264,6 +264,26 @@ def test_a_fixed_schema_refuses_into_the_dead_letters(db, stream):
     assert (count(db, stream.name), count(db, "unheard_of")) == (MANY + 4, 1)
 
 
+def test_replayed_records_are_charged(db, kafka, server):
+    db.project("replayed")
+    db.admin.execute("SELECT rakam.set_schema_mode('replayed', 'fixed')")
+    stream = Stream(db, kafka, "replayed").start(project="replayed")
+    stream.send(*[json.dumps({"n": n, "text": "x" * 1_000}) for n in range(5)])
+    assert stream.letters() == [(n, "42703") for n in range(5)]
+    db.admin.execute("SELECT rakam.set_schema_mode('replayed', 'open')")
+    quota = "SELECT rakam.set_quota('replayed', NULL, %s, NULL, NULL)"
+    replay = "SELECT rakam.replay_dead_letters('replayed', 'replayed')"
+    db.admin.execute(quota, (2_500,))
+    assert [db.one(replay) for _ in range(2)] == [2, 0]
+    # What there was no room for stays as it came, and what was not tried says what it said.
+    assert stream.letters() == [(2, "53400"), (3, "42703"), (4, "42703")]
+    assert db.one("SELECT bool_and(is_record) FROM rakam_internal.dead_letter WHERE source = 'replayed'")
+    db.admin.execute(quota, (None,))
+    assert db.one(replay) == 3
+    assert db.one("SELECT count(*) FROM replayed._all") == 5
+    assert db.one("SELECT count(DISTINCT properties->'n') FROM replayed._all") == 5
+
+
 def test_a_quota_lets_a_source_wait_and_lose_nothing(db, kafka, server):
     db.project("bounded")
     db.admin.execute("SELECT rakam.set_quota('bounded', 200, NULL, NULL, NULL)")

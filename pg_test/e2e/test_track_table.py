@@ -204,6 +204,79 @@ def test_refused_changes_use_up_no_bytes(db, owner, clerk, table):
     wait_until(lambda: collected(db, "weighed"), "the rate of a second is over")
 
 
+def untried(db, owner, clerk, table: str, project: str, rows: int, doc: int = 1_000) -> None:
+    """Changes that a project's quota has refused: so many rows with a text of so many bytes, a dead letter each."""
+    db.project(project)
+    db.admin.execute("SELECT rakam.set_quota(%s, NULL, 0, NULL, NULL)", (project,))
+    create(owner, table, "id int, doc text")
+    db.admin.execute("SELECT rakam.track_table(%s, %s, %s)", (project, table, f"shop.{table}"))
+    for n in range(rows):
+        clerk.execute(f"INSERT INTO shop.{table} VALUES ({n}, repeat('x', {doc}))")
+    assert left(db, project) == rows
+
+
+def left(db, project: str) -> int:
+    return db.one("SELECT count(*) FROM rakam.dead_letter WHERE project = %s", project)
+
+
+def test_replayed_changes_are_charged(db, owner, clerk, table):
+    untried(db, owner, clerk, table, "charged", 5)
+    quota = "SELECT rakam.set_quota('charged', NULL, %s, NULL, NULL)"
+    replay = "SELECT rakam.replay_dead_letters('charged')"
+    db.admin.execute(quota, (2_500,))
+    # What is rolled back is given back.
+    session = db.connect(autocommit=False)
+    for _ in range(3):
+        assert one(session, replay) == 2
+        session.rollback()
+    assert left(db, "charged") == 5
+    told = [notice for notice in notices_of(db.admin, replay) if notice.severity == "WARNING"]
+    reason = 'project "charged" has reached its quota of 2500 bytes per day'
+    assert [notice.message for notice in told] == [f"not all dead letters were tried: {reason}"]
+    assert "again later" in told[0].hint
+    for _ in range(2):
+        assert left(db, "charged") == 3
+        assert db.one(replay) == 0
+        # Moving the events on changes nothing.
+        db.tick()
+    db.admin.execute(quota, (None,))
+    assert db.one(replay) == 3
+    assert db.one("SELECT count(*) FROM charged._all") == 5
+    assert db.one("SELECT count(DISTINCT properties->>'id') FROM charged._all") == 5
+
+
+def test_replayed_changes_keep_to_the_rate(db, owner, clerk, table):
+    untried(db, owner, clerk, table, "rated", 15, doc=1)
+    clerk.execute(f"INSERT INTO shop.{table} SELECT n, 'x' FROM generate_series(15, 114) n")
+    replay = "SELECT rakam.replay_dead_letters('rated')"
+    db.admin.execute("SELECT rakam.set_quota('rated', 5, NULL, NULL, NULL)")
+    assert 5 <= db.one(replay) < 15
+    # The last one has more events than a second may have: it comes when nothing is owed.
+    wait_until(lambda: (db.one(replay), left(db, "rated"))[1] == 0, "all of them")
+    assert db.one("SELECT count(*) FROM rated._all") == 115
+    with refused("53400"):
+        db.admin.execute("SELECT rakam.collect('rated', 'c', '{}')")
+
+
+def test_a_change_is_charged_once_however_often_its_mapper_fails(db, owner, clerk, table):
+    untried(db, owner, clerk, table, "once", 1)
+    db.admin.execute(
+        "CREATE FUNCTION once.fails(event jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RAISE 'no'; END$$"
+    )
+    db.admin.execute("SELECT rakam.set_mapper('once', %s, 'once.fails(jsonb)')", (table,))
+    db.admin.execute("SELECT rakam.set_quota('once', NULL, 1500, NULL, NULL)")
+    replay = "SELECT rakam.replay_dead_letters('once')"
+    assert [db.one(replay) for _ in range(3)] == [0, 0, 0]
+    db.admin.execute("SELECT rakam.set_mapper('once', %s, NULL)", (table,))
+    assert db.one(replay) == 1
+    send = "SELECT rakam.collect('once', 'c', jsonb_build_object('x', repeat('y', %s)))"
+    for _ in range(2):
+        with refused("53400"):
+            db.admin.execute(send, (600,))
+        db.tick()
+    db.admin.execute(send, (300,))
+
+
 def collected(db, project: str) -> bool:
     try:
         db.admin.execute("SELECT rakam.collect(%s, 'c', jsonb_build_object('x', repeat('y', 150000)))", (project,))

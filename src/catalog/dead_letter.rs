@@ -20,6 +20,8 @@ pub struct NewLetter<'a> {
     pub stage: Stage,
     /// Of an INSERT: it may bring an `_extra`.
     pub is_row: bool,
+    /// The project's quota has it already.
+    pub is_charged: bool,
 }
 
 /// Keeps an event of collect as a dead letter.
@@ -27,8 +29,8 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
     let _owner = ActAs::owner();
     spi::execute(
         "INSERT INTO rakam_internal.dead_letter
-           (project_id, collection, payload, error, received_at, shift_us, stage, is_row)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+           (project_id, collection, payload, error, received_at, shift_us, stage, is_row, is_charged)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
         &[
             arg(letter.project_id),
             arg(letter.collection),
@@ -38,6 +40,7 @@ pub fn insert(letter: &NewLetter<'_>) -> Result<()> {
             arg(letter.shift_us),
             arg(letter.stage as i16),
             arg(letter.is_row),
+            arg(letter.is_charged),
         ],
     )?;
     Ok(())
@@ -52,9 +55,10 @@ pub fn keep(row: &TailRow, event: &[u8], error: &str, is_row: bool) -> Result<()
         error,
         received_at_us: row.received_at_us,
         shift_us: row.shift_us,
-        // It has been mapped and checked before it was stored.
+        // It has been mapped, checked and charged before it was stored.
         stage: Stage::Stored,
         is_row,
+        is_charged: true,
     })
 }
 
@@ -77,6 +81,8 @@ pub struct NewRecord<'a> {
     pub written_at_us: Option<i64>,
     /// Of a row of CSV: the names of the columns of its file, as a JSON array.
     pub columns: Option<&'a str>,
+    /// The project's quota has it already.
+    pub is_charged: bool,
 }
 
 /// Keeps what failed of a source, in few statements. Workers only.
@@ -105,14 +111,15 @@ pub fn insert_records(
         spi::execute(
             "INSERT INTO rakam_internal.dead_letter
                (project_id, source, received_at, split, off, collection, payload, error, stage, is_row, is_record,
-                written_at, columns)
+                written_at, columns, is_charged)
              SELECT $1, $2, $3, l.split, l.off::numeric, l.collection, l.payload, l.error, l.stage, l.is_row, l.is_record,
-                    timestamptz '1970-01-01 00:00:00+00' + l.written_us * interval '1 microsecond', l.columns::jsonb
+                    timestamptz '1970-01-01 00:00:00+00' + l.written_us * interval '1 microsecond', l.columns::jsonb,
+                    l.is_charged
              FROM ROWS FROM (
                pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7),
                pg_catalog.unnest($8), pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11),
-               pg_catalog.unnest($12), pg_catalog.unnest($13))
-               l(split, off, collection, payload, error, stage, is_row, is_record, written_us, columns)",
+               pg_catalog.unnest($12), pg_catalog.unnest($13), pg_catalog.unnest($14))
+               l(split, off, collection, payload, error, stage, is_row, is_record, written_us, columns, is_charged)",
             &[
                 arg(project_id),
                 arg(source),
@@ -127,6 +134,7 @@ pub fn insert_records(
                 arg(each(&|l| l.is_record)),
                 arg(written),
                 arg(columns),
+                arg(each(&|l| l.is_charged)),
             ],
         )?;
     }
@@ -150,6 +158,8 @@ pub struct Letter {
     pub written_at_us: Option<i64>,
     /// Of a row of CSV: the names of the columns of its file, as a JSON array.
     pub columns: Option<String>,
+    /// The project's quota has it already.
+    pub is_charged: bool,
 }
 
 /// Letters that a page holds.
@@ -179,7 +189,7 @@ pub fn lock_page(
     spi::query(
         View::Current,
         "SELECT id, collection, payload, coalesce(received_at, at), shift_us, stage, is_row, is_record, split, off::text,
-                written_at, columns::text
+                written_at, columns::text, is_charged
          FROM rakam_internal.dead_letter
          WHERE project_id = $1 AND id > $2 AND id <= $3 AND source IS NOT DISTINCT FROM $5
            AND (is_record OR collection IS NOT NULL)
@@ -199,6 +209,7 @@ pub fn lock_page(
                 offset: row.get(10),
                 written_at_us: row.timestamptz(11),
                 columns: row.get(12),
+                is_charged: row.must(13)?,
             })
         },
     )
@@ -213,12 +224,29 @@ pub fn delete(id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Notes another failure of a letter: what it is now, if that is something else, where it is, and why.
-pub fn failed_again(id: i64, payload: Option<&[u8]>, stage: Stage, error: &str) -> Result<()> {
+/// Another failure of a letter.
+pub struct Failed<'a> {
+    /// What it is now, if that is something else.
+    pub payload: Option<&'a [u8]>,
+    pub stage: Stage,
+    pub error: &'a str,
+    /// The project's quota has it by now.
+    pub is_charged: bool,
+}
+
+/// Notes another failure of a letter.
+pub fn failed_again(id: i64, failed: &Failed<'_>) -> Result<()> {
     spi::execute(
         "UPDATE rakam_internal.dead_letter
-         SET attempts = attempts + 1, payload = coalesce($2, payload), stage = $3, error = $4 WHERE id = $1",
-        &[arg(id), arg(payload), arg(stage as i16), arg(error)],
+         SET attempts = attempts + 1, payload = coalesce($2, payload), stage = $3, error = $4, is_charged = $5
+         WHERE id = $1",
+        &[
+            arg(id),
+            arg(failed.payload),
+            arg(failed.stage as i16),
+            arg(failed.error),
+            arg(failed.is_charged),
+        ],
     )?;
     Ok(())
 }

@@ -148,11 +148,11 @@ pub fn applies(project_id: i32, collection: &str) -> Result<bool> {
 }
 
 /// Stores events after their collection's mappers; how many were stored. The others were dropped by a mapper, which
-/// is counted, or have become dead letters. Their mappers have the time that the caller waits.
+/// is counted, or have become dead letters. Their mappers have the time that the caller waits, who has charged the events.
 pub fn enter(entry: &Entry<'_>, shape: Shape) -> Result<i64> {
     let outcome = enter_but_failed(entry, shape, &mut Allowance::default())?;
     for letter in &outcome.failed {
-        keep(entry, shape, letter)?;
+        keep(entry, shape, letter, true)?;
     }
     Ok(outcome.stored)
 }
@@ -185,8 +185,8 @@ pub fn put(entry: &Entry<'_>) -> Result<()> {
     }
 }
 
-/// Keeps a failed event as a dead letter.
-pub fn keep(entry: &Entry<'_>, shape: Shape, letter: &Failed) -> Result<()> {
+/// Keeps a failed event as a dead letter. `is_charged`: it was charged already.
+pub fn keep(entry: &Entry<'_>, shape: Shape, letter: &Failed, is_charged: bool) -> Result<()> {
     dead_letter::insert(&NewLetter {
         project_id: entry.project_id,
         collection: entry.collection,
@@ -196,18 +196,14 @@ pub fn keep(entry: &Entry<'_>, shape: Shape, letter: &Failed) -> Result<()> {
         shift_us: entry.shift_us,
         stage: letter.stage,
         is_row: shape == Shape::Row,
+        is_charged,
     })
 }
 
-/// Stores one event or row as a dead letter, unmapped: for events that are refused where nobody can be told.
+/// Stores one event or row as a dead letter, neither mapped nor charged: for events that are refused where nobody can be told.
 pub fn set_aside(entry: &Entry<'_>, shape: Shape, error: &PgError) -> Result<()> {
-    let letter = Failed {
-        event: String::from_utf8_lossy(&entry.payload).into_owned(),
-        line: None,
-        stage: Stage::Project,
-        error: reason(error),
-    };
-    keep(entry, shape, &letter)
+    let letter = Failed::whole(entry, Stage::Project, error);
+    keep(entry, shape, &letter, false)
 }
 
 /// An event whose mapper failed, as it entered that mapper.
@@ -217,6 +213,18 @@ pub struct Failed {
     pub line: Option<usize>,
     pub stage: Stage,
     pub error: String,
+}
+
+impl Failed {
+    /// All of an entry.
+    fn whole(entry: &Entry<'_>, stage: Stage, error: &PgError) -> Self {
+        Self {
+            event: String::from_utf8_lossy(&entry.payload).into_owned(),
+            line: None,
+            stage,
+            error: reason(error),
+        }
+    }
 }
 
 /// What became of events.
@@ -233,6 +241,15 @@ impl Outcome {
         Self {
             stored: i64::from(entry.n),
             failed: Vec::new(),
+            lacks_id: None,
+        }
+    }
+
+    /// Of events that no mapper from this stage on has seen, because of an error.
+    pub fn refused(entry: &Entry<'_>, stage: Stage, error: &PgError) -> Self {
+        Self {
+            stored: 0,
+            failed: vec![Failed::whole(entry, stage, error)],
             lacks_id: None,
         }
     }
@@ -253,31 +270,25 @@ impl Line {
     }
 }
 
-/// Tries an event again that failed before, from the mapper on in which it failed, for as long as the caller waits.
-pub fn again(entry: &Entry<'_>, shape: Shape, stage: Stage) -> Result<Outcome> {
+/// The events of an entry that failed before, as they are checked now. `Err` within: one of them is none.
+pub fn checked(entry: &Entry<'_>, shape: Shape) -> Result<Result<Vec<String>>> {
     let text = std::str::from_utf8(&entry.payload)
         .map_err(|_| PgError::internal("events are not UTF-8"))?;
-    let refused = |error: PgError| Outcome {
-        stored: 0,
-        failed: vec![Failed {
-            event: text.to_owned(),
-            line: None,
-            stage,
-            error: reason(&error),
-        }],
-        lacks_id: None,
-    };
-    let mut lines = Vec::new();
-    for line in text.split('\n') {
-        match check(line, shape) {
-            Ok(text) => lines.push(Line { text, at: None }),
-            Err(error) => return Ok(refused(error)),
-        }
-    }
+    Ok(text.split('\n').map(|line| check(line, shape)).collect())
+}
+
+/// Tries checked events of an entry again, from the mapper on in which they failed, for as long as the caller waits.
+pub fn again(
+    entry: &Entry<'_>,
+    shape: Shape,
+    stage: Stage,
+    events: Vec<String>,
+) -> Result<Outcome> {
+    let lines = events.into_iter().map(|text| Line { text, at: None });
     let mappers = catalog::of_project(entry.project_id)?;
     let mut allowance = Allowance::default();
     let mut run = Run::new(entry, shape, mappers, stage, &mut allowance);
-    run.through(0, lines)?;
+    run.through(0, lines.collect())?;
     run.finish()
 }
 

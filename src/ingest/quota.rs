@@ -55,10 +55,7 @@ pub struct Batch {
 /// have when it is the first of the day.
 pub fn charge_batch(project: &Project, batch: &Batch) -> Result<()> {
     room::take((batch.stored_bytes + batch.inbox_bytes + batch.charged_bytes) as i64)?;
-    let day = match project.quota.bytes_per_day {
-        Some(per_day) if per_day > 0 => per_day,
-        _ => i64::MAX,
-    };
+    let day = day_of(project);
     let inbox = (batch.inbox_bytes as i64).min(day);
     take_bytes(project, inbox, Arrival::Digest)?;
     take_bytes(
@@ -73,6 +70,30 @@ pub fn charge_batch(project: &Project, batch: &Batch) -> Result<()> {
         }
     }
     note_stored(project, batch.stored_bytes as i64)
+}
+
+/// As [`charge`], of a dead letter, which cannot be made smaller either, and for which there is room. Who is refused may go on:
+/// no bytes are taken then.
+pub fn charge_letter(project: &Project, events: i64, bytes: i64) -> Result<()> {
+    if let Some(per_second) = project.quota.events_per_second {
+        let meter = meter::of(project.id);
+        let is_taken = match events > per_second {
+            true => meter.take_batch(events, per_second),
+            false => meter.take_events(events, per_second),
+        };
+        if !is_taken {
+            return Err(refused(project, &format!("{per_second} events per second")));
+        }
+    }
+    take_bytes(project, bytes.min(day_of(project)), Arrival::Digest)
+}
+
+/// What something may have of a day's bytes that cannot be made smaller.
+fn day_of(project: &Project) -> i64 {
+    match project.quota.bytes_per_day {
+        Some(per_day) if per_day > 0 => per_day,
+        _ => i64::MAX,
+    }
 }
 
 fn take(project: &Project, events: i64, bytes: i64, arrival: Arrival) -> Result<()> {

@@ -1,24 +1,29 @@
 //! Dead letters tried again: records of a source are decoded once more, events go through the mapper that failed, and in, with
 //! the time at which they first arrived.
+//!
+//! An event is charged to its project's quota once: when it came, or else when it is tried again for the first time. What it takes
+//! of the hot tier is asked for each time. The first one for which there is no room ends the call.
 
 use pgrx::{default, pg_extern};
 
 use rakam_event::error::EventError;
 
 use super::admission::Admission;
-use super::mapper::{self, Shape};
-use super::stream::{self, Stream};
-use crate::catalog::dead_letter::{self, Letter, NewRecord};
+use super::mapper::{self, Outcome, Shape};
+use super::stream::{self, Again, Stream};
+use super::{quota, room};
+use crate::catalog::dead_letter::{self, Failed, Letter, NewRecord};
 use crate::catalog::inbox::Entry;
 use crate::catalog::projects::{self, Project, Right};
 use crate::catalog::{audit, sources};
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
-use crate::pg::{ErrorReport, Result, not_null, wait, xact};
+use crate::pg::{ErrorReport, PgError, Result, not_null, wait, xact};
 
 /// Tries the dead letters of a project again, in the caller's transaction, and returns how many are dead letters no
-/// more: stored, or dropped by a mapper. The others stay, with their newest reason. `source` NULL: those of collect.
+/// more: stored, or dropped by a mapper. The others stay, with their newest reason. `source` NULL: those of collect. Beyond the
+/// project's quota, or without room in the hot tier, it ends with a warning, and leaves the rest for another call.
 /// SQL: `rakam.replay_dead_letters(project text, source text DEFAULT NULL)`.
 /// Errors: 42501 no such project or not its admin, 42704 no such source.
 #[pg_extern(volatile, parallel_unsafe)]
@@ -36,10 +41,7 @@ fn replay(project: &str, source: Option<&str>) -> Result<i64> {
     let project = projects::authorize(project, Right::Admin)?;
     let source = source.map(sources::name_of).transpose()?;
     let source = source.as_deref();
-    let mut records = match source {
-        Some(name) => Some(Records::open(&project, name)?),
-        None => None,
-    };
+    let mut replay = Replay::begin(&project, source)?;
     // Not what fails in the meantime, or this would not end.
     let last = as_owner(|| dead_letter::last_id(project.id))?;
     let (mut after, mut gone) = (0, 0);
@@ -51,135 +53,106 @@ fn replay(project: &str, source: Option<&str>) -> Result<i64> {
         after = newest.id;
         for letter in page {
             wait::check_interrupts();
-            let is_gone = match (&mut records, letter.is_record) {
-                (Some(records), true) => records.replay(&letter)?,
-                _ => replay_one(&project, source, &letter)?,
-            };
-            gone += i64::from(is_gone);
+            gone += i64::from(replay.letter(&letter)?);
+            if let Some(refusal) = replay.refusal.take() {
+                PgError::new(
+                    "01000",
+                    format!("not all dead letters were tried: {}", refusal.message),
+                )
+                .hint("Call rakam.replay_dead_letters again later: it goes on with the others.")
+                .warn();
+                return Ok(gone);
+            }
         }
     }
 }
 
-/// Tries an event again. Whether the letter is gone for good.
-fn replay_one(project: &Project, source: Option<&str>, letter: &Letter) -> Result<bool> {
-    let collection = letter.collection.as_deref().unwrap_or_default();
-    let shape = if letter.is_row {
-        Shape::Row
-    } else {
-        Shape::Event
-    };
-    let entry = Entry {
-        project_id: project.id,
-        collection_id: projects::collection_id(project.id, collection)?,
-        collection,
-        n: 0,
-        received_at_us: letter.received_at_us,
-        shift_us: letter.shift_us,
-        // Rows of an INSERT, what the digest gave up, and what came from a source stay here.
-        store_id: project
-            .event_store_id
-            .filter(|_| source.is_none() && !letter.is_row),
-        payload: letter.payload.as_slice().into(),
-    };
-    if source.is_some()
-        && let Ok(text) = std::str::from_utf8(&letter.payload)
-        && let Some(refusal) = Admission::new(project).refusal(collection, text)?
-    {
-        as_owner(|| dead_letter::failed_again(letter.id, None, letter.stage, &refused(&refusal)))?;
-        return Ok(false);
-    }
-    let outcome = mapper::again(&entry, shape, letter.stage)?;
-    match outcome.failed.as_slice() {
-        [] => as_owner(|| dead_letter::delete(letter.id))?,
-        [failed] if outcome.stored == 0 => as_owner(|| {
-            dead_letter::failed_again(
-                letter.id,
-                Some(failed.event.as_bytes()),
-                failed.stage,
-                &failed.error,
-            )
-        })?,
-        // One event became several, of which some are stored: the others are letters of their own.
-        several => {
-            keep(project, source, letter, &entry, shape, several)?;
-            as_owner(|| dead_letter::delete(letter.id))?;
-        }
-    }
-    Ok(outcome.failed.is_empty())
-}
-
-/// Keeps events that a letter has become, and that failed.
-fn keep(
-    project: &Project,
-    source: Option<&str>,
-    letter: &Letter,
-    entry: &Entry<'_>,
-    shape: Shape,
-    failed: &[mapper::Failed],
-) -> Result<()> {
-    let Some(source) = source else {
-        return failed
-            .iter()
-            .try_for_each(|failed| mapper::keep(entry, shape, failed));
-    };
-    let records: Vec<NewRecord<'_>> = (failed.iter())
-        .map(|failed| NewRecord {
-            split: letter.split.as_deref(),
-            offset: letter.offset.clone(),
-            collection: Some(entry.collection.into()),
-            payload: failed.event.as_bytes(),
-            error: failed.error.clone(),
-            stage: failed.stage,
-            is_row: shape == Shape::Row,
-            is_record: false,
-            written_at_us: letter.written_at_us,
-            columns: None,
-        })
-        .collect();
-    as_owner(|| dead_letter::insert_records(project.id, source, letter.received_at_us, &records))
-}
-
-fn refused(error: &EventError) -> String {
-    format!("{error} (SQLSTATE {})", error.sqlstate())
-}
-
-/// Records of a source that were no events, decoded with the schemas of today.
-struct Records<'a> {
+/// One call.
+struct Replay<'a> {
     project: &'a Project,
-    source: &'a str,
-    stream: Stream,
+    source: Option<&'a str>,
+    /// Decodes records of the source, with the schemas of today.
+    stream: Option<Stream>,
+    /// Why there is no room for an event now.
+    refusal: Option<PgError>,
 }
 
-impl<'a> Records<'a> {
-    fn open(project: &'a Project, source: &'a str) -> Result<Self> {
-        let found = as_owner(|| {
-            let latest = Registered::latest();
-            sources::named(View::Under(latest.get()), project.id, source)
-        })?;
-        let found = found.ok_or_else(|| {
-            stream::unknown_source(source)
-                .hint("With NULL as source the events of collect are replayed.")
-        })?;
-        let stream = Stream::new(&found);
+impl<'a> Replay<'a> {
+    fn begin(project: &'a Project, source: Option<&'a str>) -> Result<Self> {
         Ok(Self {
             project,
             source,
-            stream,
+            stream: source.map(|name| open(project, name)).transpose()?,
+            refusal: None,
         })
     }
 
-    /// Whether the letter is gone for good: all events of the record are stored, or dropped by a mapper.
-    fn replay(&mut self, letter: &Letter) -> Result<bool> {
-        let decoded = as_owner(|| self.stream.decode_again(self.project, letter))?;
-        let events = match decoded {
-            Ok(events) => events,
-            Err(error) => {
-                as_owner(|| dead_letter::failed_again(letter.id, None, letter.stage, &error))?;
-                return Ok(false);
-            }
+    /// Tries a letter again. Whether it is gone for good: all of its events are stored, or dropped by a mapper.
+    fn letter(&mut self, letter: &Letter) -> Result<bool> {
+        let project = self.project;
+        let decoded = match &mut self.stream {
+            Some(stream) if letter.is_record => as_owner(|| stream.decode_again(project, letter))?,
+            _ => return self.event(letter),
         };
+        match decoded {
+            Ok(events) => self.record(letter, events),
+            Err(error) => fails(letter, &error),
+        }
+    }
+
+    /// Tries events again that failed after they were decoded.
+    fn event(&mut self, letter: &Letter) -> Result<bool> {
+        let collection = letter.collection.as_deref().unwrap_or_default();
+        let shape = if letter.is_row {
+            Shape::Row
+        } else {
+            Shape::Event
+        };
+        let entry = Entry {
+            project_id: self.project.id,
+            collection_id: projects::collection_id(self.project.id, collection)?,
+            collection,
+            n: 0,
+            received_at_us: letter.received_at_us,
+            shift_us: letter.shift_us,
+            // Rows of an INSERT, what the digest gave up, and what came from a source stay here.
+            store_id: self
+                .project
+                .event_store_id
+                .filter(|_| self.source.is_none() && !letter.is_row),
+            payload: letter.payload.as_slice().into(),
+        };
+        if self.source.is_some()
+            && let Ok(text) = std::str::from_utf8(&letter.payload)
+            && let Some(refusal) = Admission::new(self.project).refusal(collection, text)?
+        {
+            return fails(letter, &refused(&refusal));
+        }
+        let (outcome, is_charged) = self.attempt(&entry, shape, letter)?;
+        match outcome.failed.as_slice() {
+            [] => as_owner(|| dead_letter::delete(letter.id))?,
+            [failed] if outcome.stored == 0 => as_owner(|| {
+                let failed = Failed {
+                    payload: Some(failed.event.as_bytes()),
+                    stage: failed.stage,
+                    error: &failed.error,
+                    is_charged,
+                };
+                dead_letter::failed_again(letter.id, &failed)
+            })?,
+            // One event became several, of which some are stored: the others are letters of their own.
+            several => {
+                self.keep(letter, &entry, shape, several, is_charged)?;
+                as_owner(|| dead_letter::delete(letter.id))?;
+            }
+        }
+        Ok(outcome.failed.is_empty())
+    }
+
+    /// Stores the events of a record.
+    fn record(&mut self, letter: &Letter, events: Vec<Again>) -> Result<bool> {
         let mut is_gone = true;
-        for event in events {
+        for (at, event) in events.into_iter().enumerate() {
             let entry = Entry {
                 project_id: self.project.id,
                 collection_id: projects::collection_id(self.project.id, &event.collection)?,
@@ -190,21 +163,116 @@ impl<'a> Records<'a> {
                 store_id: None,
                 payload: event.line.as_bytes().into(),
             };
-            let outcome = mapper::again(&entry, event.shape, letter.stage)?;
-            let source = Some(self.source);
-            keep(
-                self.project,
-                source,
-                letter,
-                &entry,
-                event.shape,
-                &outcome.failed,
-            )?;
+            let (outcome, is_charged) = self.attempt(&entry, event.shape, letter)?;
+            if let Some(refusal) = self.refusal.as_ref().filter(|_| at == 0) {
+                // Nothing of it is stored: it stays as it came.
+                return fails(letter, &mapper::reason(refusal));
+            }
+            self.keep(letter, &entry, event.shape, &outcome.failed, is_charged)?;
             is_gone &= outcome.failed.is_empty();
         }
         as_owner(|| dead_letter::delete(letter.id))?;
         Ok(is_gone)
     }
+
+    /// Tries events of a letter again if there is room for them; also whether they are charged by then.
+    fn attempt(
+        &mut self,
+        entry: &Entry<'_>,
+        shape: Shape,
+        letter: &Letter,
+    ) -> Result<(Outcome, bool)> {
+        let (stage, is_charged) = (letter.stage, letter.is_charged);
+        let events = match mapper::checked(entry, shape)? {
+            Ok(events) => events,
+            Err(error) => return Ok((Outcome::refused(entry, stage, &error), is_charged)),
+        };
+        if let Err(error) = charge(self.project, entry, &events, is_charged) {
+            if !matches!(error.sqlstate.as_str(), "53400" | "53100") {
+                return Err(error);
+            }
+            let outcome = Outcome::refused(entry, stage, &error);
+            self.refusal = Some(error);
+            return Ok((outcome, is_charged));
+        }
+        Ok((mapper::again(entry, shape, stage, events)?, true))
+    }
+
+    /// Keeps events that a letter has become, and that failed.
+    fn keep(
+        &self,
+        letter: &Letter,
+        entry: &Entry<'_>,
+        shape: Shape,
+        failed: &[mapper::Failed],
+        is_charged: bool,
+    ) -> Result<()> {
+        let Some(source) = self.source else {
+            return failed
+                .iter()
+                .try_for_each(|failed| mapper::keep(entry, shape, failed, is_charged));
+        };
+        let records: Vec<NewRecord<'_>> = (failed.iter())
+            .map(|failed| NewRecord {
+                split: letter.split.as_deref(),
+                offset: letter.offset.clone(),
+                collection: Some(entry.collection.into()),
+                payload: failed.event.as_bytes(),
+                error: failed.error.clone(),
+                stage: failed.stage,
+                is_row: shape == Shape::Row,
+                is_record: false,
+                written_at_us: letter.written_at_us,
+                columns: None,
+                is_charged,
+            })
+            .collect();
+        let project_id = self.project.id;
+        as_owner(|| {
+            dead_letter::insert_records(project_id, source, letter.received_at_us, &records)
+        })
+    }
+}
+
+fn open(project: &Project, source: &str) -> Result<Stream> {
+    let found = as_owner(|| {
+        let latest = Registered::latest();
+        sources::named(View::Under(latest.get()), project.id, source)
+    })?;
+    let found = found.ok_or_else(|| {
+        stream::unknown_source(source)
+            .hint("With NULL as source the events of collect are replayed.")
+    })?;
+    Ok(Stream::new(&found))
+}
+
+/// Takes room for events, and charges them unless they are charged: 53100, 53400.
+fn charge(project: &Project, entry: &Entry<'_>, events: &[String], is_charged: bool) -> Result<()> {
+    let bytes = events.iter().map(String::len).sum::<usize>() as i64;
+    if entry.store_id.is_some() {
+        room::take_of_outbox(bytes)?;
+    }
+    room::take(bytes)?;
+    if is_charged {
+        return Ok(());
+    }
+    quota::charge_letter(project, events.len() as i64, bytes)
+}
+
+/// Notes why nothing of a letter could be stored; it is not gone.
+fn fails(letter: &Letter, error: &str) -> Result<bool> {
+    let failed = Failed {
+        payload: None,
+        stage: letter.stage,
+        error,
+        is_charged: letter.is_charged,
+    };
+    as_owner(|| dead_letter::failed_again(letter.id, &failed))?;
+    Ok(false)
+}
+
+fn refused(error: &EventError) -> String {
+    format!("{error} (SQLSTATE {})", error.sqlstate())
 }
 
 fn as_owner<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {

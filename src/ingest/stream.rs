@@ -53,6 +53,7 @@ mod pace;
 mod prepare;
 mod schemas;
 
+pub use again::Again;
 use pace::Pace;
 pub use schemas::unknown_source;
 
@@ -160,6 +161,8 @@ struct Letter {
     is_row: bool,
     /// Of a row of CSV: the names of the columns of its file, as a JSON array.
     columns: Option<Rc<str>>,
+    /// The project's quota has it.
+    is_charged: bool,
 }
 
 /// A batch that is ready to be stored.
@@ -456,6 +459,7 @@ impl Storing<'_> {
                 stage: failed.stage,
                 is_row: lines.shape == Shape::Row,
                 columns: None,
+                is_charged: true,
             });
         }
         Ok(())
@@ -480,16 +484,20 @@ impl Storing<'_> {
 }
 
 impl Letter {
-    /// A record that is no event; a replay takes it from `stage` on.
-    fn of_record(dead: &DeadLetter, stage: Stage) -> Self {
+    /// A record that is no event. One of an event store of the project (`is_own`) is mapped and charged.
+    fn of_record(dead: &DeadLetter, is_own: bool) -> Self {
         Self {
             origin: Origin::Record(dead.record),
             payload: None,
             error: reason(&dead.error),
             collection: None,
-            stage,
+            stage: match is_own {
+                true => Stage::Stored,
+                false => Stage::Project,
+            },
             is_row: false,
             columns: None,
+            is_charged: is_own,
         }
     }
 
@@ -520,6 +528,7 @@ impl Letter {
                 .and_then(|record| record.timestamp_ms)
                 .and_then(written_us),
             columns: self.columns.as_deref(),
+            is_charged: self.is_charged,
         }
     }
 }

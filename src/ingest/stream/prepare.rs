@@ -19,7 +19,6 @@ use uuid::Uuid;
 
 use super::{Letter, Lines, Origin, Part, Prepared, Stream, Table};
 use crate::catalog::event_store;
-use crate::catalog::mapper::Stage;
 use crate::catalog::projects::{self, Project};
 use crate::catalog::registry::{self, Collection, ProjectRow};
 use crate::ingest::admission::Admission;
@@ -216,11 +215,7 @@ impl Preparing<'_> {
     }
 
     fn letter(&self, dead: &DeadLetter) -> Letter {
-        let stage = match self.whose(dead.record) {
-            Whose::Own => Stage::Stored,
-            Whose::Others => Stage::Project,
-        };
-        Letter::of_record(dead, stage)
+        Letter::of_record(dead, self.whose(dead.record) == Whose::Own)
     }
 
     fn whose(&self, record: usize) -> Whose {

@@ -189,6 +189,7 @@ impl Preparing<'_> {
                 stage: Stage::Project,
                 is_row: true,
                 columns: None,
+                is_charged: false,
             });
         }
         filter_record_batch(&rows, &BooleanArray::from(mask))
@@ -223,5 +224,6 @@ fn of_row(split: usize, bad: &BadRow, columns: Option<Rc<str>>) -> Letter {
         stage: Stage::Project,
         is_row: false,
         columns,
+        is_charged: false,
     }
 }
