@@ -84,7 +84,9 @@ def test_a_slow_mapper_delays_others_by_a_batch_at_most(db, kafka, world):
         wait_until(lambda sent=sent: count(db, "quick", "prompt") == sent + 1, "an event of the other project")
         waits.append(time.monotonic() - began)
         time.sleep(0.3)
-    print(f"waited at most {max(waits):.1f} s for a batch, {sum(waits) / len(waits):.1f} s on an average of {len(waits)}")
+    print(
+        f"waited at most {max(waits):.1f} s for a batch, {sum(waits) / len(waits):.1f} s on an average of {len(waits)}"
+    )
     # The batch that showed how slow the mapper is, and the smaller ones that came then.
     assert max(waits) < ALLOWANCE_S + LIMIT_S + 5
     assert sorted(waits)[len(waits) // 2] < 3

@@ -26,6 +26,7 @@ from .services import Services
 
 # The broker may just be coming up again on a machine that is busy.
 PATIENCE_S = 120
+NO_LEADER_YET = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
 
 
 class Record(NamedTuple):
@@ -237,8 +238,18 @@ class Kafka(Services):
     def ends(self, topic: str, partition: int) -> tuple[int, int]:
         """The oldest offset and the one behind the last record that is committed."""
         consumer = self.consumer()
+
+        def asked() -> tuple[int, int] | None:
+            try:
+                return consumer.get_watermark_offsets(TopicPartition(topic, partition), PATIENCE_S)
+            except KafkaException as error:
+                # Of a topic that is new, or after a restart, the broker may not know yet that it is the leader.
+                if error.args[0].code() not in NO_LEADER_YET:
+                    raise
+            return None
+
         try:
-            return consumer.get_watermark_offsets(TopicPartition(topic, partition), PATIENCE_S)
+            return wait_until(asked, f"the leader of {topic}/{partition}", PATIENCE_S)
         finally:
             consumer.close()
 
