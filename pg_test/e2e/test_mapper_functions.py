@@ -149,7 +149,7 @@ def test_a_dump_has_mappers(db, cluster, owner, other):
         assert "error" not in done.stderr.lower(), done.stderr
         number = restored.one("SELECT 'acme.travels(jsonb)'::regprocedure::oid")
         assert restored.all(MAPPER, "dumped") == [("acme.travels(jsonb)", number, False)]
-        assert restored.all(MAPPER, "left") == [("acme.left(jsonb)", None, True)]
+        assert restored.all(MAPPER, "left") == [('acme."left"(jsonb)', None, True)]
         assert who(restored, "dumped") == ["login_acme_admin"]
         assert who(restored, "left") == []
         assert [LOST in error for error in errors(restored, "left")] == [True]

@@ -57,10 +57,11 @@ pub struct Slot {
     /// How often it was started again after it ended by itself.
     pub restarts: AtomicU32,
     pub state: AtomicU32,
-    /// The database has the extension, or is about to; else nobody knows yet, or it is `absent`.
+    /// The database has the extension, or is about to; else nobody knows yet, or it has none.
     pub known: AtomicBool,
-    /// The database has no extension (any more): the launcher leaves it alone, and gives the slot up.
-    pub absent: AtomicBool,
+    /// The oid of a database without the extension; 0: none. If it is that of the slot, the launcher leaves the database alone and
+    /// gives the slot up. Who says so late, of a slot that is another database's by then, is not believed.
+    absent: AtomicU32,
     /// Its worker could not be started for want of a worker slot.
     pub starved: AtomicBool,
     /// Milliseconds since 1970 before which the launcher does not start it again.
@@ -191,7 +192,7 @@ impl Shared {
         let mut absent = Vec::new();
         for (place, slot) in self.places() {
             let oid = place.load(Ordering::Acquire);
-            if oid != 0 && slot.absent.load(Ordering::Acquire) && slot.is_left() {
+            if oid != 0 && slot.absent.load(Ordering::Acquire) == oid && slot.is_left() {
                 absent.push(pg_sys::Oid::from(oid));
                 slot.reset();
                 place.store(0, Ordering::Release);
@@ -205,7 +206,7 @@ impl Shared {
         if let Some(slot) = self.find(database) {
             slot.not_before_ms.store(0, Ordering::Release);
             slot.known.store(true, Ordering::Release);
-            slot.absent.store(false, Ordering::Release);
+            slot.set_absent(pg_sys::InvalidOid);
         }
         // Last: the launcher may just have given the slot up, and is to look into the database again.
         let next = |installed: u64| {
@@ -244,7 +245,7 @@ impl Slot {
         self.restarts.store(0, Ordering::Relaxed);
         self.state.store(0, Ordering::Relaxed);
         self.known.store(false, Ordering::Relaxed);
-        self.absent.store(false, Ordering::Relaxed);
+        self.absent.store(0, Ordering::Relaxed);
         self.starved.store(false, Ordering::Relaxed);
         self.since_us.store(0, Ordering::Relaxed);
         self.not_before_ms.store(0, Ordering::Relaxed);
@@ -265,6 +266,15 @@ impl Slot {
         own.into_iter()
             .chain(self.consumers.iter().map(|consumer| &consumer.pid))
             .all(|pid| pid.load(Ordering::Acquire) == 0)
+    }
+
+    /// Notes that this database, whose slot it is, has no extension; InvalidOid: it has one, or may have.
+    pub fn set_absent(&self, database: pg_sys::Oid) {
+        self.absent.store(u32::from(database), Ordering::Release);
+    }
+
+    pub fn is_absent(&self, database: pg_sys::Oid) -> bool {
+        self.absent.load(Ordering::Acquire) == u32::from(database)
     }
 
     /// Notes that the database has the extension.

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pgrx::{pg_guard, pg_sys};
 
+use super::resident::WAIT_FOR_EXTENSION;
 use crate::pg::bgworker::{self, Worker};
 use crate::pg::shared::{self, Installed, SLOTS, Shared, Slot};
 use crate::pg::{PgError, notes, relation, wait, xact};
@@ -23,6 +24,7 @@ const STARVED: Duration = Duration::from_secs(2);
 /// How soon a resident that ended by itself is started again: the wait doubles up to the maximum.
 const RESTART_MIN_MS: i64 = 1_000;
 const RESTART_MAX_MS: i64 = 600_000;
+const EXTENSION_MS: i64 = WAIT_FOR_EXTENSION.as_millis() as i64;
 /// One that lived so long starts the count anew.
 const HEALTHY_MS: i64 = 300_000;
 
@@ -149,7 +151,7 @@ fn no_slot(shared: &Shared, memory: &mut Memory) -> Duration {
 /// Starts a resident where none runs and one may be started; whether that succeeded. None: nothing was to be done.
 fn start_if_due(database: pg_sys::Oid, slot: &Slot, now_ms: i64) -> Option<bool> {
     let idle = slot.pid.load(Ordering::Acquire) == 0;
-    let wanted = !slot.absent.load(Ordering::Acquire);
+    let wanted = !slot.is_absent(database);
     let not_before_ms = slot.not_before_ms.load(Ordering::Acquire);
     if !idle || !wanted || is_early(now_ms, not_before_ms) {
         return None;
@@ -164,11 +166,16 @@ fn is_early(now_ms: i64, not_before_ms: i64) -> bool {
 }
 
 /// Counts a start after the first, and says when the next may be.
-fn back_off(slot: &Slot, now_ms: i64) {
+pub fn back_off(slot: &Slot, now_ms: i64) {
     let since_us = slot.since_us.load(Ordering::Acquire);
     if since_us <= 0 {
+        let wait_ms = match since_us {
+            0 => RESTART_MIN_MS,
+            // One waits for a CREATE EXTENSION to commit.
+            _ => EXTENSION_MS,
+        };
         slot.not_before_ms
-            .store(now_ms + RESTART_MIN_MS, Ordering::Release);
+            .store(now_ms + wait_ms, Ordering::Release);
         return;
     }
     if now_ms - since_us / 1000 > HEALTHY_MS {

@@ -12,14 +12,17 @@ use crate::pg::xact::{self, Failure};
 use crate::pg::{bgworker, exit, notes, security, wait, wake};
 
 /// How long a resident waits for a CREATE EXTENSION that is not committed yet.
-const WAIT_FOR_EXTENSION: Duration = Duration::from_secs(30);
+pub const WAIT_FOR_EXTENSION: Duration = Duration::from_secs(30);
 
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
     let database = pg_sys::Oid::from(argument.value() as u32);
     bgworker::begin(Some(database));
-    let Some(slot) = shared::get().and_then(|s| s.find_or_take(database)) else {
+    let Some(shared) = shared::get() else {
+        return;
+    };
+    let Some(slot) = shared.find_or_take(database) else {
         return;
     };
     if !extension_comes(slot) {
@@ -29,8 +32,12 @@ pub extern "C-unwind" fn rakam_resident_main(argument: pg_sys::Datum) {
     let Some(lock) = SessionLock::try_take(LockOn::Resident) else {
         return;
     };
+    // The one before may have been given up meanwhile.
+    let Some(slot) = shared.find_or_take(database) else {
+        return;
+    };
     slot.note_known();
-    slot.absent.store(false, Ordering::Release);
+    slot.set_absent(pg_sys::InvalidOid);
     slot.starved.store(false, Ordering::Release);
     slot.since_us.store(xact::now_us(), Ordering::Release);
     slot.pid.store(bgworker::my_pid(), Ordering::Release);
@@ -82,7 +89,7 @@ fn follow(database: pg_sys::Oid, slot: &Slot) {
 fn leave_alone(database: pg_sys::Oid, slot: &Slot, has_extension: impl Fn() -> bool) {
     slot.known.store(false, Ordering::Release);
     slot.starved.store(false, Ordering::Release);
-    slot.absent.store(true, Ordering::Release);
+    slot.set_absent(database);
     if has_extension()
         && let Some(shared) = shared::get()
     {
@@ -127,12 +134,14 @@ pub fn start_with_extension() {
     let database = bgworker::my_database();
     if let Some(slot) = shared::get().and_then(|s| s.find_or_take(database)) {
         slot.note_known();
-        slot.absent.store(false, Ordering::Release);
+        slot.set_absent(pg_sys::InvalidOid);
         slot.not_before_ms.store(0, Ordering::Release);
         if slot.pid.load(Ordering::Acquire) == 0 {
             // Marks that the extension is expected: see `extension_comes`.
             slot.since_us.store(-1, Ordering::Release);
-            super::launcher::start(database, slot);
+            if super::launcher::start(database, slot) {
+                super::launcher::back_off(slot, xact::now_us() / 1000);
+            }
         }
     }
 }
