@@ -208,10 +208,17 @@ def test_seeking_back_counts_nothing_twice(db, kafka, server):
     wait_for(db, "with_ids", list(range(50)))
     # What the caller itself holds up is told, not waited for.
     session = db.connect(autocommit=False)
-    session.execute("SELECT rakam.pause_source(%s, 'with_ids')", (PROJECT,))
-    with refused("55P03", hint="transaction"):
-        session.execute("SELECT rakam.seek_source(%s, 'with_ids', 'earliest')", (PROJECT,))
-    session.rollback()
+    noted = db.all("SELECT split, next_offset FROM rakam.offsets WHERE source = 'with_ids' ORDER BY 1")
+    for change, target in [
+        ("pause_source", "earliest"),
+        # It changes no split, but the source.
+        ("resume_source", '{"with_ids/0": 25}'),
+    ]:
+        session.execute(f"SELECT rakam.{change}(%s, 'with_ids')", (PROJECT,))
+        with refused("55P03", hint="transaction"):
+            session.execute("SELECT rakam.seek_source(%s, 'with_ids', %s)", (PROJECT, target))
+        session.rollback()
+    assert db.all("SELECT split, next_offset FROM rakam.offsets WHERE source = 'with_ids' ORDER BY 1") == noted
     epochs = "SELECT sum(epoch) FROM rakam.offsets WHERE source = 'with_ids'"
     before = db.one(epochs)
     seek(db, "with_ids", "earliest")

@@ -85,8 +85,9 @@ pub fn clear(collection_id: i32) -> Result<bool> {
 pub fn delete_objects(project_id: i32) -> Result<u64> {
     spi::execute(
         "WITH due AS MATERIALIZED (
-           SELECT d.storage_id, d.path FROM rakam_internal.file_deferred d JOIN rakam_internal.storage s USING (storage_id)
-           WHERE d.project_id = $1 AND d.reason = 'collection dropped' AND s.kind = 'local' LIMIT $2 FOR UPDATE OF d SKIP LOCKED),
+           SELECT d.storage_id, d.path FROM rakam_internal.file_deferred d
+           WHERE d.storage_id = (SELECT storage_id FROM rakam_internal.storage WHERE kind = 'local')
+             AND d.project_id = $1 AND d.reason = 'collection dropped' LIMIT $2 FOR UPDATE SKIP LOCKED),
          gone AS (DELETE FROM rakam_internal.local_object o USING due WHERE o.path = due.path)
          DELETE FROM rakam_internal.file_deferred d USING due WHERE d.storage_id = due.storage_id AND d.path = due.path",
         &[arg(project_id), arg(OBJECTS_AT_ONCE)],

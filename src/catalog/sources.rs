@@ -373,6 +373,11 @@ pub struct Standing {
 
 /// All splits of a source, locked to the end of the transaction.
 pub fn lock_splits(source_id: i32) -> Result<Vec<Standing>> {
+    // Splits are only added, also by `reposition`, where nobody else is changing the source.
+    spi::execute(
+        "SELECT FROM rakam_internal.source WHERE source_id = $1 FOR NO KEY UPDATE",
+        &[arg(source_id)],
+    )?;
     spi::query(
         View::Current,
         "SELECT split, position::text, record_at FROM rakam_internal.source_split
@@ -451,7 +456,13 @@ pub fn reposition(source_id: i32, splits: &[NewSplit], only: bool) -> Result<()>
         "DELETE FROM rakam_internal.source_split WHERE source_id = $1 AND (NOT $2 OR split = ANY ($3))",
         &[arg(source_id), arg(only), arg(names)],
     )?;
-    add_splits(source_id, splits).map(|_| ())
+    match add_splits(source_id, splits)? {
+        true => Ok(()),
+        false => Err(PgError::new(
+            "40001",
+            "the source was changed by somebody else",
+        )),
+    }
 }
 
 /// Begins a new mark for splits whose newest one is older than so many seconds, and forgets marks that tell nothing more than

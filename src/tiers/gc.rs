@@ -229,15 +229,25 @@ fn deferred(
             }
             failpoint::hit("gc.after_object");
         }
-        xact::worker(|| {
-            if remote.is_none() {
-                for path in &paths {
-                    manifest::delete_object(path)?;
-                }
-            }
+        let forget = || {
             manifest::delete_deferred(storage_id, &paths)?;
             storages::forget_problems(storage_id, &paths)
-        })?;
+        };
+        match remote {
+            Some(_) => xact::worker(forget)?,
+            None => {
+                let forgotten = xact::in_passing(|| {
+                    for path in &paths {
+                        manifest::delete_object(path)?;
+                    }
+                    forget()
+                })?;
+                // Somebody drops the project of one of them.
+                if forgotten.is_none() {
+                    return Ok(deleted);
+                }
+            }
+        }
         deleted += paths.len() as u64;
     }
 }

@@ -168,12 +168,17 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
     Ok(())
 }
 
-/// Removes what a dropped collection has left, while nobody but its own jobs is locked out.
+/// Removes what a dropped collection has left, while nobody but its own jobs is locked out. Who drops the project now takes the same
+/// rows: what is in somebody's way, or in whose way somebody is, is left to the background.
 fn clear(project_id: i32, collection_id: i32) -> std::result::Result<(), Failure> {
-    while xact::worker(|| collections::clear(collection_id))? {
+    while !dropping::is_going(project_id)
+        && xact::in_passing(|| collections::clear(collection_id))? == Some(true)
+    {
         wait::check_interrupts();
     }
-    while xact::worker(|| collections::delete_objects(project_id))? > 0 {
+    while !dropping::is_going(project_id)
+        && xact::in_passing(|| collections::delete_objects(project_id))?.is_some_and(|n| n > 0)
+    {
         wait::check_interrupts();
     }
     Ok(())

@@ -301,8 +301,10 @@ impl Errors<'_> {
         collection: Option<i32>,
         outcome: std::result::Result<(), Failure>,
     ) -> std::result::Result<(), Failure> {
-        let Err(Failure::Error(error)) = outcome else {
-            return outcome;
+        let error = match outcome {
+            // Whoever cancels means all of it.
+            Err(Failure::Error(error)) if error.sqlstate != "57014" => error,
+            outcome => return outcome,
         };
         let is_theirs = match (self.projects, collection) {
             (None, _) => true,

@@ -64,11 +64,12 @@ pub fn plan(
                 plan.at_start.push(split.clone());
             }
             _ if waits => {}
-            // What came to be after the start has nothing from before it.
-            Start::Time(_) => plan.at_start.push(split.clone()),
-            Start::Earliest | Start::Latest | Start::Splits(_) => {
-                plan.from_beginning.push(split.clone());
+            // One that is behind others may be older than the seek that moved the start.
+            Start::Time(_) if begins || !split.parents.is_empty() => {
+                plan.at_start.push(split.clone());
             }
+            // What came to be after the start has nothing from before it, whatever time its producers give.
+            _ => plan.from_beginning.push(split.clone()),
         }
     }
     let mut gone: Vec<String> = noted
@@ -179,10 +180,9 @@ mod tests {
         for start in [Start::Earliest, Start::Latest, at("d")] {
             assert_eq!(planned_when(false, "", &start), ["", "a b f", "", ""]);
         }
-        assert_eq!(
-            planned_when(false, "", &Start::Time(5)),
-            ["a b f", "", "", ""]
-        );
+        // Time is of the start only, and of what is behind others.
+        let found = planned_when(false, "", &Start::Time(5));
+        assert_eq!(found, ["f", "a b", "", ""]);
     }
 
     #[test]
