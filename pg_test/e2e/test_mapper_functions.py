@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from harness.database import Database, collect
 
@@ -129,6 +131,60 @@ def test_after_an_upgrade_functions_are_found_by_their_names_once(db, owner):
     owner.execute("ALTER FUNCTION acme.kept(jsonb) RENAME TO kept_on")
     assert who(db, "kept") == ["login_acme_admin"] * 2
     assert db.all(MAPPER, "kept")[0][0] == "acme.kept_on(jsonb)"
+
+
+def test_a_function_renamed_right_after_an_upgrade_is_followed(db, owner):
+    make(owner, "acme.early")
+    set_mapper(owner, "early", "acme.early")
+    as_upgraded(db)
+    # Nobody has had the time to find it by its old name.
+    owner.execute("ALTER FUNCTION acme.early(jsonb) RENAME TO renamed_early")
+    assert db.all(MAPPER, "early")[0][::2] == ("acme.renamed_early(jsonb)", False)
+    assert who(db, "early") == ["login_acme_admin"]
+
+
+def test_a_function_that_comes_after_its_mapper_is_found(db, owner):
+    """As pg_restore makes those that depend on a primary key."""
+    make(owner, "acme.late")
+    set_mapper(owner, "late", "acme.late")
+    with db.admin.transaction():
+        (row,) = db.all("SELECT to_jsonb(m) - 'function_oid' FROM rakam_internal.mapper m WHERE collection = 'late'")
+        db.admin.execute("DELETE FROM rakam_internal.mapper WHERE collection = 'late'")
+        owner_of = "acme.late(jsonb) OWNER TO login_acme_admin"
+        db.admin.execute("DROP FUNCTION acme.late(jsonb)")
+        columns = "project_id, collection, function, is_lost, every_batch, owner, set_at"
+        db.admin.execute(
+            f"INSERT INTO rakam_internal.mapper ({columns})"
+            f" SELECT {columns} FROM jsonb_populate_record(NULL::rakam_internal.mapper, %s)",
+            (json.dumps(row[0]),),
+        )
+        make(db.admin, "acme.late")
+        db.admin.execute(f"ALTER FUNCTION {owner_of}")
+    db.tick()
+    assert who(db, "late") == ["login_acme_admin"]
+
+
+def test_who_changes_functions_waits_for_no_tenant(db, owner):
+    db.admin.execute("CREATE SCHEMA common; GRANT USAGE ON SCHEMA common TO PUBLIC")
+    make(db.admin, "common.used")
+    make(db.admin, "common.other")
+    set_mapper(owner, "shared", "common.used")
+    reader = db.connect(autocommit=False)
+    reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    reader.execute("SELECT count(*) FROM rakam_internal.mapper")
+    db.admin.execute("ALTER FUNCTION common.used(jsonb) RENAME TO still_used")
+    # Neither of its business nor in its way.
+    reader.execute("DROP FUNCTION common.other(jsonb)")
+    reader.commit()
+    tenant = db.login(PROJECT, "admin", autocommit=False)
+    tenant.execute("SELECT rakam.set_mapper(%s, 'shared', NULL)", (PROJECT,))
+    db.admin.execute("SET statement_timeout = '5s'")
+    db.admin.execute("DROP FUNCTION common.still_used(jsonb)")
+    db.admin.execute("RESET statement_timeout")
+    tenant.rollback()
+    assert who(db, "shared") == []
+    db.tick()
+    assert db.all(MAPPER, "shared") == [("common.still_used(jsonb)", None, True)]
 
 
 def test_a_dump_has_mappers(db, cluster, owner, other):

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::{self, View, arg};
-use crate::pg::{INVALID_OID, Oid, Result, invalidation, relation};
+use crate::pg::{INVALID_OID, Oid, Result, invalidation, relation, server};
 
 /// Projects after which the cache starts anew.
 const CACHE_PROJECTS_MAX: usize = 10_000;
@@ -115,16 +115,15 @@ fn load(project_id: i32) -> Result<Mappers> {
     let mut mappers = Mappers::default();
     spi::run(
         View::Under(latest.get()),
-        // Until the background has found them (see follow_functions), oids after pg_upgrade are those of another server.
+        // Until the background has found them (see keep_functions), oids after pg_upgrade are those of another server.
         "SELECT p.name, p.admin_role, m.collection, m.function,
                 CASE WHEN m.is_lost THEN NULL WHEN i.id THEN m.function_oid
                      ELSE rakam_internal.function_named(m.function) END,
                 m.owner::oid, m.every_batch
          FROM rakam_internal.mapper m JOIN rakam_internal.project p USING (project_id)
-         CROSS JOIN pg_catalog.pg_control_system() c
-         LEFT JOIN rakam_internal.installation i ON i.system_identifier = c.system_identifier
+         LEFT JOIN rakam_internal.installation i ON i.system_identifier = $2
          WHERE m.project_id = $1",
-        &[arg(project_id)],
+        &[arg(project_id), arg(server::system_identifier())],
         |row| {
             mappers.project = row.must(1)?;
             mappers.admin_role = row.oid(2).unwrap_or(INVALID_OID);
@@ -196,8 +195,8 @@ pub fn rename(project_id: i32, old: &str, new: &str) -> Result<()> {
 
 /// Has the catalogue know functions by the names and oids that they have now (sql/mappers.sql). Event triggers do so when
 /// one changes, nobody does after pg_upgrade.
-pub fn follow_functions() -> Result<()> {
-    spi::execute("SELECT rakam_internal.follow_functions()", &[])?;
+pub fn keep_functions() -> Result<()> {
+    spi::execute("SELECT rakam_internal.keep_functions()", &[])?;
     Ok(())
 }
 

@@ -417,7 +417,8 @@ impl<'a> Run<'a> {
                 }
                 Err(Failure::Cancelled(error)) => return Err(error),
                 // What it did is rolled back; which event it was shows when each goes alone.
-                Err(Failure::Tenant(_) | Failure::TimedOut(_)) => {}
+                Err(Failure::Tenant(_)) => {}
+                Err(Failure::TimedOut(_)) => self.allowance.many_timed_out(),
             }
         }
         for event in events {

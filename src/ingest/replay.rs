@@ -2,7 +2,8 @@
 //! the time at which they first arrived.
 //!
 //! An event is charged to its project's quota once: when it came, or else when it is tried again for the first time. What it takes
-//! of the hot tier is asked for each time. The first one for which there is no room ends the call.
+//! of the hot tier is asked for each time, and ends the call where there is none. Where the quota is used up, only what is charged
+//! already is tried.
 
 use pgrx::{default, pg_extern};
 
@@ -45,26 +46,31 @@ fn replay(project: &str, source: Option<&str>) -> Result<i64> {
     // Not what fails in the meantime, or this would not end.
     let last = as_owner(|| dead_letter::last_id(project.id))?;
     let (mut after, mut gone) = (0, 0);
-    loop {
+    'letters: loop {
         let page = as_owner(|| dead_letter::lock_page(project.id, source, after, last))?;
         let Some(newest) = page.last() else {
-            return Ok(gone);
+            break;
         };
         after = newest.id;
-        for letter in page {
+        for letter in &page {
             wait::check_interrupts();
-            gone += i64::from(replay.letter(&letter)?);
-            if let Some(refusal) = replay.refusal.take() {
-                PgError::new(
-                    "01000",
-                    format!("not all dead letters were tried: {}", refusal.message),
-                )
-                .hint("Call rakam.replay_dead_letters again later: it goes on with the others.")
-                .warn();
-                return Ok(gone);
+            if replay.refusal.is_none() || letter.is_charged {
+                gone += i64::from(replay.letter(letter)?);
+            }
+            if replay.is_full() {
+                break 'letters;
             }
         }
     }
+    if let Some(refusal) = replay.refusal {
+        PgError::new(
+            "01000",
+            format!("not all dead letters were tried: {}", refusal.message),
+        )
+        .hint("Call rakam.replay_dead_letters again later: it goes on with the others.")
+        .warn();
+    }
+    Ok(gone)
 }
 
 /// One call.
@@ -73,8 +79,17 @@ struct Replay<'a> {
     source: Option<&'a str>,
     /// Decodes records of the source, with the schemas of today.
     stream: Option<Stream>,
-    /// Why there is no room for an event now.
+    /// Why there is no room for an event now: in the quota, or (which comes later, and ends the call) in the hot tier.
     refusal: Option<PgError>,
+}
+
+/// What has become of events that were tried again.
+struct Attempt {
+    outcome: Outcome,
+    /// Whether they are charged by now.
+    is_charged: bool,
+    /// There was no room for them.
+    is_refused: bool,
 }
 
 impl<'a> Replay<'a> {
@@ -85,6 +100,11 @@ impl<'a> Replay<'a> {
             stream: source.map(|name| open(project, name)).transpose()?,
             refusal: None,
         })
+    }
+
+    /// Whether the hot tier has no room for anything.
+    fn is_full(&self) -> bool {
+        self.refusal.as_ref().is_some_and(|e| e.sqlstate == "53100")
     }
 
     /// Tries a letter again. Whether it is gone for good: all of its events are stored, or dropped by a mapper.
@@ -128,7 +148,11 @@ impl<'a> Replay<'a> {
         {
             return fails(letter, &refused(&refusal));
         }
-        let (outcome, is_charged) = self.attempt(&entry, shape, letter)?;
+        let Attempt {
+            outcome,
+            is_charged,
+            ..
+        } = self.attempt(&entry, shape, letter)?;
         match outcome.failed.as_slice() {
             [] => as_owner(|| dead_letter::delete(letter.id))?,
             [failed] if outcome.stored == 0 => as_owner(|| {
@@ -163,39 +187,48 @@ impl<'a> Replay<'a> {
                 store_id: None,
                 payload: event.line.as_bytes().into(),
             };
-            let (outcome, is_charged) = self.attempt(&entry, event.shape, letter)?;
-            if let Some(refusal) = self.refusal.as_ref().filter(|_| at == 0) {
+            let tried = self.attempt(&entry, event.shape, letter)?;
+            if let Some(refusal) = self
+                .refusal
+                .as_ref()
+                .filter(|_| at == 0 && tried.is_refused)
+            {
                 // Nothing of it is stored: it stays as it came.
                 return fails(letter, &mapper::reason(refusal));
             }
-            self.keep(letter, &entry, event.shape, &outcome.failed, is_charged)?;
-            is_gone &= outcome.failed.is_empty();
+            let failed = &tried.outcome.failed;
+            self.keep(letter, &entry, event.shape, failed, tried.is_charged)?;
+            is_gone &= failed.is_empty();
         }
         as_owner(|| dead_letter::delete(letter.id))?;
         Ok(is_gone)
     }
 
-    /// Tries events of a letter again if there is room for them; also whether they are charged by then.
-    fn attempt(
-        &mut self,
-        entry: &Entry<'_>,
-        shape: Shape,
-        letter: &Letter,
-    ) -> Result<(Outcome, bool)> {
+    /// Tries events of a letter again if there is room for them.
+    fn attempt(&mut self, entry: &Entry<'_>, shape: Shape, letter: &Letter) -> Result<Attempt> {
         let (stage, is_charged) = (letter.stage, letter.is_charged);
+        let refused = |error: &PgError, is_refused| Attempt {
+            outcome: Outcome::refused(entry, stage, error),
+            is_charged,
+            is_refused,
+        };
         let events = match mapper::checked(entry, shape)? {
             Ok(events) => events,
-            Err(error) => return Ok((Outcome::refused(entry, stage, &error), is_charged)),
+            Err(error) => return Ok(refused(&error, false)),
         };
         if let Err(error) = charge(self.project, entry, &events, is_charged) {
             if !matches!(error.sqlstate.as_str(), "53400" | "53100") {
                 return Err(error);
             }
-            let outcome = Outcome::refused(entry, stage, &error);
+            let attempt = refused(&error, true);
             self.refusal = Some(error);
-            return Ok((outcome, is_charged));
+            return Ok(attempt);
         }
-        Ok((mapper::again(entry, shape, stage, events)?, true))
+        Ok(Attempt {
+            outcome: mapper::again(entry, shape, stage, events)?,
+            is_charged: true,
+            is_refused: false,
+        })
     }
 
     /// Keeps events that a letter has become, and that failed.

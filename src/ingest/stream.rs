@@ -307,6 +307,9 @@ impl Stream {
         }
         self.pace
             .took(records, allowance.spent(), guc::mapper_timeout());
+        if allowance.only_many_timed_out() {
+            self.pace.halve(records);
+        }
         let tables = std::mem::take(&mut prepared.tables);
         let has_ids = |part: &Part| ids(part).is_none_or(|ids| ids.null_count() < ids.len());
         if tables.values().flat_map(|t| &t.parts).any(has_ids) {

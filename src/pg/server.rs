@@ -1,9 +1,15 @@
-//! Foreign servers as they are now: what a running transaction's snapshot says of them may be out of date, as credentials
-//! are changed while somebody reads.
+//! This server; and foreign servers as they are now: what a running transaction's snapshot says of them may be out of date, as
+//! credentials are changed while somebody reads.
 
 use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
+
+/// What `pg_control_system()` reads from a file, as the server remembers it.
+pub fn system_identifier() -> i64 {
+    // SAFETY: reads shared memory that is never changed.
+    unsafe { pg_sys::GetSystemIdentifier() as i64 }
+}
 
 /// Names and values of options.
 pub type Options = Vec<(String, String)>;

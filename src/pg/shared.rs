@@ -207,6 +207,8 @@ impl Shared {
             slot.not_before_ms.store(0, Ordering::Release);
             slot.known.store(true, Ordering::Release);
             slot.set_absent(pg_sys::InvalidOid);
+            // It is expected no more: it is there.
+            let _ = (slot.since_us).compare_exchange(-1, 0, Ordering::AcqRel, Ordering::Acquire);
         }
         // Last: the launcher may just have given the slot up, and is to look into the database again.
         let next = |installed: u64| {

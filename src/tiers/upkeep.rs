@@ -52,7 +52,7 @@ pub fn names_and_logs() -> Result<(), Failure> {
         projects::follow_renamed_roles()?;
         event_store::follow_renamed_servers()?;
         storages::follow_renamed_servers()?;
-        mapper::follow_functions()
+        mapper::keep_functions()
     })?;
     while xact::in_passing(logs::run)? == Some(true) {
         wait::check_interrupts();

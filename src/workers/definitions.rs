@@ -141,7 +141,8 @@ pub fn perform(change: &Change) -> std::result::Result<(), Failure> {
             // Else this would wait for the end of another transaction, and every project's digest with it.
             dropping::ensure_stays(change.project_id)?;
             locks::transaction(LockOn::Manifest(found.id));
-            locks::transaction(LockOn::Ddl);
+            // From here on no lock is waited for long: not that of a row that somebody's open transaction has changed, either.
+            ddl::lock()?;
             apply(change, found.id)?;
             audit::store_expected()
         });

@@ -22,6 +22,8 @@ pub struct Allowance {
     /// Of that, in calls that ran into their limit.
     in_vain: Duration,
     timeouts: HashMap<Oid, u32>,
+    /// A call with many events ran into its limit.
+    many_timed_out: bool,
     done: usize,
     late: usize,
 }
@@ -67,6 +69,16 @@ impl Allowance {
         if is_in_vain {
             self.in_vain += took;
         }
+    }
+
+    /// A mapper ran into its limit on many events.
+    pub(super) fn many_timed_out(&mut self) {
+        self.many_timed_out = true;
+    }
+
+    /// Whether mappers ran into their limit on many events, and on none of them alone: fewer may do.
+    pub fn only_many_timed_out(&self) -> bool {
+        self.many_timed_out && self.timeouts.is_empty()
     }
 
     /// A mapper ran into its limit on a single event.

@@ -12,11 +12,28 @@ use crate::ingest::mapper::CALLS;
 /// An allowance of mappers is so many times what a batch should take.
 const PARTS: usize = 2 * CALLS as usize;
 
+/// Smaller batches whose records take so many times as long as those of the large one are no help: what takes the time is each
+/// call, however few events it has.
+const DEARER: f64 = 3.0;
+/// After so many batches it is found out anew.
+const HELD: u32 = 200;
+
 /// The records that a batch has at most, as its mappers are.
 #[derive(Debug, Default)]
 pub struct Pace {
     /// None: as many as any batch.
     most: Option<usize>,
+    /// The first batch that was too slow, and the bound that it had.
+    slow: Option<Slow>,
+    /// For so many batches more none is made smaller for the time that it takes.
+    held: u32,
+}
+
+#[derive(Debug)]
+struct Slow {
+    most: Option<usize>,
+    records: usize,
+    time: Duration,
 }
 
 impl Pace {
@@ -27,11 +44,21 @@ impl Pace {
     /// A batch of `records` went through its mappers, whose calls took so long; `limit` is what one of them may take, zero: as long
     /// as it likes.
     pub fn took(&mut self, records: usize, time: Duration, limit: Duration) {
+        self.held = self.held.saturating_sub(1);
         if limit.is_zero() {
-            self.most = None;
-        } else if time > limit {
+            *self = Self::default();
+        } else if let Some(slow) = self.slow.take_if(|slow| slow.is_cheaper(records, time)) {
+            self.most = slow.most;
+            self.held = HELD;
+        } else if time > limit && self.held == 0 {
             let fitting = records as f64 * limit.as_secs_f64() / (2.0 * time.as_secs_f64());
             let fitting = (fitting as usize).max(1);
+            let most = self.most;
+            self.slow.get_or_insert(Slow {
+                most,
+                records,
+                time,
+            });
             self.most = Some(self.most.map_or(fitting, |most| most.min(fitting)));
         } else if let Some(most) = self.most
             && records >= most
@@ -39,7 +66,14 @@ impl Pace {
         {
             let next = most.saturating_mul(2);
             self.most = (next < Limits::default().records).then_some(next);
+            self.slow = None;
         }
+    }
+
+    /// A mapper ran into its limit on the events of so many records together.
+    pub fn halve(&mut self, records: usize) {
+        let half = (records / 2).max(1);
+        self.most = Some(self.most.map_or(half, |most| most.min(half)));
     }
 
     /// A batch of `records`, which might have had `bound`, had more events than its mappers had time for: `done` of them went
@@ -51,7 +85,17 @@ impl Pace {
         }
         let fitting = done.min(records) / PARTS;
         self.most = Some(fitting.clamp(1, present / 2));
+        // It is of no use to know how slow that one would have been.
+        (self.slow, self.held) = (None, 0);
         true
+    }
+}
+
+impl Slow {
+    /// Whether it was larger than a batch of so many `records`, and took far less for each of them.
+    fn is_cheaper(&self, records: usize, time: Duration) -> bool {
+        let each = |records: usize, time: Duration| time.as_secs_f64() / records.max(1) as f64;
+        records < self.records && each(records, time) > DEARER * each(self.records, self.time)
     }
 }
 
@@ -62,7 +106,10 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(4);
 
     fn paced(most: Option<usize>) -> Pace {
-        Pace { most }
+        Pace {
+            most,
+            ..Pace::default()
+        }
     }
 
     #[test]
@@ -73,12 +120,46 @@ mod tests {
         // Twice the limit: a quarter of it takes half.
         pace.took(1_000, 2 * LIMIT, LIMIT);
         assert_eq!(pace.most(), Some(250));
-        pace.took(250, 2 * LIMIT, LIMIT);
-        assert_eq!(pace.most(), Some(62));
-        pace.took(1, 9 * LIMIT, LIMIT);
+        pace.took(250, LIMIT * 6 / 5, LIMIT);
+        assert_eq!(pace.most(), Some(104));
+        let mut pace = paced(Some(8));
+        pace.took(8, 9 * LIMIT, LIMIT);
         assert_eq!(pace.most(), Some(1));
         // One that was larger than it should be does not make the next ones larger.
         pace.took(1_000, 2 * LIMIT, LIMIT);
+        assert_eq!(pace.most(), Some(1));
+    }
+
+    #[test]
+    fn they_stay_large_where_each_call_takes_its_time() {
+        let mut pace = paced(None);
+        // Fifty calls of 300 ms, however many events they have.
+        let time = Duration::from_secs(15);
+        pace.took(30_000, time, LIMIT);
+        assert_eq!(pace.most(), Some(4_000));
+        pace.took(4_000, time, LIMIT);
+        assert_eq!(pace.most(), None);
+        for _ in 0..HELD {
+            pace.took(30_000, time, LIMIT);
+        }
+        assert_eq!(pace.most(), Some(4_000), "found out anew");
+        // Half of it is for the calls, half for the records: as good as it gets.
+        let mut pace = paced(None);
+        let time = |records: u32| Duration::from_secs(1) + Duration::from_millis(1) * records;
+        pace.took(30_000, time(30_000), LIMIT);
+        assert_eq!(pace.most(), Some(1_935));
+        pace.took(1_935, time(1_935), LIMIT);
+        assert_eq!(pace.most(), Some(1_935));
+    }
+
+    #[test]
+    fn half_as_many_where_only_many_time_out() {
+        let mut pace = paced(None);
+        pace.halve(5_000);
+        assert_eq!(pace.most(), Some(2_500));
+        pace.halve(9_000);
+        assert_eq!(pace.most(), Some(2_500));
+        pace.halve(1);
         assert_eq!(pace.most(), Some(1));
     }
 

@@ -149,8 +149,8 @@ impl<S: Stream> Reader<S> {
         self.undelivered = false;
     }
 
-    /// The shards to ask now, those first that are due longest.
-    fn turn(&self) -> Vec<usize> {
+    /// The shards to ask now, those first that are due longest. No more than there may be records: each brings one at least.
+    fn turn(&self, limits: &Limits) -> Vec<usize> {
         let now = Instant::now();
         let mut due: Vec<(Instant, usize)> = self
             .cursors
@@ -160,7 +160,7 @@ impl<S: Stream> Reader<S> {
             .map(|(place, c)| (c.more.due, place))
             .collect();
         due.sort_unstable();
-        due.truncate(AT_ONCE);
+        due.truncate(AT_ONCE.min(limits.records.max(1)));
         due.into_iter().map(|(_, place)| place).collect()
     }
 
@@ -342,7 +342,7 @@ impl<S: Stream> Fetch for Reader<S> {
         let mut batch = Batch::default();
         let until = Instant::now() + limits.wait;
         loop {
-            let turn = self.turn();
+            let turn = self.turn(limits);
             if !turn.is_empty() {
                 self.ask(&turn, limits, &mut batch).await;
             }

@@ -627,6 +627,28 @@ async fn few_bytes_are_few_records() {
 }
 
 #[tokio::test]
+async fn few_records_are_of_few_shards() {
+    let stream = FakeStream::default();
+    let shards = ["a", "b", "c"];
+    for shard in shards {
+        stream.write(shard, b"1");
+    }
+    let mut reader = stream.reader();
+    for shard in shards {
+        open(&mut reader, shard, Position::Beginning).await;
+    }
+    let limits = Limits {
+        records: 1,
+        ..LIMITS
+    };
+    for _ in shards {
+        let batch = reader.poll(&limits).await.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(batch.records().len(), 1);
+        reader.ack(&batch);
+    }
+}
+
+#[tokio::test]
 async fn an_aggregate_is_never_split() {
     let stream = FakeStream::default();
     let records: Vec<_> = (0..9).map(|_| ("k", Some(7), &b"x"[..])).collect();
