@@ -759,7 +759,8 @@ def test_a_load_sees_the_collection_vanish_with_its_project(db, folder):
     db.configure(failpoint="load.before_store=sleep(120000)")
     try:
         _, thread, outcome = in_background(db, lambda s: load(s, "c", path, project="brief"))
-        wait_until(lambda: db.all("SELECT FROM rakam.stat_progress WHERE project = 'brief'"), "the load")
+        # Its table is made before it stores anything.
+        wait_until(lambda: has_column(db.admin, "brief.c", "n"), "the load")
         with db.connect(autocommit=False) as session:
             session.execute("SET LOCAL rakam.allow_project_drop = on")
             session.execute("SELECT rakam.drop_project('brief')")
