@@ -134,6 +134,15 @@ def test_dependent_views_restrict(db, fresh):
     db.admin.execute("SELECT rakam.drop_collection(%s, 'seen')", (fresh,))
 
 
+def test_a_field_of_a_collection_that_was_just_sent(db, fresh):
+    """The call covers what was committed before it."""
+    collect(db.admin, fresh, "just_sent", {"n": 1})
+    db.admin.execute("SELECT rakam.add_field(%s, 'just_sent', 'm', 'bigint')", (fresh,))
+    assert has_column(db.admin, f"{fresh}.just_sent", "m")
+    with refused("42704"):
+        db.admin.execute("SELECT rakam.add_field(%s, 'never_sent', 'm', 'bigint')", (fresh,))
+
+
 def test_a_reader_is_waited_for(db, fresh):
     collect(db.admin, fresh, "busy", {"n": 1})
     db.tick()

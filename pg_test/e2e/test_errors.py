@@ -119,6 +119,10 @@ CASES = [
         ("42939", "writer", "SELECT rakam.collect('err', 'known', %s)", (json.dumps({name: 1}),), "Rename the field")
         for name in ("_received_at", "_extra", "_project", "_collection", "$server_time", "$serverTime")
     ],
+    *[
+        ("42939", "admin", "SELECT rakam.add_field('err', 'known', %s, %s)", (name, ty), "Every collection has")
+        for name, ty in (("_user", "text"), ("_time", "timestamptz"), ("_extra", "jsonb"), ("$serverTime", "text"))
+    ],
     # Missing and malformed arguments.
     ("22004", "writer", "SELECT rakam.collect('err', 'known', NULL)", (), "{}"),
     ("22004", "writer", "SELECT rakam.collect_batch('err', NULL::text)", (), "[]"),

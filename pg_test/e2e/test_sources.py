@@ -7,7 +7,7 @@ import time
 
 import psycopg
 import pytest
-from harness.database import Database, refused, wait_until
+from harness.database import Database, notices_of, refused, wait_until
 
 PROJECT = "acme"
 
@@ -71,7 +71,6 @@ def consumers(db) -> list[int]:
         ("kafka", "brokers 'a:1', \"plugin.library.paths\" '/tmp/x.so'", "22023"),
         ("kinesis", "endpoint 'http://127.0.0.1:1'", "22023"),
         ("kinesis", "region 'us-east-1', access_key_id 'x'", "22023"),
-        ("files", "storage 'nowhere'", "42704"),
         ("files", "storage 'drop', prefix 'x'", "22023"),
     ],
 )
@@ -79,6 +78,28 @@ def test_options_of_a_server_are_checked(db, folder, kind, options, state):
     clause = f"OPTIONS ({options})" if options else ""
     with refused(state):
         db.admin.execute(f"CREATE SERVER s TYPE '{kind}' FOREIGN DATA WRAPPER rakam_source {clause}")
+
+
+def test_a_server_may_come_before_its_storage(db, project):
+    """As a dump has them, in the order of their names."""
+    early = "CREATE SERVER early TYPE 'files' FOREIGN DATA WRAPPER rakam_source OPTIONS (storage 'nowhere')"
+    told = notices_of(db.admin, early)
+    assert [(notice.severity, '"nowhere"' in notice.message) for notice in told] == [("WARNING", True)]
+    with refused("42704", message="nowhere"):
+        create(db, "early", "early", prefix="in", collection="c", format="json")
+    db.admin.execute("DROP SERVER early")
+    # There is such a server, and it is none.
+    db.admin.execute("CREATE FOREIGN DATA WRAPPER other; CREATE SERVER elsewhere FOREIGN DATA WRAPPER other")
+    with refused("42704", message="elsewhere"):
+        db.admin.execute(early.replace("nowhere", "elsewhere"))
+    db.admin.execute("DROP FOREIGN DATA WRAPPER other CASCADE")
+
+
+def test_kinds_that_there_are_not(db, project):
+    db.admin.execute("CREATE SERVER odd_kind TYPE 'pulsar' FOREIGN DATA WRAPPER rakam_source OPTIONS (brokers 'a:1')")
+    with refused("0A000", message="pulsar", hint="kafka"):
+        create(db, "odd_kind", "odd_kind", topics=["t"])
+    db.admin.execute("DROP SERVER odd_kind")
 
 
 def test_secrets_are_the_owners_and_are_not_shown(db):

@@ -58,7 +58,7 @@ pub fn tasks() -> Result<Vec<Task>> {
     spi::query(
         View::Current,
         "SELECT pid, datname::text, backend_start FROM pg_catalog.pg_stat_activity
-         WHERE backend_type IN ('rakam task', 'rakam flush', 'rakam gc') AND datname = pg_catalog.current_database() ORDER BY pid",
+         WHERE backend_type IN ('rakam task', 'rakam flush', 'rakam gc', 'rakam compact') AND datname = pg_catalog.current_database() ORDER BY pid",
         &[],
         |row| Ok((row.must(1)?, row.get(2), row.get(3))),
     )

@@ -26,7 +26,7 @@ static TARGET_FILE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static MIN_FILE_EVENTS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_FILES_PER_DAY: GucSetting<i32> = GucSetting::<i32>::new(8);
 static ROTATION_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
-static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60);
+static FILE_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 60 * 60);
 static STORAGE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static CACHE_DIR: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"rakam_cache"));
@@ -41,7 +41,7 @@ static AUDIT_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(365 * 24 * 60);
 static INVALID_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
 static DEAD_LETTER_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static MAPPER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5000);
-static SESSION_GAP: GucSetting<i32> = GucSetting::<i32>::new(30);
+static SESSION_GAP: GucSetting<i32> = GucSetting::<i32>::new(30 * 60);
 static GEOIP_DATABASE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static ALLOW_PROJECT_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 static ROLE_PREFIX: GucSetting<Option<CString>> =
@@ -218,7 +218,7 @@ pub fn init() {
         0,
         i32::MAX,
         GucContext::Sighup,
-        GucFlags::UNIT_MIN,
+        GucFlags::UNIT_S,
     );
     GucRegistry::define_string_guc(
         c"rakam.cache_dir",
@@ -340,9 +340,9 @@ pub fn init() {
         c"Pause between two events of a user that begins a session, for rakam.map_session.",
         &SESSION_GAP,
         1,
-        60 * 24 * 365,
+        365 * 24 * 60 * 60,
         GucContext::Suset,
-        GucFlags::UNIT_MIN,
+        GucFlags::UNIT_S,
     );
     GucRegistry::define_string_guc(
         c"rakam.geoip_database",
@@ -496,7 +496,7 @@ pub fn storage_timeout() -> Duration {
 }
 
 pub fn file_retention() -> Duration {
-    Duration::from_secs(FILE_RETENTION.get() as u64 * 60)
+    Duration::from_secs(FILE_RETENTION.get() as u64)
 }
 
 /// The directory of the block cache, relative to the data directory; None: no cache.
@@ -565,7 +565,7 @@ pub fn mapper_timeout() -> Duration {
 }
 
 pub fn session_gap() -> Duration {
-    Duration::from_secs(SESSION_GAP.get() as u64 * 60)
+    Duration::from_secs(SESSION_GAP.get() as u64)
 }
 
 /// Empty: none is set.

@@ -24,6 +24,15 @@ pub struct Server {
     pub mapping: Options,
 }
 
+/// Whether there is a server of this name, of whatever wrapper.
+pub fn exists(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else {
+        return false;
+    };
+    // SAFETY: a catalog look-up, missing_ok.
+    unsafe { pg_sys::get_foreign_server_oid(name.as_ptr(), true) != pg_sys::InvalidOid }
+}
+
 /// The server of this name, if it is one of `wrapper`'s.
 pub fn named(name: &str, wrapper: &str) -> Option<Server> {
     let (name, wrapper) = (CString::new(name).ok()?, CString::new(wrapper).ok()?);

@@ -93,6 +93,9 @@ pub fn of(name: &str) -> Result<(Kind, Service)> {
         Kind::Kinesis => Connection::Kinesis(KinesisConfig::parse(options, mapping)?),
         Kind::Files => {
             let storage = storage_of(&options)?;
+            if !server::exists(storage) {
+                return Err(no_storage(storage, "42704"));
+            }
             if !server::is_usable(storage, server.owner) {
                 return Err(PgError::new(
                     "42501",
@@ -144,6 +147,12 @@ pub fn storage_of<'a>(options: &[(&'a str, &'a str)]) -> Result<&'a str> {
             PgError::new("22023", "option \"storage\" is missing")
                 .hint("Name the storage that files are read of: OPTIONS (storage 'lake').")
         })
+}
+
+pub(super) fn no_storage(name: &str, state: &str) -> PgError {
+    PgError::new(state, format!("storage \"{name}\" does not exist")).hint(
+        "Files are read of a directory or bucket: CREATE SERVER ... FOREIGN DATA WRAPPER rakam OPTIONS (url 's3://bucket/prefix').",
+    )
 }
 
 pub(super) fn pairs(options: &Options) -> Vec<(&str, &str)> {

@@ -23,7 +23,7 @@ const FILE_READERS: &str = "pg_read_server_files";
 /// Errors: 22023 unknown, misplaced or malformed option, 42501 no right to set it, 42704 no such storage.
 #[pg_extern(schema = "rakam_internal")]
 fn source_validator(options: Vec<String>, catalog: Oid) -> std::result::Result<(), ErrorReport> {
-    // They were checked where they come from, and servers come in the order of their names: that of a storage perhaps later.
+    // They were checked where they come from.
     if xact::in_binary_upgrade() {
         return Ok(());
     }
@@ -72,11 +72,12 @@ fn of_files(options: &[(&str, &str)], user: Oid) -> Result<()> {
         );
     }
     let storage = service::storage_of(options)?;
-    // Whether it exists, and is a storage.
-    crate::catalog::store::address(storage)
-        .map_err(|_| PgError::new("42704", format!("storage \"{storage}\" does not exist")).hint(
-            "Files are read of a directory or bucket: CREATE SERVER ... FOREIGN DATA WRAPPER rakam OPTIONS (url 's3://bucket/prefix').",
-        ))?;
+    // A dump has servers in the order of their names, that of a storage perhaps later: create_source asks for it.
+    if !server::exists(storage) {
+        service::no_storage(storage, "01000").warn();
+        return Ok(());
+    }
+    crate::catalog::store::address(storage).map_err(|_| service::no_storage(storage, "42704"))?;
     if !server::is_usable(storage, user) {
         return Err(PgError::new(
             "42501",

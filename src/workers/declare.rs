@@ -9,12 +9,14 @@ use pgrx::pg_extern;
 use pgrx::pg_sys::panic::ErrorReport;
 use rakam_event::error::EventError;
 use rakam_event::names::{self, CollectionName};
+use rakam_event::schema::SYSTEM_FIELDS;
 use rakam_event::types::FieldType;
 
 use super::task::{self, Task};
 use crate::catalog::audit::{self, Note};
 use crate::catalog::projects::{self, Right};
 use crate::catalog::registry::{self, Collection};
+use crate::ingest::digest;
 use crate::pg::security::ActAs;
 use crate::pg::snapshot::Registered;
 use crate::pg::spi::View;
@@ -59,7 +61,7 @@ fn create_collection(
 
 /// Declares a field ahead of use; nothing happens if it exists with this type.
 /// SQL: `rakam.add_field(project text, collection text, field text, type text)`.
-/// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 the name cannot be a column,
+/// Errors: 42501, 42704 no such collection, 42710 it exists with another type, 42602 / 42939 the name cannot be a column / is reserved,
 /// 22023 no such type for a field, 53400 beyond rakam.max_fields or the project's quota, 55P03 the caller uses the table, 55000
 /// the project is not committed yet.
 #[pg_extern(sql = "
@@ -90,6 +92,13 @@ fn declare_field(
     let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
     let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
+    let is_system = SYSTEM_FIELDS.iter().any(|(_, name, _)| *name == field);
+    if is_system || names::server_field(&field).is_some() {
+        return Err(
+            PgError::new("42939", format!("field name \"{field}\" is reserved"))
+                .hint("Every collection has the fields that begin with _time, _user and so on."),
+        );
+    }
     if !names::can_be_column(&field) {
         return Err(PgError::new(
             "42602",
@@ -176,6 +185,11 @@ pub fn perform_add_field(
 ) -> std::result::Result<(), Failure> {
     let ty = FieldType::parse(ty)
         .ok_or_else(|| Failure::Error(PgError::internal("a task has an unknown type")))?;
+    // It may have come with an event that was sent just before the call.
+    if xact::worker(|| registry::collection_named(View::Current, project_id, collection))?.is_none()
+    {
+        digest::catch_up(Some(&[project_id]))?;
+    }
     let deadline = Instant::now() + PATIENCE;
     loop {
         let with_column = Instant::now() < deadline;

@@ -10,6 +10,9 @@ use rakam_lake::error::LakeError;
 pub enum SourceError {
     #[error("{message}")]
     Option { message: String, hint: String },
+    /// A kind of service that there is nothing for.
+    #[error("{message}")]
+    Unsupported { message: String, hint: &'static str },
     /// The service did not answer as it should; it may later.
     #[error("could not {action}: {reason}")]
     Unreachable {
@@ -45,6 +48,7 @@ impl SourceError {
     pub fn sqlstate(&self) -> &'static str {
         match self {
             Self::Option { .. } => "22023",
+            Self::Unsupported { .. } => "0A000",
             Self::Unreachable { .. } | Self::Refused { .. } => "58030",
             Self::Missing { .. } => "58P01",
             Self::Collection(error) => error.sqlstate(),
@@ -56,6 +60,7 @@ impl SourceError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Option { hint, .. } => hint.clone(),
+            Self::Unsupported { hint, .. } => (*hint).to_owned(),
             Self::Unreachable { .. } => {
                 "Check that the service can be reached from the database server; reading goes on by itself then."
                     .to_owned()
@@ -74,7 +79,10 @@ impl SourceError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Refused { .. } | Self::Missing { .. } => true,
-            Self::Option { .. } | Self::Collection(_) | Self::Misuse(_) => false,
+            Self::Option { .. }
+            | Self::Unsupported { .. }
+            | Self::Collection(_)
+            | Self::Misuse(_) => false,
         }
     }
 }

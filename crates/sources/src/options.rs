@@ -26,10 +26,10 @@ impl Kind {
             "kafka" => Ok(Self::Kafka),
             "kinesis" => Ok(Self::Kinesis),
             "files" => Ok(Self::Files),
-            _ => Err(SourceError::option(
-                format!("unknown type of source \"{name}\""),
-                "Types are kafka, kinesis and files: CREATE SERVER … TYPE 'kafka' ….",
-            )),
+            _ => Err(SourceError::Unsupported {
+                message: format!("servers of type \"{name}\" are not supported"),
+                hint: "Types are kafka, kinesis and files: CREATE SERVER … TYPE 'kafka' ….",
+            }),
         }
     }
 

@@ -142,10 +142,10 @@ impl StoreOptions {
             Kind::Kafka => &["topic"],
             Kind::Kinesis => &["stream", "partition_key"],
             Kind::Files => {
-                return Err(SourceError::option(
-                    "a server of type 'files' cannot be an event store",
-                    "Events are sent to servers of TYPE 'kafka' or 'kinesis'.",
-                ));
+                return Err(SourceError::Unsupported {
+                    message: "a server of type 'files' cannot be an event store".to_owned(),
+                    hint: "Events are sent to servers of TYPE 'kafka' or 'kinesis'.",
+                });
             }
         };
         let given = object(text, valid)?;
