@@ -120,8 +120,8 @@ CASES = [
         for name in ("_received_at", "_extra", "_project", "_collection", "$server_time", "$serverTime")
     ],
     *[
-        ("42939", "admin", "SELECT rakam.add_field('err', 'known', %s, %s)", (name, ty), "Every collection has")
-        for name, ty in (("_user", "text"), ("_time", "timestamptz"), ("_extra", "jsonb"), ("$serverTime", "text"))
+        ("42939", "admin", "SELECT rakam.add_field('err', 'known', %s, %s)", (name, ty), "another name")
+        for name, ty in (("_extra", "jsonb"), ("_received_at", "timestamptz"), ("$serverTime", "text"))
     ],
     # Missing and malformed arguments.
     ("22004", "writer", "SELECT rakam.collect('err', 'known', NULL)", (), "{}"),

@@ -227,6 +227,9 @@ def test_add_field_again(db, project):
             db.admin.execute(add, ("declared", field, "text"))
     with refused("42704"):
         db.admin.execute(add, ("no_such_collection", "f", "text"))
+    # It is there already, as in every collection.
+    db.admin.execute(add, ("declared", "_time", "timestamptz"))
+    assert db.all("SELECT field FROM rakam.fields WHERE collection = 'declared'") == [("amount",)]
     db.tick()
     row = db.all(
         "SELECT type, declared, column_ready FROM rakam.fields WHERE collection = 'declared' AND field = 'amount'"

@@ -9,7 +9,6 @@ use pgrx::pg_extern;
 use pgrx::pg_sys::panic::ErrorReport;
 use rakam_event::error::EventError;
 use rakam_event::names::{self, CollectionName};
-use rakam_event::schema::SYSTEM_FIELDS;
 use rakam_event::types::FieldType;
 
 use super::task::{self, Task};
@@ -92,11 +91,10 @@ fn declare_field(
     let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
     let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
-    let is_system = SYSTEM_FIELDS.iter().any(|(_, name, _)| *name == field);
-    if is_system || names::server_field(&field).is_some() {
+    if names::server_field(&field).is_some() {
         return Err(
             PgError::new("42939", format!("field name \"{field}\" is reserved"))
-                .hint("Every collection has the fields that begin with _time, _user and so on."),
+                .hint("Choose another name: only the server sets it."),
         );
     }
     if !names::can_be_column(&field) {
@@ -239,7 +237,10 @@ fn register(collection: &Collection, field: &str, ty: FieldType) -> Result<()> {
         .detail(format!("It has {fields} fields."))
         .hint("Raise rakam.max_fields, or drop a field with rakam.drop_field."));
     }
-    registry::add_fields(collection.id, &[(field.to_owned(), ty)], true)?;
+    // System fields are everywhere, and in no row.
+    if known.field(field).is_none_or(|known| known.is_user()) {
+        registry::add_fields(collection.id, &[(field.to_owned(), ty)], true)?;
+    }
     match registry::schema(View::Current, collection)?.field(field) {
         Some(existing) if existing.ty == ty => Ok(()),
         Some(existing) => Err(PgError::new(
