@@ -88,7 +88,8 @@ fn declare_field(
     (field, type_name): (Option<&str>, Option<&str>),
     note: Note,
 ) -> Result<()> {
-    let project = projects::authorize_committed(not_null(project, "project")?, Right::Admin)?;
+    let project = not_null(project, "project")?;
+    projects::authorize(project, Right::Admin)?;
     let name = collection_name(collection)?;
     let field = names::field_name(not_null(field, "field")?).into_owned();
     if names::server_field(&field).is_some() {
@@ -105,6 +106,7 @@ fn declare_field(
         .hint("Names of system columns, \"_xid\" and names over 63 bytes stay in \"_extra\"."));
     }
     let ty = field_type(not_null(type_name, "type")?)?;
+    let project = projects::authorize_committed(project, Right::Admin)?;
     ensure_not_held(project.id, name.as_str(), &field)?;
     let task = Task::AddField {
         project_id: project.id,
