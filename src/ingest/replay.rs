@@ -23,8 +23,9 @@ use crate::pg::spi::View;
 use crate::pg::{ErrorReport, PgError, Result, not_null, wait, xact};
 
 /// Tries the dead letters of a project again, in the caller's transaction, and returns how many are dead letters no
-/// more: stored, or dropped by a mapper. The others stay, with their newest reason. `source` NULL: those of collect. Beyond the
-/// project's quota, or without room in the hot tier, it ends with a warning, and leaves the rest for another call.
+/// more: stored, or dropped by a mapper. The others stay, with their newest reason. `source` NULL: those of collect. What the
+/// project's quota has no room for is passed over, and without room in the hot tier it ends, both with a warning: the rest is left
+/// for another call.
 /// SQL: `rakam.replay_dead_letters(project text, source text DEFAULT NULL)`.
 /// Errors: 42501 no such project or not its admin, 42704 no such source.
 #[pg_extern(volatile, parallel_unsafe)]

@@ -59,7 +59,7 @@ impl Pace {
                 records,
                 time,
             });
-            self.most = Some(self.most.map_or(fitting, |most| most.min(fitting)));
+            self.lower(fitting);
         } else if let Some(most) = self.most
             && records >= most
             && time < limit / 4
@@ -72,8 +72,11 @@ impl Pace {
 
     /// A mapper ran into its limit on the events of so many records together.
     pub fn halve(&mut self, records: usize) {
-        let half = (records / 2).max(1);
-        self.most = Some(self.most.map_or(half, |most| most.min(half)));
+        self.lower((records / 2).max(1));
+    }
+
+    fn lower(&mut self, to: usize) {
+        self.most = Some(self.most.map_or(to, |most| most.min(to)));
     }
 
     /// A batch of `records`, which might have had `bound`, had more events than its mappers had time for: `done` of them went
